@@ -1,0 +1,217 @@
+"""What one traced step tells about a model: its sites, and who is alive when.
+
+Everything here is a frozen value without torch; :mod:`groupsearch.memory` turns a
+:class:`Trace` into the peak of any grouping.
+
+Time runs along *instants*: a trace lists, in order of time, the largest number of live
+bytes between two events that matter to grouping (a hook begins, a hook ends, autograd lets
+go of something that a site books). Backward reaches site L-1 first and site 0 last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from groupsearch.errors import DocumentError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a layer in the forward pass.
+
+    Attributes:
+        name: unique; the layer's qualified name, with ``#k`` appended for its k-th further use.
+        layer: qualified name of the module (or ``module.parameter`` for a bare parameter's owner).
+        block: the repeated block the layer lies in (``transformer.h.3``), or the layer's own name.
+        kind: ``linear``, ``conv``, ``embedding``, ``norm``, ``parameter`` or ``function``.
+        method: how its norm is taken: ``ghost``, ``instantiate``, or ``direct`` where the
+            per-example gradient is all there is.
+        positions: T, positions per example.  inputs: d.  outputs: p.
+        parameters: qualified names of the trainable parameters it uses, canonical for ties.
+        parameter_count: trainable numbers in them.
+        close_bytes: largest bytes that forming this site's clipped sums needs on top of what
+            is alive when that begins (the sums themselves included).
+        gradient_bytes: bytes of the clipped sums it leaves behind; a parameter that an earlier
+            processed site has already summed counts nothing.
+        close_live_bytes: bytes alive at the close of this site's hook, just before sums are
+            formed, without any clipped sum.
+    """
+
+    name: str
+    layer: str
+    block: str
+    kind: str
+    method: str
+    positions: int
+    inputs: int
+    outputs: int
+    parameters: tuple[str, ...]
+    parameter_count: int
+    close_bytes: int = 0
+    gradient_bytes: int = 0
+    close_live_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Instant:
+    """The largest live bytes between two events that matter, without clipped sums.
+
+    Attributes:
+        site: the site whose hook is running, or ran last; -1 in the forward pass and the loss.
+        in_hook: whether the engine's hook of that site is running (its norm, not its close).
+        live_bytes: bytes alive (weights, optimizer, activations, transients), no clipped sums.
+        forward_bytes: of those, what the forward pass and the loss allocated (activations).
+    """
+
+    site: int
+    in_hook: bool
+    live_bytes: int
+    forward_bytes: int
+
+
+@dataclass(frozen=True)
+class Booked:
+    """A storage that one or more sites book.
+
+    Attributes:
+        size_bytes: its bytes, counted once however many sites book it.
+        first_site: the booking site that backward reaches first (the largest index).
+        last_site: the booking site that backward reaches last (the smallest index).
+        released: index of the first instant at which autograd itself no longer holds it;
+            ``len(instants)`` when it outlives the backward pass anyway.
+    """
+
+    size_bytes: int
+    first_site: int
+    last_site: int
+    released: int
+
+
+@dataclass(frozen=True)
+class CrossTerm:
+    """Two sites that use one parameter need an inner product when they share a group.
+
+    Attributes:
+        early: the site backward reaches first.  late: the site that completes the pair.
+        transient_bytes: what computing the inner product needs on top, in the late site's hook.
+    """
+
+    early: int
+    late: int
+    transient_bytes: int
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """What lives through the whole step: bytes of weights, buffers, optimizer state and the batch."""
+
+    weights: int = 0
+    buffers: int = 0
+    optimizer: int = 0
+    batch: int = 0
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.weights + self.buffers + self.optimizer + self.batch
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One traced step of one model at one batch size.
+
+    Attributes:
+        sites: the sites in order 0..L-1.
+        instants: in order of time.
+        booked: storages that sites book.
+        cross_terms: pairs of sites on one parameter.
+        static: bytes alive throughout.
+        step_bytes: largest live bytes after backward (noise, optimizer step), sums included.
+        nonprivate_peak_bytes: peak of the same step without privacy.
+        batch_size: B.
+        settings: what the trace is keyed by (model, device, dtype, checkpoint, norm_method, ...).
+    """
+
+    sites: tuple[Site, ...]
+    instants: tuple[Instant, ...]
+    booked: tuple[Booked, ...]
+    cross_terms: tuple[CrossTerm, ...]
+    static: StaticBytes
+    step_bytes: int
+    nonprivate_peak_bytes: int
+    batch_size: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """L, the number of sites."""
+        return len(self.sites)
+
+    @cached_property
+    def layer_boundaries(self) -> tuple[int, ...]:
+        """Every boundary between sites of different layers."""
+        return _changes([site.layer for site in self.sites])
+
+    @cached_property
+    def block_boundaries(self) -> tuple[int, ...]:
+        """Every boundary between sites of different blocks."""
+        return _changes([site.block for site in self.sites])
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain structure of lists, strings and integers; :meth:`from_json` is its inverse."""
+        return {
+            "sites": [{**asdict(site), "parameters": list(site.parameters)} for site in self.sites],
+            "instants": [[i.site, int(i.in_hook), i.live_bytes, i.forward_bytes] for i in self.instants],
+            "booked": [[b.size_bytes, b.first_site, b.last_site, b.released] for b in self.booked],
+            "cross_terms": [[c.early, c.late, c.transient_bytes] for c in self.cross_terms],
+            "static": asdict(self.static),
+            "step_bytes": self.step_bytes,
+            "nonprivate_peak_bytes": self.nonprivate_peak_bytes,
+            "batch_size": self.batch_size,
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trace:
+        """The trace that :meth:`to_json` wrote.
+
+        Raises:
+            DocumentError: when a part is missing or of the wrong form.
+        """
+        try:
+            return cls(
+                sites=tuple(
+                    Site(**{**_known(site), "parameters": tuple(site["parameters"])}) for site in data["sites"]
+                ),
+                instants=tuple(Instant(site, bool(hook), *sizes) for site, hook, *sizes in _integers(data["instants"])),
+                booked=tuple(Booked(*b) for b in _integers(data["booked"])),
+                cross_terms=tuple(CrossTerm(*c) for c in _integers(data["cross_terms"])),
+                static=StaticBytes(**data["static"]),
+                step_bytes=data["step_bytes"],
+                nonprivate_peak_bytes=data["nonprivate_peak_bytes"],
+                batch_size=data["batch_size"],
+                settings=dict(data["settings"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DocumentError(
+                f"Expected a trace with sites, instants and booked storages, found one that lacks or "
+                f"garbles {error}. Write the profile again with `groupsearch profile`."
+            ) from error
+
+
+def _changes(labels: Sequence[str]) -> tuple[int, ...]:
+    return tuple(b for b in range(1, len(labels)) if labels[b] != labels[b - 1])
+
+
+def _known(site: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in site.items() if key in Site.__dataclass_fields__}
+
+
+def _integers(rows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    for row in rows:
+        if not all(isinstance(number, int) for number in row):
+            raise ValueError(row)
+    return rows
