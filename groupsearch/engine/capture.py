@@ -1,0 +1,294 @@
+"""Hooks that hand every site's book entry to a receiver while one backward pass runs.
+
+Weights do not take part in autograd: inside a layer's forward its parameters are replaced by
+detached ones, so no gradient is computed to be thrown away, and a parameter that is used
+anywhere else betrays itself by receiving one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
+from groupsearch.engine.layers import Layer, refuse_mixing, rule_for
+from groupsearch.engine.meeting import Arrive, Meeting, Source
+from groupsearch.engine.taps import Saved, with_gradient
+from groupsearch.errors import UnsupportedModelError
+from groupsearch.options import EngineOptions
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of a micro-batch of ``batch_size`` examples, and the backward that follows it.
+
+    Attributes:
+        arrivals: sites that backward has reached.
+        in_backward: whether backward has begun and not come to its end; stays true when it raised.
+        finished: whether its sums are complete and nothing more may arrive.
+    """
+
+    batch_size: int
+    arrivals: int = 0
+    in_backward: bool = False
+    finished: bool = False
+
+    def _backward_ended(self) -> None:
+        self.in_backward = False
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A site whose output gradient is there.
+
+    Attributes:
+        key: the layer's name, or ``layer.parameter`` for a bare parameter.
+        layer: the layer.  kind: of the site.
+        make_entry: forms the book entry (this is where norms by instantiation cost memory).
+        source_pass: the forward pass it belongs to.
+    """
+
+    key: str
+    layer: Layer
+    kind: str
+    make_entry: Callable[[], Entry] = field(repr=False)
+    source_pass: Pass = field(repr=False)
+
+
+Receiver = Callable[[Arrival], None]
+
+
+def owned_layers(model: nn.Module) -> tuple[Layer, ...]:
+    """The modules of a model that own trainable parameters, with their rules.
+
+    Raises:
+        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule.
+    """
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    layers = []
+    for name, module in model.named_modules():
+        refuse_mixing(name, module)
+        trainable = {k: canonical[id(p)] for k, p in module._parameters.items() if p is not None and p.requires_grad}
+        if trainable:
+            layers.append(Layer(name, module, trainable, rule_for(name, module)))
+    return tuple(layers)
+
+
+class Capture:
+    """Watches a model's forward and backward passes until :meth:`remove`.
+
+    Args:
+        model: the model; its parameters keep ``requires_grad`` and its modules their forward.
+        receive: called once per site and backward pass, in the order backward reaches the sites.
+        options: decides the norm method per site.
+    """
+
+    def __init__(self, model: nn.Module, receive: Receiver, options: EngineOptions) -> None:
+        self.layers = owned_layers(model)
+        self.current: Pass | None = None
+        self.on_pass: Callable[[], None] = lambda: None
+        self._receive = receive
+        self._options = options
+        self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
+        self._meeting = Meeting(self._batch_size, self._source_arrival)
+        self._entered = 0
+        self._swapped: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._watch_outputs = any(x.rule is None or x.rule.kind == "embedding" for x in self.layers)
+        self._handles = [
+            model.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._end_forward, always_call=True),
+        ]
+        for layer in self.layers:
+            self._watch(layer)
+
+    def remove(self) -> None:
+        """Take every hook away; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # -- passes ------------------------------------------------------------------------------
+
+    def _begin_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not _in_backward():
+            self.on_pass()
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+            if not tensors:
+                raise UnsupportedModelError(
+                    "The model was called without a tensor that leads with the examples of a batch, so that their "
+                    "number is unknown. Pass the batch to the model's forward as tensors, batch first."
+                )
+            self.current = Pass(tensors[0].shape[0])
+            self._open.add(self.current)
+        if self._watch_outputs:
+            self._enter()
+
+    def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        while self._entered:
+            self._leave()
+
+    def _enter(self) -> None:
+        self._meeting.__enter__()
+        self._entered += 1
+
+    def _leave(self) -> None:
+        self._entered -= 1
+        self._meeting.__exit__(None, None, None)
+        if not self._entered:
+            self._meeting.forget()
+
+    def _batch_size(self) -> int:
+        return self._pass().batch_size
+
+    def _pass(self) -> Pass:
+        if self.current is None:
+            raise UnsupportedModelError(
+                "A layer ran with gradients before the model itself was called. Call the model that was given to "
+                "the engine, not one of its parts, or use torch.no_grad()."
+            )
+        return self.current
+
+    def _arrive(self, arrival: Arrival) -> None:
+        source = arrival.source_pass
+        others = [p for p in self._open if p is not source and not p.finished]
+        if others or source.finished:
+            raise UnsupportedModelError(
+                "Backward reached a forward pass while another one is still open (or ran twice through the same one): "
+                "an example that takes part in both would be clipped twice and exceed the sensitivity. Run forward "
+                "and backward of one micro-batch before the next forward, and evaluate under torch.no_grad()."
+            )
+        source.arrivals += 1
+        if not source.in_backward:
+            source.in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(source._backward_ended)
+        with torch.no_grad():
+            self._receive(arrival)
+
+    # -- layers ------------------------------------------------------------------------------
+
+    def _watch(self, layer: Layer) -> None:
+        for name in layer.trainable:
+            self._handles.append(_refuse_gradient(layer, name))
+        before, after = (self._before_rule, self._after_rule) if layer.rule else (self._before_bare, self._after_bare)
+        module = layer.module
+        self._handles.append(
+            module.register_forward_pre_hook(lambda m, args, kwargs: before(layer, args, kwargs), with_kwargs=True)
+        )
+        self._handles.append(
+            module.register_forward_hook(
+                lambda m, args, kwargs, output: after(layer, args, kwargs, output), with_kwargs=True, always_call=True
+            )
+        )
+
+    def _swap(self, layer: Layer, replacements: dict[str, Any]) -> None:
+        parameters = layer.module._parameters
+        self._swapped.append((layer.module, {name: parameters[name] for name in replacements}))
+        parameters.update(replacements)
+
+    def _restore(self, layer: Layer) -> bool:
+        if not self._swapped or self._swapped[-1][0] is not layer.module:
+            return False
+        module, originals = self._swapped.pop()
+        module._parameters.update(originals)
+        return True
+
+    def _before_rule(self, layer: Layer, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            self._pass()
+            self._swap(layer, {name: layer.module.get_parameter(name).detach() for name in layer.trainable})
+
+    def _after_rule(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        if not self._restore(layer) or output is None or layer.rule is None:
+            return None
+        source_pass, x = self._pass(), args[0] if args else next(iter(kwargs.values()))
+        if self._meeting.is_tracked(x):
+            raise UnsupportedModelError(
+                f"Layer {layer.name!r} works on the output of another layer that saw no batch. Let one of the two see "
+                "the batch (expand its input over the examples), or freeze one with requires_grad_(False)."
+            )
+        saved = layer.rule.saved(layer.module, x) if layer.trainable.keys() != {"bias"} or layer.rule.kind == "norm" else ()
+        if output.shape[0] != source_pass.batch_size:
+            return self._without_batch(layer, saved, output)
+        tensors = Saved(saved)
+
+        def arrive(g: Tensor) -> None:
+            assert layer.rule is not None
+            rule, taken = layer.rule, tensors.take()
+            make = lambda: rule.entry(layer, taken, g, self._options)  # noqa: E731
+            self._arrive(Arrival(layer.name, layer, rule.kind, make, source_pass))
+
+        return with_gradient(output, arrive)
+
+    def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self._entered:
+            raise UnsupportedModelError(
+                f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the batch "
+                f"of {self._batch_size()} examples, so that their gradients cannot be told apart. Keep the batch first."
+            )
+
+        def entry(instance: Tensor) -> Entry:
+            assert layer.rule is not None
+            size = instance.shape[0]
+            if output.shape[0] == 1:
+                instance = instance.squeeze(1)
+                inputs = tuple(x.expand(size, *x.shape[1:]) for x in saved)
+            else:
+                inputs = tuple(x.expand(size, *x.shape) for x in saved)
+            return layer.rule.entry(layer, inputs, instance, self._options)
+
+        return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry))
+
+    def _before_bare(self, layer: Layer, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._pass()
+        self._enter()
+        self._swap(layer, {name: self._meeting.track(self._bare_source(layer, name)) for name in layer.trainable})
+
+    def _bare_source(self, layer: Layer, name: str) -> Source:
+        canonical = layer.trainable[name]
+        leaf = layer.module.get_parameter(name).detach().requires_grad_()
+        dims = Dimensions(1, leaf.numel(), leaf.numel(), "direct")
+        key = f"{layer.name}.{name}" if layer.name else name
+        return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims))
+
+    def _after_bare(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
+        if self._restore(layer) and self._entered:  # the end of the model's own forward may have left already
+            self._leave()
+
+    def _source_arrival(self) -> Arrive:
+        source_pass = self._pass()
+
+        def arrive(source: Source, instance: Tensor) -> None:
+            layer = self._owner(source.key)
+            kind = layer.rule.kind if layer.rule else "parameter"
+            self._arrive(Arrival(source.key, layer, kind, lambda: source.entry(instance), source_pass))
+
+        return arrive
+
+    def _owner(self, key: str) -> Layer:
+        return next(x for x in self.layers if x.name == key or (not x.rule and key.rpartition(".")[0] == x.name))
+
+
+def _refuse_gradient(layer: Layer, name: str) -> Any:
+    def refuse(parameter: Tensor) -> None:
+        parameter.grad = None
+        raise UnsupportedModelError(
+            f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the forward "
+            f"of its layer {layer.name!r} (a penalty in the loss, functional use of another layer's weight, or a layer "
+            "torch.nn calls without its forward). Call the layer itself, or freeze the parameter."
+        )
+
+    return layer.module.get_parameter(name).register_post_accumulate_grad_hook(refuse)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

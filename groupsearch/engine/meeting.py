@@ -1,0 +1,218 @@
+"""Parameters without a layer rule: their per-example gradients, operation by operation.
+
+Until it meets the batch, a function of parameters alone is the same for all examples. At the
+operation where it does, an elementwise one sees a copy expanded over the examples, whose
+gradient *is* the per-example gradient; any other operation is differentiated example by
+example through ``torch.func``. Both are then taken back to the parameter. Whatever reaches the
+parameter by another way raises: nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from groupsearch.engine.entries import Entry
+from groupsearch.engine.taps import Saved, with_gradient
+from groupsearch.errors import UnsupportedModelError
+
+_ELEMENTWISE = {
+    stem.format(name)
+    for name in ("add", "sub", "mul", "div", "true_divide")
+    for stem in ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
+} | {"subtract", "multiply", "divide", "rsub", "__truediv__", "__rtruediv__", "__itruediv__", "pow", "__pow__"}
+_EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A leaf of a function of parameters: a bare parameter, or the output of a layer that saw no batch.
+
+    Attributes:
+        key: name of the site.
+        entry: turns the per-example gradient (B, *leaf.shape) of the leaf into a book entry.
+    """
+
+    key: str
+    leaf: Tensor
+    entry: Callable[[Tensor], Entry]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A tensor that is a function of sources alone."""
+
+    tensor: Tensor
+    sources: tuple[Source, ...]
+
+
+Arrive = Callable[[Source, Tensor], None]
+
+
+class Meeting(TorchFunctionMode):
+    """Watches functions of bare parameters until they meet the batch.
+
+    Args:
+        batch_size: gives B of the pass that is under way.
+        arrive: called in backward with a source and its per-example gradient (B, *shape).
+    """
+
+    def __init__(self, batch_size: Callable[[], int], arrive: Callable[[], Arrive]) -> None:
+        super().__init__()
+        self._batch_size = batch_size
+        self._arrival = arrive
+        self._tracked: dict[int, Tracked] = {}
+        self._expanded: dict[tuple[int, int], Tensor] = {}
+        self._chaining = False
+
+    def track(self, source: Source) -> Tensor:
+        """Begin to watch a source; its leaf is what the model should use."""
+
+        def stray(g: Tensor) -> None:
+            if not self._chaining:
+                raise UnsupportedModelError(
+                    f"Parameter {source.key!r} reached the loss through an operation that cannot be followed example "
+                    "by example. Use it in elementwise operations, expand, matrix products or a torch.nn layer of its "
+                    "own, or freeze it with requires_grad_(False)."
+                )
+
+        source.leaf.register_hook(stray)
+        self._tracked[id(source.leaf)] = Tracked(source.leaf, (source,))
+        return source.leaf
+
+    def is_tracked(self, tensor: object) -> bool:
+        """Whether a tensor is a function of parameters alone."""
+        return id(tensor) in self._tracked
+
+    def forget(self) -> None:
+        """Stop watching: the forward pass is over."""
+        self._tracked.clear()
+        self._expanded.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._tracked and any(id(t) in self._tracked for t in _tensors(args, kwargs)):
+            return self._follow(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        tensors = list(_tensors(args, kwargs))
+        tracked = [self._tracked[id(t)] for t in tensors if id(t) in self._tracked]
+        rank = max(t.dim() for t in tensors)
+        size = self._batch_size()
+        others = [t for t in tensors if id(t) not in self._tracked and t.dim() and t.shape[0] == size]
+        name = getattr(func, "__name__", "")
+        if name in _ELEMENTWISE and any(t.dim() == rank for t in others):
+            swap = {id(t.tensor): self._expand(t, rank) for t in tracked}
+            args, kwargs = pytree.tree_map(lambda x: swap.get(id(x), x), (tuple(args), dict(kwargs)))
+            return func(*args, **kwargs)
+        if others and name not in _ELEMENTWISE:
+            return self._function_site(func, args, kwargs)
+        out = func(*args, **kwargs)
+        sources = tuple({id(s): s for t in tracked for s in t.sources}.values())
+        if name in _EXPANDING and out.shape[0] == size and _leads_free(tracked[0].tensor, out.dim()):
+            return self._meet(tracked[0], out.detach())
+        for part in pytree.tree_leaves(out):
+            if isinstance(part, Tensor) and part.requires_grad:
+                self._tracked[id(part)] = Tracked(part, sources)
+        return out
+
+    def _expand(self, tracked: Tracked, rank: int) -> Tensor:
+        key = (id(tracked.tensor), rank)
+        if key not in self._expanded:
+            tensor = tracked.tensor.detach()
+            if not _leads_free(tensor, rank):
+                raise UnsupportedModelError(
+                    f"Parameter {tracked.sources[0].key!r} of shape {tuple(tensor.shape)} meets the batch in its first "
+                    "dimension, so that each example has a parameter of its own. Give it a first dimension of 1."
+                )
+            aligned = tensor.reshape(*[1] * (rank - tensor.dim()), *tensor.shape)
+            self._expanded[key] = self._meet(tracked, aligned.expand(self._batch_size(), *aligned.shape[1:]))
+        return self._expanded[key]
+
+    def _meet(self, tracked: Tracked, expanded: Tensor) -> Tensor:
+        shape, arrive = tracked.tensor.shape, self._arrival()
+        return with_gradient(expanded, lambda g: self._arrive(tracked, _sum_to(g, shape), arrive))
+
+    def _function_site(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        size, arrive = self._batch_size(), self._arrival()
+        shared = [i for i, x in enumerate(leaves) if id(x) in self._tracked]
+        tracked = [self._tracked[id(leaves[i])] for i in shared]
+        rows = [
+            i
+            for i, x in enumerate(leaves)
+            if i not in shared and isinstance(x, Tensor) and x.dim() and x.shape[0] == size
+        ]
+        for i in shared:
+            leaves[i] = leaves[i].detach()
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor) or not out.dim() or out.shape[0] != size:
+            raise UnsupportedModelError(
+                f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, whose "
+                f"result does not lead with the batch of {size} examples. Use a torch.nn layer that does, batch first, "
+                "or freeze the parameter with requires_grad_(False)."
+            )
+        saved = Saved(tuple(leaves[i] for i in rows))
+        constants = [None if i in rows else x for i, x in enumerate(leaves)]
+
+        def pull(g: Tensor) -> None:
+            xs = saved.take()
+
+            def example(g_i: Tensor, *xs_i: Tensor) -> Any:
+                def value(*parameters: Tensor) -> Any:
+                    filled = list(constants)
+                    for i, x in (*zip(shared, parameters, strict=True), *zip(rows, [x[None] for x in xs_i], strict=True)):
+                        filled[i] = x
+                    call_args, call_kwargs = pytree.tree_unflatten(filled, spec)
+                    return func(*call_args, **call_kwargs)
+
+                return torch.func.vjp(value, *[t.tensor.detach() for t in tracked])[1](g_i[None])
+
+            instances = torch.func.vmap(example)(g, *[x.detach() for x in xs])
+            for t, instance in zip(tracked, instances, strict=True):
+                self._arrive(t, instance, arrive)
+
+        return with_gradient(out, pull)
+
+    def _arrive(self, tracked: Tracked, instance: Tensor, arrive: Arrive) -> None:
+        for source in tracked.sources:
+            if source.leaf is tracked.tensor:
+                arrive(source, instance)
+                continue
+            self._chaining = True
+            try:
+                (chained,) = torch.autograd.grad(
+                    tracked.tensor, source.leaf, instance, is_grads_batched=True, retain_graph=True
+                )
+            finally:
+                self._chaining = False
+            arrive(source, chained)
+
+
+def _leads_free(tensor: Tensor, rank: int) -> bool:
+    return tensor.dim() < rank or (tensor.dim() == rank and tensor.shape[0] == 1)
+
+
+def _sum_to(g: Tensor, shape: torch.Size) -> Tensor:
+    """Gradient (B, ...) of an expansion, summed to (B, *shape)."""
+    aligned = [1] * (g.dim() - len(shape)) + list(shape)
+    dims = [i for i in range(1, g.dim()) if aligned[i] == 1 and g.shape[i] != 1]
+    return (g.sum(dims) if dims else g).reshape(g.shape[0], *shape)
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from (x for x in arg if isinstance(x, Tensor))

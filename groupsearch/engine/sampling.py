@@ -1,0 +1,131 @@
+"""Poisson sampling of logical batches, and their division into physical ones.
+
+Poisson sampling is what :mod:`groupsearch.engine.accounting` counts: every example enters a
+batch independently with the same probability, so batches vary in size and may be empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler, default_collate
+
+from groupsearch.errors import GroupSearchError
+
+
+class PoissonSampler(Sampler[Tensor]):
+    """Batches of indices in which every example appears independently with probability ``rate``.
+
+    Iterating yields ``steps`` int64 tensors of ascending indices without repeats, possibly empty, on the
+    generator's device. It serves as the ``batch_sampler`` of a ``torch.utils.data.DataLoader``, together
+    with :class:`PoissonCollate`. Iterating again goes on with fresh batches; the same generator seed
+    gives the same batches. torch's generators are not cryptographic.
+
+    Args:
+        size: number of examples.
+        rate: sampling probability, 0 < rate <= 1.
+        steps: batches per iteration.
+        generator: source of all randomness.
+
+    Raises:
+        GroupSearchError: when an argument is outside its range.
+    """
+
+    def __init__(self, size: int, rate: float, steps: int, generator: torch.Generator) -> None:
+        _check_population(size, rate)
+        if steps < 0:
+            raise GroupSearchError(f"Expected steps >= 0, found {steps}.")
+        self.size = size
+        self.rate = rate
+        self.steps = steps
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[Tensor]:
+        device = self.generator.device
+        for _ in range(self.steps):
+            # float32 draws come in steps of 2^-24: too coarse for the rates of large data sets.
+            draws = torch.rand(self.size, dtype=torch.float64, device=device, generator=self.generator)
+            yield (draws < self.rate).nonzero().squeeze(1)
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+class PoissonCollate:
+    """Torch's default collation, with a batch of no rows where Poisson sampling took no example.
+
+    The first dimension of every tensor is 0; the others, the dtype and the structure are those of
+    ``example``, one element of the data set.
+    """
+
+    def __init__(self, example: Any) -> None:
+        self._empty = _no_rows(default_collate([example]))
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        """The batch of these examples."""
+        return default_collate(list(examples)) if len(examples) else self._empty
+
+
+def physical_chunks(indices: Tensor, limit: int | None) -> tuple[Tensor, ...]:
+    """The logical batch in consecutive pieces of at most ``limit`` examples; none where it is empty.
+
+    Raises:
+        GroupSearchError: when the limit is less than one.
+    """
+    if limit is not None and limit < 1:
+        raise GroupSearchError(f"Expected a physical batch limit of at least 1, found {limit}.")
+    if len(indices) == 0:
+        return ()
+    return torch.split(indices, limit or len(indices))
+
+
+def batch_quantile(size: int, rate: float, q: float) -> int:
+    """The least batch size that a Poisson batch stays within with probability ``q``.
+
+    Args:
+        size: number of examples.
+        rate: sampling probability, 0 < rate <= 1.
+        q: probability, 0 < q < 1.
+
+    Raises:
+        GroupSearchError: when an argument is outside its range.
+
+    >>> batch_quantile(50_000, 0.02, 0.999)
+    1098
+    """
+    _check_population(size, rate)
+    if not 0 < q < 1:
+        raise GroupSearchError(f"Expected a probability q between 0 and 1, found {q}.")
+    # Nothing that counts lies beyond 12 standard deviations, or 40 examples where there are few.
+    reach = 12 * math.sqrt(size * rate * (1 - rate)) + 40
+    low, high = max(0, int(size * rate - reach)), min(size, int(size * rate + reach))
+    taken = torch.arange(low, high + 1, dtype=torch.float64, device="cpu")
+    left = size - taken
+    log_weights = torch.xlogy(taken, torch.tensor(rate, dtype=torch.float64, device="cpu"))
+    log_weights += torch.special.xlog1py(left, torch.tensor(-rate, dtype=torch.float64, device="cpu"))
+    log_weights -= torch.lgamma(taken + 1) + torch.lgamma(left + 1)
+    return low + int(torch.searchsorted(log_weights.softmax(0).cumsum(0), q))
+
+
+def _check_population(size: int, rate: float) -> None:
+    if size < 1:
+        raise GroupSearchError(f"Expected at least one example to sample from, found {size}.")
+    if not 0 < rate <= 1:
+        raise GroupSearchError(
+            f"Expected a sampling rate in (0, 1], found {rate}. It is the expected batch size over the number of "
+            f"examples."
+        )
+
+
+def _no_rows(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:0]
+    if isinstance(batch, Mapping):
+        return {key: _no_rows(value) for key, value in batch.items()}
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return [_no_rows(value) for value in batch]
+    return batch

@@ -1,0 +1,66 @@
+"""Two autograd functions that make a forward pass observable and leave its values alone.
+
+Inputs are saved *through autograd*, so that activation checkpointing, saved-tensor hooks and
+offloading apply to them as to any saved tensor, and none is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Save(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("the saving node is never part of a loss")
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        if output._is_view():
+            return output.view_as(output)
+        ctx.mark_dirty(output)  # not a view of itself: in-place operations may follow
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None
+
+
+class Saved:
+    """Tensors saved for backward; :meth:`take` hands them out once and lets them go."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._node: Any = _Save.apply(_anchor(), *tensors).grad_fn if tensors else None  # type: ignore[no-untyped-call]
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The tensors, recomputed or fetched where a saved-tensor hook says so."""
+        tensors = () if self._node is None else self._node.saved_tensors
+        self._node = None
+        return tensors
+
+
+def with_gradient(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
+    """The output, with ``arrive(g)`` called when backward has its whole gradient g.
+
+    An output that autograd would not track (an embedding's, or the first layer's, now that
+    weights ask for no gradient) is made to.
+    """
+    if not output.requires_grad:
+        output = _Anchor.apply(output, _anchor())  # type: ignore[no-untyped-call]
+    output.register_hook(arrive)
+    return output
+
+
+def _anchor() -> Tensor:
+    return torch.empty(0, requires_grad=True)
