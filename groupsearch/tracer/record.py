@@ -1,0 +1,139 @@
+"""trace_model: one step of the engine with every site a group of its own, written down as a Trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from groupsearch.engine.book import Book
+from groupsearch.engine.capture import Arrival, Capture
+from groupsearch.engine.entries import Entry
+from groupsearch.engine.noise import add_noise_
+from groupsearch.trace import Booked, Site, Trace
+from groupsearch.tracer.instants import Hook, cut_instants
+from groupsearch.tracer.sites import Observed, as_sites, check_all_seen, observed
+from groupsearch.tracer.step import Loss, Stage, StepSettings
+
+
+@dataclass
+class StepRecorder:
+    """Receives arrivals, closes every site at once and remembers where in the log it all happened."""
+
+    stage: Stage
+    settings: StepSettings
+    arrivals: list[Observed] = field(default_factory=list)
+    hooks: list[Hook] = field(default_factory=list)
+    cross_terms: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._sizes = {name: p.numel() for name, p in self.stage.model.named_parameters()}
+        self._book = Book(lambda group, norm_B: torch.ones_like(norm_B), observer=self)
+        self._log = self.stage.live.log
+
+    def receive(self, arrival: Arrival) -> None:
+        """One site: book it, close it."""
+        hook = Hook(begin=len(self._log), sums_before=self._sums_bytes())
+        self.hooks.append(hook)
+        site = len(self.hooks) - 1
+        entry = arrival.make_entry()
+        self.arrivals.append(observed(arrival, entry.parameters, entry.dimensions, self._sizes))
+        self._book.enter(site, entry)
+        del entry
+        self._book.close(site, 1.0)
+        self._book.norms.clear()
+        hook.end = len(self._log)
+
+    def entered(self, entry: Entry) -> None:
+        """Note which storages the entry keeps."""
+        numbers = {self.stage.live.number(tensor) for tensor in entry.booked}
+        self.hooks[-1].storages = tuple(sorted(n for n in numbers if n is not None))
+
+    def crossed(self, early: Entry, late: Entry) -> None:
+        """Never called: every site is a group of its own."""
+
+    def closing(self, group: int) -> None:
+        """Note what is alive before sums are formed."""
+        hook = self.hooks[-1]
+        hook.closing = len(self._log)
+        hook.close_live = self.stage.live.live_bytes - hook.sums_before
+
+    def summed(self, entry: Entry) -> None:
+        """Note how high forming the sums went."""
+        hook = self.hooks[-1]
+        hook.close_peak = max((*self._log[hook.closing :], self.stage.live.live_bytes)) - hook.sums_before
+        hook.gradient_bytes = self._sums_bytes() - hook.sums_before
+
+    def finish(self) -> None:
+        """Noise and the optimizer's step, as the engine takes them."""
+        for name, parameter in self.stage.model.named_parameters():
+            if name in self._book.sums:
+                parameter.grad = add_noise_(self._book.sums.pop(name), self.settings.noise_multiplier, None).div_(1.5)
+        self.stage.optimizer.step()
+        self.stage.optimizer.zero_grad(set_to_none=True)
+
+    def _sums_bytes(self) -> int:
+        return sum(total.untyped_storage().nbytes() for total in self._book.sums.values())
+
+
+def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any]) -> Trace:
+    """Trace a stage: a non-private step, then a private one.
+
+    Raises:
+        UnsupportedModelError: when a trainable parameter cannot be covered, by name.
+    """
+    nonprivate_peak_bytes = stage.nonprivate_step()
+    live = stage.live
+    recorder = StepRecorder(stage, settings)
+    start = len(live.log)
+    capture = Capture(stage.model, recorder.receive, settings.options)
+    try:
+        with live:
+            stage.loss(stage.model, stage.batch).mean().backward()
+            backward_end = len(live.log)
+            live.peak_bytes = live.live_bytes
+            recorder.finish()
+    finally:
+        capture.remove()
+    check_all_seen(stage.model, recorder.arrivals)
+    booked = _booked(recorder.hooks)
+    instants, released = cut_instants(live, recorder.hooks, (start, backward_end), booked)
+    length = len(recorder.hooks)
+    return Trace(
+        sites=_measured(as_sites(recorder.arrivals, stage.model), recorder.hooks, stage.static.total),
+        instants=tuple(replace(i, live_bytes=i.live_bytes + stage.static.total) for i in instants),
+        booked=tuple(
+            Booked(live.sizes[number], length - 1 - first, length - 1 - last, released[number])
+            for number, (first, last) in sorted(booked.items())
+        ),
+        cross_terms=(),
+        static=stage.static,
+        step_bytes=live.peak_bytes + stage.static.total,
+        nonprivate_peak_bytes=nonprivate_peak_bytes,
+        batch_size=batch_size,
+        settings={**keys, **settings.to_json()},
+    )
+
+
+def _booked(hooks: Sequence[Hook]) -> dict[int, tuple[int, int]]:
+    """Per booked storage the first and the last hook (in time) that books it."""
+    booked: dict[int, tuple[int, int]] = {}
+    for step, hook in enumerate(hooks):
+        for number in hook.storages:
+            booked[number] = (booked.get(number, (step, step))[0], step)
+    return booked
+
+
+def _measured(sites: Sequence[Site], hooks: Sequence[Hook], static_bytes: int) -> tuple[Site, ...]:
+    return tuple(
+        replace(
+            site,
+            close_bytes=hook.close_peak - hook.close_live,
+            gradient_bytes=hook.gradient_bytes,
+            close_live_bytes=hook.close_live + static_bytes,
+        )
+        for site, hook in zip(sites, reversed(hooks), strict=True)
+    )
