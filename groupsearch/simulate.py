@@ -10,6 +10,7 @@ from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import Loss, Stage, StepSettings, fake_stage
 from groupsearch.workloads.batches import count_examples
 
@@ -27,14 +28,14 @@ def simulate_peak(
     """Peak bytes of one private step, from the engine itself on fake tensors (CPU).
 
     Costs about as much time as a trace and no memory; the model is left as it is. Bytes are
-    those of tensors (weights, optimizer state, batch and everything an operation allocates);
-    scratch inside an operation is counted where it is known.
+    those of tensors (weights, optimizer state, batch and everything an operation allocates), and
+    of scratch inside operations as :mod:`groupsearch.tracer.scratch` probes it.
 
     Raises:
         UnsupportedModelError: as :func:`groupsearch.make_private`.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint)
-    mode, stage = fake_stage(model, batch, loss, settings)
+    mode, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
     with mode:
         return private_peak(stage, settings, grouping, count_examples(batch))
 
@@ -49,12 +50,10 @@ def private_peak(stage: Stage, settings: StepSettings, grouping: Grouping, examp
         expected_batch_size=examples,
         options=settings.options,
     )
-    stage.live.peak_bytes = stage.live.live_bytes
+    start = len(stage.live.log)
     try:
         with stage.live:
-            stage.loss(stage.model, stage.batch).mean().backward()
-            stage.optimizer.step()
-            stage.optimizer.zero_grad(set_to_none=True)
+            stage.step()
     finally:
         engine.detach()
-    return stage.live.peak_bytes + stage.static.total
+    return stage.live.peak_since(start) + stage.static.total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ class PrivateEngine:
         self._reduction = loss_reduction
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._generator = generator
-        self._given: dict[str, Tensor] = {}
+        self._given: dict[str, weakref.ref[Tensor]] = {}  # weak: zero_grad must be able to free them
         self._groups = Groups(plan.grouping.sites, plan.grouping.group_of, plan.grouping.groups)
         self._book = Book(plan_clip(plan))
         self._capture = Capture(model, self._receive, options)
@@ -112,7 +113,8 @@ class PrivateEngine:
         self._end_pass()
         std = self.noise_multiplier * self.plan.sensitivity
         for name, parameter in self._parameters.items():
-            if parameter.grad is not None and parameter.grad is not self._given.get(name):
+            given = self._given.get(name, lambda: None)()
+            if parameter.grad is not None and parameter.grad is not given:
                 raise UnsupportedModelError(
                     f"Parameter {name!r} holds a gradient that the engine did not make. Let only the engine write "
                     "gradients: no second backward, no other hook that fills .grad."
@@ -120,7 +122,8 @@ class PrivateEngine:
             total = self._book.sums.pop(name, None)
             total = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
             add_noise_(total, std, self._generator)
-            parameter.grad = self._given[name] = total.div_(self.expected_batch_size)
+            parameter.grad = total.div_(self.expected_batch_size)
+            self._given[name] = weakref.ref(parameter.grad)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.steps += 1

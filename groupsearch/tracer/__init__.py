@@ -10,8 +10,9 @@ from torch import nn
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Trace
 from groupsearch.tracer.record import record_step
+from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.sites import observe_sites
-from groupsearch.tracer.step import Loss, StepSettings, fake_stage
+from groupsearch.tracer.step import Loss, StepSettings, fake_stage, make_stage, real_copy
 from groupsearch.workloads.batches import count_examples
 
 __all__ = ["StepSettings", "observe_sites", "trace_model"]
@@ -46,8 +47,9 @@ def trace_model(
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint)
     keys = {"device": device or "cpu", "fake": device is None, "torch": torch.__version__}
-    if device is None:
-        mode, stage = fake_stage(model, batch, loss, settings)
-        with mode:
-            return record_step(stage, settings, count_examples(batch), keys)
-    raise NotImplementedError
+    if device is not None:
+        stage = make_stage(*real_copy(model, batch, torch.device(device)), loss, settings)
+        return record_step(stage, settings, count_examples(batch), keys)
+    mode, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
+    with mode:
+        return record_step(stage, settings, count_examples(batch), keys)

@@ -1,4 +1,9 @@
-"""Counts live bytes as operations allocate and free storages, on real or fake tensors."""
+"""Counts live bytes as operations allocate and free storages, on real or fake tensors.
+
+Autograd adds the gradients that meet at one input in place when nobody else holds the first of
+them; on fake tensors it never does. So that fake bytes are those of the real step, an addition by
+autograd whose first operand is released at once counts as the in-place addition it stands for.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,15 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Scratch = Callable[[Any, Any, Any, Any], int]
+Scratch = Callable[[Any, Any, Any], int]
+"""Given an operation, its arguments and keyword arguments: the most bytes it has allocated at any
+time inside, results included; 0 where that is its results alone."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -20,9 +29,8 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live_bytes: bytes alive now.
-        peak_bytes: the most that were ever alive.
-        log: for every allocation and release the bytes alive after it; a release comes as the
-            storage's number, an allocation of in-kernel scratch as -1.
+        log: for every allocation and release the bytes alive after it, and for an operation with
+            scratch of its own the most inside it.
         births, deaths: position in the log by storage number.
         sizes: bytes by storage number.
     """
@@ -30,7 +38,6 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, scratch: Scratch | None = None) -> None:
         super().__init__()
         self.live_bytes = 0
-        self.peak_bytes = 0
         self.log: list[int] = []
         self.births: list[int] = []
         self.deaths: dict[int, int] = {}
@@ -38,6 +45,7 @@ class LiveBytes(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scratch = scratch
+        self._added: int | None = None
 
     def ignore(self, tensors: Iterable[Tensor]) -> int:
         """Do not count these tensors' storages; returns their bytes, each storage once."""
@@ -49,19 +57,26 @@ class LiveBytes(TorchDispatchMode):
                 total += storage.nbytes()
         return total
 
+    def peak_since(self, position: int) -> int:
+        """The most bytes alive from a position in the log on."""
+        return max(self.log[max(0, position - 1) :], default=0)
+
     def number(self, tensor: Tensor) -> int | None:
         """Number of the storage of a tensor; None when it is not counted."""
         return self._numbers.get(id(tensor.untyped_storage()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self._scratch is not None:
-            scratch_bytes = self._scratch(func, args, kwargs, out)
-            if scratch_bytes:
-                self._record(self.live_bytes + scratch_bytes)
+        kwargs = kwargs or {}
+        scratch_bytes = self._scratch(func, args, kwargs) if self._scratch is not None else 0
+        if scratch_bytes:
+            self.log.append(self.live_bytes + scratch_bytes)
+        out = func(*args, **kwargs)
+        self._added = None
         for value in pytree.tree_leaves(out):
             if isinstance(value, Tensor):
                 self._see(value)
+        if func is torch.ops.aten.add.Tensor and _by_autograd(*args[:2]):
+            self._added = self.number(args[0])
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -76,11 +91,7 @@ class LiveBytes(TorchDispatchMode):
         self.sizes.append(size)
         self.births.append(len(self.log))
         self.live_bytes += size
-        self._record(self.live_bytes)
-
-    def _record(self, live_bytes: int) -> None:
-        self.peak_bytes = max(self.peak_bytes, live_bytes)
-        self.log.append(live_bytes)
+        self.log.append(self.live_bytes)
 
     def _forgetter(self, key: int) -> Callable[[Any], None]:
         return lambda reference: self._references.pop(key, None) and None
@@ -89,9 +100,17 @@ class LiveBytes(TorchDispatchMode):
         def release(reference: Any) -> None:
             del self._references[key], self._numbers[key]
             self.live_bytes -= self.sizes[number]
+            if self._added == number and len(self.log) == self.births[-1] + 1:
+                self.log[-1] -= self.sizes[number]
+            self._added = None
             self.deaths[number] = len(self.log)
             self.log.append(self.live_bytes)
 
         return release
 
 
+def _by_autograd(old: Any, new: Any) -> bool:
+    if not isinstance(old, FakeTensor) or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+        return False
+    dense = old.untyped_storage().nbytes() == old.nbytes
+    return isinstance(new, Tensor) and dense and old.shape == new.shape and old.dtype == new.dtype

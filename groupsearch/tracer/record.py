@@ -94,7 +94,6 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
         with live:
             stage.loss(stage.model, stage.batch).mean().backward()
             backward_end = len(live.log)
-            live.peak_bytes = live.live_bytes
             recorder.finish()
     finally:
         capture.remove()
@@ -111,7 +110,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
         ),
         cross_terms=(),
         static=stage.static,
-        step_bytes=live.peak_bytes + stage.static.total,
+        step_bytes=live.peak_since(backward_end) + stage.static.total,
         nonprivate_peak_bytes=nonprivate_peak_bytes,
         batch_size=batch_size,
         settings={**keys, **settings.to_json()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,18 +68,24 @@ class Stage:
     live: LiveBytes
     static: StaticBytes
 
+    def step(self) -> None:
+        """One whole step; private when an engine is attached. Gradients are none afterwards."""
+        self.loss(self.model, self.batch).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def nonprivate_step(self) -> int:
         """One plain step; returns its peak in bytes, static ones included.
 
         Raises:
             UnsupportedModelError: when the loss is not one value per example.
         """
-        self.live.peak_bytes = self.live.live_bytes
+        start = len(self.live.log)
         with self.live:
             check_loss(self.model, self.batch, self.loss).mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return self.live.peak_bytes + self.static.total
+        return self.live.peak_since(start) + self.static.total
 
 
 def fake_stage(
@@ -108,6 +115,19 @@ def make_stage(
         batch=live.ignore(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)),
     )
     return Stage(model, optimizer, batch, loss, live, static)
+
+
+def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bool = True) -> tuple[nn.Module, Any]:
+    """A copy of a model (or the model itself) and of a batch on a device.
+
+    Raises:
+        GroupSearchError: when the device is not there.
+    """
+    try:
+        moved = (copy.deepcopy(model) if copy_model else model).to(device)
+        return moved, pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+    except (RuntimeError, AssertionError) as error:
+        raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error
 
 
 def _state(optimizer: Optimizer) -> list[Mapping[str, Any]]:
