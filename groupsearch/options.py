@@ -16,7 +16,7 @@ class EngineOptions:
     Attributes:
         norm_method: ``ghost`` takes norms from Gram matrices, ``instantiate`` forms
             per-example gradients and keeps them until the group is closed, ``mixed``
-            chooses per site by the rule 2 T^2 <= d p.
+            chooses per site by the rule 2 T^2 <= d p. Embeddings always follow that rule.
     """
 
     norm_method: str = "mixed"

@@ -30,9 +30,6 @@ class Observer(Protocol):
     def entered(self, entry: Entry) -> None:
         """An entry was booked and its norm taken."""
 
-    def crossed(self, early: Entry, late: Entry) -> None:
-        """An inner product of two entries is about to be formed."""
-
     def closing(self, group: int) -> None:
         """A group is about to be closed."""
 
@@ -90,6 +87,7 @@ class Book:
         self._clip = clip
         self._observer = observer
         self._entries: dict[int, list[Entry]] = defaultdict(list)
+        self._users: dict[int, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
         self._sqnorms: dict[int, Tensor] = {}
 
     @property
@@ -100,12 +98,8 @@ class Book:
     def enter(self, group: int, entry: Entry) -> None:
         """Book an entry and add its squared norm to its group's."""
         sqnorm_B = entry.sqnorm()
-        for earlier in self._entries[group]:
-            if self._observer is not None and set(earlier.parameters) & set(entry.parameters):
-                self._observer.crossed(earlier, entry)
-            product_B = inner(earlier, entry)
-            if product_B is not None:
-                sqnorm_B += 2 * product_B
+        for earlier in self._sharing(group, entry):
+            sqnorm_B += 2 * inner(earlier, entry)
         if group in self._sqnorms:
             sqnorm_B = self._sqnorms[group] + sqnorm_B
         self._sqnorms[group] = sqnorm_B
@@ -124,6 +118,7 @@ class Book:
         norm_B = self._sqnorms.pop(group).clamp_(min=0).sqrt_().mul_(scale)
         factor_B = self._clip(group, norm_B).mul_(scale)
         self.norms[group] = norm_B
+        del self._users[group]
         entries = self._entries.pop(group)
         entries.reverse()
         if self._observer is not None:
@@ -139,7 +134,16 @@ class Book:
         """Drop everything: open groups and sums."""
         self.sums.clear()
         self._entries.clear()
+        self._users.clear()
         self._sqnorms.clear()
+
+    def _sharing(self, group: int, entry: Entry) -> list[Entry]:
+        """Entries of the group that use a parameter of this one's; it is listed for the next."""
+        users = [self._users[group][name] for name in entry.parameters]
+        sharing = list({id(earlier): earlier for entries in users for earlier in entries}.values())
+        for entries in users:
+            entries.append(entry)
+        return sharing
 
     def _add(self, sums: Mapping[str, Tensor]) -> None:
         for name, total in sums.items():

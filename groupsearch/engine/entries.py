@@ -153,15 +153,12 @@ class InstanceEntry:
         return {name: grads.instance_clipped_sum(inst, factor_B) for name, inst in self.instances.items()}
 
 
-def inner(one: Entry, other: Entry) -> Tensor | None:
-    """Inner product per example of two sites' gradients over the parameters they share, (B,).
+def inner(one: Entry, other: Entry) -> Tensor:
+    """Inner product per example of two sites' gradients over the parameters they share, at least one, (B,).
 
-    None where they share none. Sites of one parameter in one group need it: the norm of a sum
-    is not the sum of the norms.
+    Sites of one parameter in one group need it: the norm of a sum is not the sum of the norms.
     """
     shared = [name for name in one.parameters if name in other.parameters]
-    if not shared:
-        return None
     if isinstance(one, EmbeddingEntry) and isinstance(other, EmbeddingEntry):
         return norms.embedding_inner(one.ids_BT, one.g_BTd, other.ids_BT, other.g_BTd)
     if isinstance(one, MatrixEntry) and isinstance(other, EmbeddingEntry):

@@ -22,6 +22,7 @@ from groupsearch.engine.entries import (
     Operands,
     matrix_instances,
 )
+from groupsearch.engine.grads import embedding_instance
 from groupsearch.engine.unfold import unfold_input
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
@@ -150,8 +151,14 @@ def _embedding(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: Engi
     g_BTd = g.reshape(g.shape[0], -1, g.shape[-1])
     if module.padding_idx is not None:  # a negative index marks a position without gradient
         ids_BT = ids_BT.masked_fill(ids_BT == module.padding_idx, -1)
-    dims = Dimensions(ids_BT.shape[1], module.num_embeddings, module.embedding_dim, "ghost")
-    return EmbeddingEntry(layer.trainable["weight"], module.num_embeddings, ids_BT, g_BTd, dims)
+    # the ghost norm unless that costs more space than the instances, whatever method is asked for elsewhere:
+    # instances of a vocabulary never pay, and Gram matrices of a relative position table never do
+    rows, name = module.num_embeddings, layer.trainable["weight"]
+    ghost = EngineOptions().use_ghost(ids_BT.shape[1], rows, module.embedding_dim)
+    dims = Dimensions(ids_BT.shape[1], rows, module.embedding_dim, "ghost" if ghost else "instantiate")
+    if ghost:
+        return EmbeddingEntry(name, rows, ids_BT, g_BTd, dims)
+    return InstanceEntry({name: embedding_instance(ids_BT, g_BTd, rows)}, dims)
 
 
 def _normalised(kind_of_sum: Callable[[nn.Module, Tensor], Tensor], normalise: Callable[..., Tensor]) -> Rule:

@@ -39,4 +39,5 @@ def add_noise_(tensor: Tensor, std: float, generator: torch.Generator | None) ->
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         # empty(shape) and not empty_like: a draw must not depend on the tensor's strides.
         noise = torch.empty(tensor.shape, dtype=dtype, device=tensor.device).normal_(0.0, std, generator=generator)
-        return tensor.add_(noise)
+        # The half-precision sum is formed in the draw, so that it is rounded once and no third copy is made.
+        return tensor.add_(noise) if noise.dtype == tensor.dtype else tensor.copy_(noise.add_(tensor))

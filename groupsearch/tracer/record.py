@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from groupsearch.engine.capture import Arrival, Capture
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.noise import add_noise_
 from groupsearch.trace import Booked, Site, Trace
+from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.instants import Hook, cut_instants
 from groupsearch.tracer.sites import Observed, as_sites, check_all_seen, observed
 from groupsearch.tracer.step import Loss, Stage, StepSettings
@@ -27,7 +28,7 @@ class StepRecorder:
     settings: StepSettings
     arrivals: list[Observed] = field(default_factory=list)
     hooks: list[Hook] = field(default_factory=list)
-    cross_terms: list[tuple[int, int, int]] = field(default_factory=list)
+    blueprints: list[Callable[[], Entry]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._sizes = {name: p.numel() for name, p in self.stage.model.named_parameters()}
@@ -41,6 +42,7 @@ class StepRecorder:
         site = len(self.hooks) - 1
         entry = arrival.make_entry()
         self.arrivals.append(observed(arrival, entry.parameters, entry.dimensions, self._sizes))
+        self.blueprints.append(blueprint(entry))
         self._book.enter(site, entry)
         del entry
         self._book.close(site, 1.0)
@@ -51,9 +53,6 @@ class StepRecorder:
         """Note which storages the entry keeps."""
         numbers = {self.stage.live.number(tensor) for tensor in entry.booked}
         self.hooks[-1].storages = tuple(sorted(n for n in numbers if n is not None))
-
-    def crossed(self, early: Entry, late: Entry) -> None:
-        """Never called: every site is a group of its own."""
 
     def closing(self, group: int) -> None:
         """Note what is alive before sums are formed."""
@@ -108,7 +107,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
             Booked(live.sizes[number], length - 1 - first, length - 1 - last, released[number])
             for number, (first, last) in sorted(booked.items())
         ),
-        cross_terms=(),
+        cross_terms=cross_terms(recorder.arrivals, recorder.blueprints),
         static=stage.static,
         step_bytes=live.peak_since(backward_end) + stage.static.total,
         nonprivate_peak_bytes=nonprivate_peak_bytes,
