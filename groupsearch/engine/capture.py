@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
-from groupsearch.engine.layers import Layer, refuse_mixing, rule_for
+from groupsearch.engine.layers import Layer, may_mix, refuse_mixing, rule_for
 from groupsearch.engine.meeting import Arrive, Meeting, Source
 from groupsearch.engine.taps import Saved, with_gradient
 from groupsearch.errors import UnsupportedModelError
@@ -62,13 +62,15 @@ class Arrival:
 
 
 Receiver = Callable[[Arrival], None]
+_WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def owned_layers(model: nn.Module) -> tuple[Layer, ...]:
     """The modules of a model that own trainable parameters, with their rules.
 
     Raises:
-        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule.
+        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, and
+            when nothing is trainable.
     """
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers = []
@@ -77,6 +79,10 @@ def owned_layers(model: nn.Module) -> tuple[Layer, ...]:
         trainable = {k: canonical[id(p)] for k, p in module._parameters.items() if p is not None and p.requires_grad}
         if trainable:
             layers.append(Layer(name, module, trainable, rule_for(name, module)))
+    if not layers:
+        raise UnsupportedModelError(
+            f"Found no trainable parameter in {type(model).__name__}. Set requires_grad on what is to be trained."
+        )
     return tuple(layers)
 
 
@@ -90,6 +96,10 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, receive: Receiver, options: EngineOptions) -> None:
+        if model in _WATCHED:
+            raise UnsupportedModelError(
+                "The model has an engine already: two would clip and add noise twice. Call .detach() on the first."
+            )
         self.layers = owned_layers(model)
         self.current: Pass | None = None
         self.on_pass: Callable[[], None] = lambda: None
@@ -98,20 +108,25 @@ class Capture:
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._meeting = Meeting(self._batch_size, self._source_arrival)
         self._entered = 0
+        self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, dict[str, Any]]] = []
         self._watch_outputs = any(x.rule is None or x.rule.kind == "embedding" for x in self.layers)
         self._handles = [
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._end_forward, always_call=True),
         ]
+        _WATCHED.add(model)
+        self._model = weakref.ref(model)
         for layer in self.layers:
             self._watch(layer)
+        # after the layers' own hooks: the model may be a layer itself
+        self._handles.append(model.register_forward_hook(self._end_forward, always_call=True))
 
     def remove(self) -> None:
         """Take every hook away; the model is as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        _WATCHED.discard(self._model())
 
     # -- passes ------------------------------------------------------------------------------
 
@@ -120,6 +135,8 @@ class Capture:
             return
         if not _in_backward():
             self.on_pass()
+            for name, module in self._mixing:
+                refuse_mixing(name, module)
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
             if not tensors:
                 raise UnsupportedModelError(
@@ -129,6 +146,7 @@ class Capture:
             self.current = Pass(tensors[0].shape[0])
             self._open.add(self.current)
         if self._watch_outputs:
+            self._meeting.mark(pytree.tree_leaves((args, kwargs)))
             self._enter()
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -215,8 +233,9 @@ class Capture:
                 "the batch (expand its input over the examples), or freeze one with requires_grad_(False)."
             )
         saved = layer.rule.saved(layer.module, x) if layer.trainable.keys() != {"bias"} or layer.rule.kind == "norm" else ()
-        if output.shape[0] != source_pass.batch_size:
-            return self._without_batch(layer, saved, output)
+        constant = self._entered and not _in_backward() and not self._meeting.from_batch(x)
+        if output.shape[0] != source_pass.batch_size or constant:
+            return self._without_batch(layer, saved, output, constant)
         tensors = Saved(saved)
 
         def arrive(g: Tensor) -> None:
@@ -227,8 +246,8 @@ class Capture:
 
         return with_gradient(output, arrive)
 
-    def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not self._entered:
+    def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor, constant: bool) -> Tensor:
+        if not constant:
             raise UnsupportedModelError(
                 f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the batch "
                 f"of {self._batch_size()} examples, so that their gradients cannot be told apart. Keep the batch first."
@@ -261,7 +280,7 @@ class Capture:
         return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims))
 
     def _after_bare(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
-        if self._restore(layer) and self._entered:  # the end of the model's own forward may have left already
+        if self._restore(layer):
             self._leave()
 
     def _source_arrival(self) -> Arrive:

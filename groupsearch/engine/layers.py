@@ -72,6 +72,11 @@ def rule_for(name: str, module: nn.Module) -> Rule | None:
     return None
 
 
+def may_mix(module: nn.Module) -> bool:
+    """Whether a module mixes the examples of a batch in some mode."""
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
 def refuse_mixing(name: str, module: nn.Module) -> None:
     """Raise for a layer that mixes the examples of a batch.
 
@@ -81,7 +86,7 @@ def refuse_mixing(name: str, module: nn.Module) -> None:
     """
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     tracking = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
-    if (batch_norm or tracking) and (module.training or not module.track_running_stats):
+    if batch_norm and (module.training or not module.track_running_stats) or (tracking and module.training):
         raise UnsupportedModelError(
             f"Module {name!r} is a {type(module).__name__}, which mixes the examples of a batch, so that no "
             "per-example gradient exists and clipping protects nobody. Replace it by nn.GroupNorm or nn.LayerNorm, "
@@ -95,9 +100,9 @@ def _saved_input(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 def _no_weight(layer: Layer, g: Tensor, features_last: bool) -> Entry:
     # bias-only tuning: the weight is frozen, only the bias (B, p) is left
-    positions = g.flatten(1, -2).sum(1) if features_last else g.flatten(2).sum(2)
-    dims = Dimensions(g[0].numel() // positions.shape[1], 0, positions.shape[1], "direct")
-    return InstanceEntry({layer.trainable["bias"]: positions}, dims)
+    bias_Bp = g.reshape(g.shape[0], -1, g.shape[-1]).sum(1) if features_last else g.flatten(2).sum(2)
+    dims = Dimensions(g[0].numel() // bias_Bp.shape[1], 0, bias_Bp.shape[1], "direct")
+    return InstanceEntry({layer.trainable["bias"]: bias_Bp}, dims)
 
 
 def _matrix(layer: Layer, a: Tensor, g: Tensor, operands: Operands, options: EngineOptions) -> Entry:

@@ -5,10 +5,15 @@ operation where it does, an elementwise one sees a copy expanded over the exampl
 gradient *is* the per-example gradient; any other operation is differentiated example by
 example through ``torch.func``. Both are then taken back to the parameter. Whatever reaches the
 parameter by another way raises: nothing is left out in silence.
+
+Whether a tensor's first dimension is the batch is not read from its size alone, for another
+dimension may have that size. Every layer's output asks for gradients, so what asks for them comes
+from the batch; what comes from it without gradients (ids, masks) is marked as it is made.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +33,9 @@ _ELEMENTWISE = {
     for stem in ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
 } | {"subtract", "multiply", "divide", "rsub", "__truediv__", "__rtruediv__", "__itruediv__", "pow", "__pow__"}
 _EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
+_FILLING = {f"{stem}{name}" for stem in ("", "new_") for name in ("zeros", "ones", "full", "empty")}
+_CASTING = {"to", "type_as"}
+_MARK = "_groupsearch_rows_of"
 
 
 @dataclass(frozen=True)
@@ -95,30 +103,50 @@ class Meeting(TorchFunctionMode):
         self._tracked.clear()
         self._expanded.clear()
 
+    def mark(self, value: Any) -> None:
+        """Note that tensors come from the batch although they ask for no gradients."""
+        size = self._batch_size()
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, Tensor) and not part.requires_grad and part.dim() and part.shape[0] == size:
+                setattr(part, _MARK, size)
+
+    def from_batch(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes from the batch (and is no function of parameters alone)."""
+        return (tensor.requires_grad or hasattr(tensor, _MARK)) and id(tensor) not in self._tracked
+
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._tracked and any(id(t) in self._tracked for t in _tensors(args, kwargs)):
-            return self._follow(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = list(_tensors(args, kwargs))
+        if self._tracked and any(id(t) in self._tracked for t in tensors):
+            return self._follow(func, args, kwargs, tensors)
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        # a tensor cast like another one, or expanded to its size, takes no values from it
+        deciding = tensors[:1] if name in _CASTING else tensors
+        if name in _FILLING or name in _EXPANDING or any(self.from_batch(t) for t in deciding):
+            self.mark(out)
+        return out
+
+    def _is_row(self, value: Any) -> bool:
+        rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self._batch_size()
+        return rows and self.from_batch(value)
+
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> Any:
         tracked = [self._tracked[id(t)] for t in tensors if id(t) in self._tracked]
         rank = max(t.dim() for t in tensors)
-        size = self._batch_size()
-        others = [t for t in tensors if id(t) not in self._tracked and t.dim() and t.shape[0] == size]
+        rows = [t for t in tensors if self._is_row(t)]
         name = getattr(func, "__name__", "")
-        if name in _ELEMENTWISE and any(t.dim() == rank for t in others):
+        if name in _ELEMENTWISE and any(t.dim() == rank for t in rows):
             swap = {id(t.tensor): self._expand(t, rank) for t in tracked}
             args, kwargs = pytree.tree_map(lambda x: swap.get(id(x), x), (tuple(args), dict(kwargs)))
             return func(*args, **kwargs)
-        if others and name not in _ELEMENTWISE:
+        if any(self.from_batch(t) for t in tensors):
             return self._function_site(func, args, kwargs)
         out = func(*args, **kwargs)
         sources = tuple({id(s): s for t in tracked for s in t.sources}.values())
-        if name in _EXPANDING and out.shape[0] == size and _leads_free(tracked[0].tensor, out.dim()):
+        if name in _EXPANDING and out.shape[0] == self._batch_size() and _leads_free(tracked[0].tensor, out.dim()):
             return self._meet(tracked[0], out.detach())
         for part in pytree.tree_leaves(out):
             if isinstance(part, Tensor) and part.requires_grad:
@@ -147,11 +175,7 @@ class Meeting(TorchFunctionMode):
         size, arrive = self._batch_size(), self._arrival()
         shared = [i for i, x in enumerate(leaves) if id(x) in self._tracked]
         tracked = [self._tracked[id(leaves[i])] for i in shared]
-        rows = [
-            i
-            for i, x in enumerate(leaves)
-            if i not in shared and isinstance(x, Tensor) and x.dim() and x.shape[0] == size
-        ]
+        rows = [i for i, x in enumerate(leaves) if self._is_row(x)]
         for i in shared:
             leaves[i] = leaves[i].detach()
         args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -178,7 +202,9 @@ class Meeting(TorchFunctionMode):
 
                 return torch.func.vjp(value, *[t.tensor.detach() for t in tracked])[1](g_i[None])
 
-            instances = torch.func.vmap(example)(g, *[x.detach() for x in xs])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                instances = torch.func.vmap(example)(g, *[x.detach() for x in xs])
             for t, instance in zip(tracked, instances, strict=True):
                 self._arrive(t, instance, arrive)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,7 @@ class PrivateEngine:
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.steps = 0
+        self._model = model
         self._reduction = loss_reduction
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._generator = generator
@@ -110,6 +112,7 @@ class PrivateEngine:
                 "optimizer.step was given a closure, which would run backward after the gradient was made private. "
                 "Call backward before step, and step without a closure."
             )
+        check_covered(self._model, self.plan, optimizer)  # nothing may have been unfrozen or added since
         self._end_pass()
         std = self.noise_multiplier * self.plan.sensitivity
         for name, parameter in self._parameters.items():
@@ -169,17 +172,14 @@ def make_private(
     """
     if loss_reduction not in REDUCTIONS:
         raise GroupSearchError(f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}.")
-    if noise_multiplier < 0 or not expected_batch_size > 0:
+    if not (0 <= noise_multiplier < math.inf and 0 < expected_batch_size < math.inf):
         raise GroupSearchError(
-            f"Expected noise_multiplier >= 0 and expected_batch_size > 0, found {noise_multiplier} and "
+            f"Expected finite noise_multiplier >= 0 and expected_batch_size > 0, found {noise_multiplier} and "
             f"{expected_batch_size}."
         )
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check_covered(trainable, plan)
-    _check_optimizer(trainable, optimizer)
+    check_covered(model, plan, optimizer)
     if generator is None:
-        device = next(iter(trainable.values())).device
-        generator = torch.Generator(device)
+        generator = torch.Generator(next(p.device for p in model.parameters() if p.requires_grad))
         generator.seed()
     return PrivateEngine(
         model,
@@ -193,7 +193,18 @@ def make_private(
     )
 
 
-def _check_covered(trainable: Mapping[str, Tensor], plan: ClipPlan) -> None:
+def check_covered(model: nn.Module, plan: ClipPlan, optimizer: Optimizer) -> None:
+    """Check that what the model trains, what the plan covers and what the optimizer holds are the same parameters.
+
+    Raises:
+        UnsupportedModelError: naming those that are not in all three.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_plan(trainable, plan)
+    _check_optimizer(trainable, optimizer)
+
+
+def _check_plan(trainable: Mapping[str, Tensor], plan: ClipPlan) -> None:
     covered = {name for site in plan.grouping.sites for name in site.parameters}
     missing, unknown = sorted(trainable.keys() - covered), sorted(covered - trainable.keys())
     if missing:

@@ -27,9 +27,7 @@ class _Save(torch.autograd.Function):
 class _Anchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        if output._is_view():
-            return output.view_as(output)
-        ctx.mark_dirty(output)  # not a view of itself: in-place operations may follow
+        ctx.mark_dirty(output)  # not returned as a view of itself: in-place operations may follow
         return output
 
     @staticmethod
@@ -57,7 +55,7 @@ def with_gradient(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
     weights ask for no gradient) is made to.
     """
     if not output.requires_grad:
-        output = _Anchor.apply(output, _anchor())  # type: ignore[no-untyped-call]
+        output = _Anchor.apply(output.data, _anchor())  # type: ignore[no-untyped-call]
     output.register_hook(arrive)
     return output
 

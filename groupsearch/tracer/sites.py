@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from groupsearch.engine.capture import Arrival, Capture
+from groupsearch.engine.capture import Arrival, Capture, owned_layers
 from groupsearch.engine.entries import Dimensions
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Site
+from groupsearch.workloads.batches import count_examples, first_examples
 from groupsearch.workloads.blocks import find_blocks
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -61,27 +66,88 @@ def as_sites(arrivals: Sequence[Observed], model: nn.Module) -> tuple[Site, ...]
 def observe_sites(
     model: nn.Module, batch: Any, loss: Loss, *, options: EngineOptions | None = None
 ) -> tuple[Site, ...]:
-    """The sites of a model, from one forward and backward pass on the tensors it is given.
+    """The sites of a model, from forward and backward passes over a few examples of a batch.
 
-    Works on real and on fake tensors; gradients and parameters are left as they are.
+    The model runs in evaluation mode, once with three and once with two examples: its sites must be
+    the same and, on real tensors, so must every example's gradient norm at every site. Fake tensors
+    show only the former. Gradients, parameters and modes are left as they are.
 
     Raises:
-        UnsupportedModelError: when a trainable parameter cannot be covered, by name.
+        UnsupportedModelError: when a trainable parameter cannot be covered, by name, or when an
+            example's gradient depends on the other examples of its batch.
     """
+    owned_layers(model)  # refuses in the mode the model is trained in
+    with _evaluating(model):
+        arrivals, norms_LB = observe_pass(model, first_examples(batch, 3), loss, options)
+        fewer, fewer_norms_LB = observe_pass(model, first_examples(batch, 2), loss, options)
+    check_all_seen(model, arrivals)
+    check_same_sites(arrivals, fewer)
+    if not isinstance(norms_LB, FakeTensor):
+        _check_separate(arrivals, norms_LB[:, :2], fewer_norms_LB)
+    return as_sites(arrivals, model)
+
+
+def observe_pass(
+    model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None
+) -> tuple[list[Observed], Tensor]:
+    """What arrives in one backward pass, in that order, and every example's gradient norm, (L, B)."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     arrivals: list[Observed] = []
+    sqnorms: list[Tensor] = []
 
     def receive(arrival: Arrival) -> None:
         entry = arrival.make_entry()
         arrivals.append(observed(arrival, entry.parameters, entry.dimensions, sizes))
+        sqnorms.append(entry.sqnorm().float())
 
     capture = Capture(model, receive, options or EngineOptions())
     try:
         loss(model, batch).sum().backward()
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"A step on {count_examples(batch)} examples failed: {error}. Poisson sampling draws batches of any size; "
+            "make the model and the loss run on all of them."
+        ) from error
     finally:
         capture.remove()
-    check_all_seen(model, arrivals)
-    return as_sites(arrivals, model)
+    return arrivals, torch.stack(sqnorms).clamp(min=0).sqrt()
+
+
+def check_same_sites(arrivals: Sequence[Observed], others: Sequence[Observed]) -> None:
+    """Raise when batches of two sizes give different sites.
+
+    Raises:
+        UnsupportedModelError: naming the first layer that differs.
+    """
+    for one, other in zip_longest(arrivals, others):
+        if one != other:
+            raise UnsupportedModelError(
+                f"Layer {(one or other).key!r} is used differently when the batch has another size: what it takes for "
+                "the batch is not, or the model's path depends on the number of examples. Keep the examples in the "
+                "first dimension of everything a layer sees."
+            )
+
+
+def _check_separate(arrivals: Sequence[Observed], norms_LB: Tensor, fewer_LB: Tensor) -> None:
+    scale_B = torch.linalg.vector_norm(fewer_LB, dim=0)
+    differs_L = ((norms_LB - fewer_LB).abs() > 1e-2 * fewer_LB + 1e-3 * scale_B).any(1)
+    if differs_L.any():
+        raise UnsupportedModelError(
+            f"At layer {arrivals[int(differs_L.nonzero()[0])].key!r} the gradient of an example depends on the other "
+            "examples of its batch, or the examples are in another order there: clipping it protects nobody. Remove "
+            "what mixes or reorders examples (batch statistics, a mean over the batch, flips of the first dimension)."
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def observed(arrival: Arrival, parameters: tuple[str, ...], dims: Dimensions, sizes: dict[str, int]) -> Observed:

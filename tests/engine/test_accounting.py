@@ -1,0 +1,242 @@
+"""Epsilon against three independent computations.
+
+Closed forms, bounds by convolution of rounded privacy losses, and integrated Renyi divergences.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.signal import fftconvolve
+from scipy.stats import norm
+
+from groupsearch.engine.accounting import Accountant, default_delta, epsilon, noise_multiplier_for
+from groupsearch.errors import GroupSearchError
+
+noises = st.floats(0.4, 8.0)
+rates = st.floats(0.001, 1.0)
+step_counts = st.integers(1, 200)
+few = settings(max_examples=6, deadline=None, derandomize=True)
+
+
+def gaussian_delta(eps: float, noise: float) -> float:
+    """Delta of one Gaussian release of sensitivity 1 (Balle and Wang, arXiv 1805.06530, theorem 8)."""
+    low, high = norm.cdf(0.5 / noise - eps * noise), norm.cdf(-0.5 / noise - eps * noise)
+    return float(low - math.exp(eps) * high)
+
+
+def subsampled_delta(eps: float, noise: float, rate: float) -> float:
+    """Delta of one release of a Poisson sample, removal of an example (Balle et al., arXiv 1807.01647)."""
+    return rate * gaussian_delta(math.log1p((math.exp(eps) - 1) / rate), noise)
+
+
+def convolved_bounds(noise: float, rate: float, steps: int, delta: float, width: float) -> tuple[float, float]:
+    """Epsilon of removing one example with all losses rounded down, and with all rounded up, to a grid."""
+    x = np.linspace(-12 * noise, 1 + 12 * noise, 400_001)
+    middle = (x[1:] + x[:-1]) / 2
+    mass = (1 - rate) * np.diff(norm.cdf(x, 0, noise)) + rate * np.diff(norm.cdf(x, 1, noise))
+    loss = np.log1p(rate * np.expm1((2 * middle - 1) / (2 * noise**2)))
+    found = []
+    for index in (np.floor(loss / width).astype(int), np.ceil(loss / width).astype(int)):
+        step = np.bincount(index - index.min(), weights=mass)
+        total, power, left = np.ones(1), step, steps
+        while left:
+            if left % 2:
+                total = fftconvolve(total, power)
+            power, left = fftconvolve(power, power), left // 2
+        losses = (np.arange(len(total)) + steps * index.min()) * width
+        low, high = 0.0, 100.0
+        while high - low > 1e-6:
+            eps = (low + high) / 2
+            beyond = losses > eps
+            excess = float((total[beyond] * -np.expm1(eps - losses[beyond])).sum())
+            low, high = (eps, high) if excess > delta else (low, eps)
+        found.append(high)
+    return found[0], found[1]
+
+
+def integrated_rdp_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """Epsilon through integrals of (p/q)^order q, converted as in arXiv 2004.00010, proposition 12."""
+    found = []
+    for order in (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0):
+
+        def integrand(x: float, order: float = order) -> float:
+            ratio = 1 - rate + rate * math.exp((2 * x - 1) / (2 * noise**2))
+            return math.exp(order * math.log(ratio) + norm.logpdf(x, 0, noise))
+
+        moment, _ = quad(integrand, -15 * noise, order + 15 * noise, epsabs=0, epsrel=1e-10, limit=500)
+        rdp = steps * math.log(moment) / (order - 1)
+        found.append(rdp + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
+    return min(found)
+
+
+@pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (2.0, 10), (5.0, 100), (0.3, 3)])
+def test_pld_of_full_batches_is_the_gaussian_closed_form(noise, steps):
+    eps = epsilon(noise, 1.0, steps, 1e-5)
+    assert gaussian_delta(eps, noise / math.sqrt(steps)) <= 1e-5
+    assert gaussian_delta(0.999 * eps, noise / math.sqrt(steps)) > 1e-5
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.2), (0.5, 0.01), (2.0, 0.5), (3.0, 0.001)])
+def test_pld_of_one_sampled_step_is_the_closed_form(noise, rate):
+    eps = epsilon(noise, rate, 1, 1e-6)
+    assert subsampled_delta(eps, noise, rate) <= 1e-6
+    assert subsampled_delta(0.998 * eps, noise, rate) > 1e-6
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(1.0, 0.2, 75), (1.5, 0.05, 40)])
+def test_pld_lies_between_convolutions_rounded_down_and_up(noise, rate, steps):
+    low, high = convolved_bounds(noise, rate, steps, 1e-5, width=4e-4)
+    assert high / low < 1.03
+    assert low <= epsilon(noise, rate, steps, 1e-5) <= high
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(1.0, 0.2, 75), (1.1, 0.01, 10_000), (4.0, 0.01, 10_000)])
+def test_rdp_is_the_integrated_divergence(noise, rate, steps):
+    # A few orders of ours against dp-accounting's many: ours may be larger, by little.
+    assert epsilon(noise, rate, steps, 1e-5, "rdp") == pytest.approx(
+        integrated_rdp_epsilon(noise, rate, steps, 1e-5), rel=0.01
+    )
+
+
+def test_the_published_moments_accountant_bound_is_an_upper_bound():
+    # arXiv 1607.00133, section 3.2: q = 0.01, sigma = 4, T = 10000, delta = 1e-5 gives epsilon about 1.26.
+    assert epsilon(4.0, 0.01, 10_000, 1e-5) < epsilon(4.0, 0.01, 10_000, 1e-5, "rdp") < 1.26
+
+
+@few
+@given(noises, rates, step_counts)
+@example(1e3, 0.2, 10)
+def test_rdp_is_never_below_pld(noise, rate, steps):
+    assert epsilon(noise, rate, steps, 1e-5, "rdp") >= 0.999 * epsilon(noise, rate, steps, 1e-5)
+
+
+@few
+@given(noises, rates, step_counts)
+@example(3.0, 0.001, 1)
+def test_epsilon_falls_with_noise_and_delta_and_rises_with_rate_and_steps(noise, rate, steps):
+    here = epsilon(noise, rate, steps, 1e-5)
+    slack = 1 + 1e-3
+    assert epsilon(1.5 * noise, rate, steps, 1e-5) <= here * slack
+    assert epsilon(noise, rate, steps, 1e-4) <= here * slack
+    assert epsilon(noise, rate / 2, steps, 1e-5) <= here * slack
+    assert epsilon(noise, rate, 2 * steps, 1e-5) >= here / slack
+
+
+@few
+@given(st.floats(0.1, 30.0), rates, step_counts)
+def test_calibrated_noise_spends_the_budget_and_never_more(target, rate, steps):
+    noise = noise_multiplier_for(target, 1e-5, rate, steps)
+    assert 0.99 * target <= epsilon(noise, rate, steps, 1e-5) <= target
+
+
+@pytest.mark.parametrize(("target", "delta", "rate", "steps"), [(1000.0, 1e-5, 0.2, 75), (0.01, 1e-6, 0.2, 75)])
+def test_calibration_at_the_extremes(target, delta, rate, steps):
+    noise = noise_multiplier_for(target, delta, rate, steps)
+    assert 0.99 * target <= epsilon(noise, rate, steps, delta) <= target
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_edge_cases(accountant):
+    assert epsilon(0.0, 0.2, 5, 1e-5, accountant) == math.inf
+    assert epsilon(1.0, 0.2, 0, 1e-5, accountant) == 0
+    assert epsilon(0.0, 0.2, 0, 1e-5, accountant) == 0
+    assert 0 < epsilon(1.0, 1.0, 1, 1e-5, accountant) < 10
+    assert epsilon(1e6, 1e-6, 1, 1e-5, accountant) >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1.0, 0.2, 5, 1e-5), "noise_multiplier >= 0, found -1"),
+        ((math.nan, 0.2, 5, 1e-5), "noise_multiplier"),
+        ((math.inf, 0.2, 5, 1e-5), "noise_multiplier"),
+        ((1.0, 0.0, 5, 1e-5), "sampling_rate"),
+        ((1.0, 1.1, 5, 1e-5), "sampling_rate"),
+        ((1.0, 0.2, -1, 1e-5), "steps"),
+        ((1.0, 0.2, 1.5, 1e-5), "steps"),
+        ((1.0, 0.2, 5, 0.0), "delta"),
+        ((1.0, 0.2, 5, 1.0), "delta"),
+        ((1.0, 0.2, 0, 2.0), "delta"),
+        ((1.0, 0.2, 5, 1e-5, "prv"), "pld, rdp"),
+    ],
+)
+def test_epsilon_refuses_what_is_out_of_range(arguments, message):
+    with pytest.raises(GroupSearchError, match=message):
+        epsilon(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.0, 1e-5, 0.2, 5), "epsilon > 0"),
+        ((math.inf, 1e-5, 0.2, 5), "noise multiplier of 0"),
+        ((1.0, 1e-5, 0.2, 0), "at least one step"),
+        ((1.0, 1e-5, 2.0, 5), "sampling_rate"),
+        ((1.0, 0.0, 0.2, 5), "delta"),
+        ((1e9, 1e-5, 0.2, 5), "reaches"),
+        ((1.0, 1e-17, 0.2, 5), "reaches"),
+    ],
+)
+def test_calibration_refuses_what_no_noise_reaches(arguments, message):
+    with pytest.raises(GroupSearchError, match=message):
+        noise_multiplier_for(*arguments)
+
+
+def test_default_delta_falls_faster_than_one_over_the_size():
+    assert default_delta(1000) == pytest.approx(1000**-1.1)
+    assert [n * default_delta(n) for n in (10, 1000, 10**6)] == sorted(
+        (n * default_delta(n) for n in (10, 1000, 10**6)), reverse=True
+    )
+    assert 0 < default_delta(1) < 1
+    with pytest.raises(GroupSearchError, match="at least one"):
+        default_delta(0)
+
+
+def test_an_accountant_counts_equal_steps_as_one_mechanism():
+    accountant = Accountant(1.0, 0.2)
+    assert accountant.epsilon(1e-5) == 0
+    for _ in range(5):
+        accountant.step()
+    accountant.step(70)
+    assert accountant.steps == 75
+    assert accountant.epsilon(1e-5) == epsilon(1.0, 0.2, 75, 1e-5)
+    assert accountant.epsilon(1e-5, "rdp") == epsilon(1.0, 0.2, 75, 1e-5, "rdp")
+
+
+def test_an_accountant_resumes_and_composes_with_another_mechanism():
+    first = Accountant(1.0, 0.2)
+    first.step(40)
+    same, other = Accountant(1.0, 0.2), Accountant(2.0, 0.1)
+    for resumed in (same, other):
+        resumed.load_state_dict(first.state_dict())
+        resumed.step(35)
+    assert same.epsilon(1e-5) == epsilon(1.0, 0.2, 75, 1e-5)
+    assert epsilon(1.0, 0.2, 40, 1e-5) < other.epsilon(1e-5) < same.epsilon(1e-5)
+    assert other.steps == 75
+
+
+@pytest.mark.parametrize("state", [{}, {"phases": [[1.0, 0.2]]}, {"phases": 3}, {"phases": [[1.0, 7.0, 1]]}])
+def test_an_accountant_refuses_a_foreign_state_and_keeps_its_own(state):
+    accountant = Accountant(1.0, 0.2)
+    accountant.step(3)
+    with pytest.raises(GroupSearchError):
+        accountant.load_state_dict(state)
+    assert accountant.steps == 3
+
+
+def test_the_log_stays_silent_and_its_level_is_restored(capfd, caplog):
+    logger = logging.getLogger("absl")
+    level = logger.level
+    # These settings make dp-accounting leave out Renyi orders, and say so.
+    epsilon(0.987, 0.2, 75, 1e-5, "rdp")
+    epsilon(0.987, 0.2, 75, 1e-5)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    assert logger.level == level
