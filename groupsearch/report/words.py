@@ -1,0 +1,189 @@
+"""What a page says before any figure: the recommendation, the key numbers, and what it all means."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from groupsearch.report.comparisons import comparisons, summary_of
+from groupsearch.report.subject import NEAR_FLOOR, Metric, Subject, groups_word, is_share, metric_of
+from groupsearch.units import (
+    format_bytes,
+    format_count,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_signed_percent,
+)
+
+EXPLAINER = (
+    "Training with differential privacy limits how far any single example can move the model, by clipping each "
+    "example's gradient. Layers that are clipped together form a group. One group for the whole model (all-layer) "
+    "usually learns best but keeps the most in memory; one group per layer (layer-wise) keeps the least but often "
+    "learns worse. In between, the layers can be cut into a few groups."
+)
+PURPOSE = {
+    "search": "This page shows which cuts are worth having for this model, and what each costs.",
+    "profile": "This page shows how much memory each way to cut this model needs.",
+    "verify": "This page compares the memory that was predicted with the memory that was used.",
+    "train": "This page shows a training run with one such cut.",
+}
+
+
+class KeyFigure(NamedTuple):
+    """One of the few numbers at the top: what it is, the number, and what it is read against."""
+
+    label: str
+    value: str
+    note: str
+
+
+def headline(subject: Subject) -> str:
+    """The page's finding in one sentence."""
+    recorded = subject.document.get("summary")
+    if subject.kind == "profile" and isinstance(recorded, str) and recorded.strip():
+        return recorded.strip()
+    makers = {"search": _search_line, "profile": _profile_line, "verify": _verify_line, "train": _train_line}
+    return makers[subject.kind](subject)
+
+
+def key_figures(subject: Subject) -> tuple[KeyFigure, ...]:
+    """Three or four numbers; those the document does not know are left out."""
+    makers = {"verify": _verify_figures}
+    return tuple(figure for figure in makers.get(subject.kind, _grouping_figures)(subject) if figure is not None)
+
+
+def _search_line(subject: Subject) -> str:
+    chosen, metric = subject.chosen, subject.metric(subject.chosen)
+    peak = None if chosen is None else _peak_bytes(subject, chosen)
+    if chosen is None or metric is None or peak is None:
+        return "The search has no recommendation: no candidate has been trained to the end yet."
+    reached = f"{metric.text} {metric.name} at a peak of {format_bytes(peak)}"
+    whole, reference = _peak_bytes(subject, ()), subject.metric(())
+    if chosen == ():
+        return f"Keep one group for the whole model: {reached}; no grouping that was tried is a better bargain."
+    against = "" if whole is None else f", {_saving(peak, whole)} than all-layer clipping"
+    trade = "" if reference is None else f", {_difference(metric, reference)}"
+    return f"Cut the model into {groups_word(len(chosen) + 1)}: {reached}{against}{trade}."
+
+
+def _profile_line(subject: Subject) -> str:
+    chosen, whole = subject.chosen, _peak_bytes(subject, ())
+    peak = None if chosen is None else _peak_bytes(subject, chosen)
+    if chosen is None or peak is None or whole is None:
+        return "This profile holds estimates of memory, without the least peak that any grouping can reach."
+    near = format_percent(NEAR_FLOOR - 1, 0)
+    if chosen == ():
+        return (
+            f"Grouping saves nothing worth having here: all-layer clipping needs {format_bytes(whole)}, "
+            f"within {near} of the least that any grouping can reach."
+        )
+    return (
+        f"{groups_word(len(chosen) + 1).capitalize()} are enough: they need {format_bytes(peak)}, within {near} of the "
+        f"least that any grouping can reach and {_saving(peak, whole)} than all-layer clipping."
+    )
+
+
+def _verify_line(subject: Subject) -> str:
+    rows = comparisons(subject)
+    return summary_of(rows) if rows else "This document holds no measurements to compare."
+
+
+def _train_line(subject: Subject) -> str:
+    document, metric = subject.document, _trained_metric(subject)
+    groups = groups_word(len(subject.chosen) + 1) if subject.chosen is not None else "this grouping"
+    reached = f" reached {metric.text} {metric.name}" if metric else " finished"
+    return f"Training with {groups}{reached}{_spent(document)}."
+
+
+def _grouping_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
+    chosen = subject.chosen
+    if chosen is None:
+        return ()
+    metric = _trained_metric(subject) if subject.kind == "train" else subject.metric(chosen)
+    peak, whole, plain = _peak_bytes(subject, chosen), _peak_bytes(subject, ()), subject.nonprivate_peak_bytes
+    total = f"of {format_count(subject.trace.length)} layer uses (sites)" if subject.trace else ""
+    return (
+        _metric_figure(subject, metric),
+        KeyFigure(
+            "peak memory",
+            format_bytes(peak),
+            f"{format_ratio(peak / plain)} of training without privacy" if plain else "of one step",
+        )
+        if peak
+        else None,
+        KeyFigure(
+            "memory vs all-layer", format_signed_percent(peak / whole - 1, 1), f"all-layer: {format_bytes(whole)}"
+        )
+        if peak and whole
+        else None,
+        KeyFigure("clipping groups", format_count(len(chosen) + 1), total),
+    )
+
+
+def _metric_figure(subject: Subject, metric: Metric | None) -> KeyFigure | None:
+    if metric is None:
+        return None
+    reference = subject.metric(())
+    row = subject.candidate(subject.chosen) or {}
+    seeds = (row.get("metric") or {}).get("seeds")
+    note = f"all-layer: {reference.text}" if reference else ""
+    if seeds:
+        note += (", " if note else "") + ("1 seed" if seeds == 1 else f"{format_count(seeds)} seeds")
+    return KeyFigure(metric.name, metric.text, note)
+
+
+def _verify_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
+    rows = comparisons(subject)
+    if not rows:
+        return ()
+    worst = max(rows, key=lambda row: abs(row.relative_error))
+    judged = [row.within for row in rows if row.within is not None]
+    under = sum(row.relative_error < 0 for row in rows)
+    return (
+        KeyFigure("within tolerance", f"{sum(judged)} of {len(judged)}", "groupings measured again")
+        if judged
+        else None,
+        KeyFigure("largest error", format_signed_percent(worst.relative_error), worst.grouping),
+        KeyFigure("under-estimates", f"{under} of {len(rows)}", "used more than was predicted"),
+    )
+
+
+def _trained_metric(subject: Subject) -> Metric | None:
+    found = metric_of(subject.document)
+    if found is None and isinstance(subject.document.get("final_metric"), (int, float)):
+        name = str(subject.document.get("metric_name", "metric"))
+        return Metric(name, float(subject.document["final_metric"]), None)
+    return found
+
+
+def _peak_bytes(subject: Subject, boundaries: tuple[int, ...]) -> int | None:
+    row = subject.candidate(boundaries)
+    if row is not None:
+        return int(row["peak_bytes"])
+    peak = subject.peak(boundaries)
+    return None if peak is None else peak.peak_bytes
+
+
+def _saving(peak_bytes: int, reference_bytes: int) -> str:
+    change = peak_bytes / reference_bytes - 1
+    if abs(change) < 0.0005:
+        return "no less memory"
+    return f"{format_percent(abs(change))} {'more' if change > 0 else 'less'} memory"
+
+
+def _difference(metric: Metric, reference: Metric) -> str:
+    gap = metric.mean - reference.mean
+    size = f"{format_number(100 * abs(gap), 2)} points" if is_share(metric.name) else format_number(abs(gap))
+    words = f"{size} {'below' if gap < 0 else 'above'} all-layer"
+    if metric.half_width is None or reference.half_width is None:
+        return f"{words} (too few seeds to say whether that is noise)"
+    within = abs(gap) <= math.hypot(metric.half_width, reference.half_width)
+    return f"{words}, which is within the noise of the runs" if within else words
+
+
+def _spent(document: Any) -> str:
+    epsilon, delta = document.get("epsilon"), document.get("delta")
+    if epsilon is None:
+        return ""
+    return f" at epsilon {format_number(epsilon)}" + ("" if delta is None else f", delta {format_number(delta)}")
