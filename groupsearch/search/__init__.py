@@ -1,0 +1,30 @@
+"""Which groupings are worth having: Optuna searches accuracy against peak memory.
+
+Peaks are estimated from one trace and cost nothing; accuracy is what the caller's ``evaluate``
+gives. Nothing here trains: the search is handed a function and asks it for one value per
+grouping and seed, never twice for the same.
+"""
+
+from __future__ import annotations
+
+from groupsearch.search.candidates import Candidate
+from groupsearch.search.evaluations import Evaluate, Evaluation, Outcome
+from groupsearch.search.front import hypervolume
+from groupsearch.search.recommendation import Recommendation
+from groupsearch.search.result import Cost, SearchResult
+from groupsearch.search.run import run_search
+from groupsearch.search.settings import Event, SearchSettings
+
+__all__ = [
+    "Candidate",
+    "Cost",
+    "Evaluate",
+    "Evaluation",
+    "Event",
+    "Outcome",
+    "Recommendation",
+    "SearchResult",
+    "SearchSettings",
+    "hypervolume",
+    "run_search",
+]

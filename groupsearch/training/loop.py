@@ -1,0 +1,252 @@
+"""Differentially private training of a workload with a grouping, over many steps.
+
+All randomness comes from one seed, in separate streams for initial weights, sampling, noise and
+dropout: two groupings trained with the same seed start from the same weights and see the same
+batches, so their difference is the grouping's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from groupsearch.clipping import ClipPlan
+from groupsearch.engine import make_private
+from groupsearch.engine.accounting import epsilon
+from groupsearch.engine.optimizers import make_optimizer
+from groupsearch.engine.sampling import PoissonSampler, physical_chunks
+from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
+from groupsearch.training.settings import TrainSettings
+from groupsearch.workloads.workload import Batch, Data, Workload
+
+_STREAMS = ("weights", "sampling", "noise", "dropout")
+
+
+class DivergedError(GroupSearchError):
+    """A loss that is no longer finite. ``step`` is the step at which it was seen."""
+
+    exit_code = 1
+
+    def __init__(self, step: int, what: str, learning_rate: float) -> None:
+        super().__init__(
+            f"Expected a finite loss, found {what} at step {step}. The training has diverged at learning rate "
+            f"{learning_rate:g}: lower the learning rate, or raise the expected batch size."
+        )
+        self.step = step
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over the validation data after ``step`` steps; metric is None where the workload has none."""
+
+    step: int
+    loss: float
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run gave and what it cost.
+
+    Attributes:
+        metric: mean over the validation data after the last step, or None without a metric.
+        metric_name: what it is called.
+        curve: one point per evaluation, the last one after the last step.
+        step_seconds: median over the steps, evaluation left out.
+        epsilon: spent by all steps at ``delta``; infinite without noise.
+        delta: the other half of the budget.
+        noise_multiplier: 0 without privacy.
+        steps: optimizer steps taken.
+        examples: examples in all batches together.
+    """
+
+    metric: float | None
+    metric_name: str
+    curve: tuple[CurvePoint, ...]
+    step_seconds: float
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    steps: int
+    examples: int
+
+
+OnStep = Callable[[int, CurvePoint | None], None]
+
+
+def train(
+    workload: Workload, grouping: Grouping | None, settings: TrainSettings, on_step: OnStep | None = None
+) -> TrainResult:
+    """Trains a freshly built model of the workload, with differential privacy unless ``grouping`` is None.
+
+    Batches are Poisson samples of the training data, processed in pieces of at most
+    ``physical_batch`` examples. On a CPU the same arguments give the same numbers, bit for bit.
+
+    Args:
+        workload: must have data.
+        grouping: which sites share a clipping factor; None trains the same way without clipping
+            and without noise, for reference.
+        settings: see :class:`TrainSettings`.
+        on_step: called after every step with its number, from 1, and with the point of the curve
+            where the step was evaluated. What it raises ends the training.
+
+    Raises:
+        DivergedError: when a loss is not finite.
+        GroupSearchError: when the workload has no data, or when both or neither of epsilon and the
+            noise multiplier are given for private training.
+    """
+    if workload.data is None:
+        raise GroupSearchError(
+            f"Expected a workload with data to train on, found none in {workload.name!r}. Give its Workload a "
+            f"`data=Data(train=..., validation=...)`."
+        )
+    size = workload.data.train_size
+    delta = settings.delta_for(size)
+    noise_multiplier = 0.0 if grouping is None else settings.noise_multiplier_for(size)
+    spent = math.inf
+    if noise_multiplier > 0:
+        spent = epsilon(noise_multiplier, settings.sampling_rate, settings.steps, delta)
+    run = _Run(workload, workload.data, settings, grouping, noise_multiplier)
+    points, seconds, examples = [], [], 0
+    with run.attached():
+        for step, indices in enumerate(run.batches(), start=1):
+            seconds.append(run.step(step, indices))
+            examples += len(indices)
+            point = run.evaluate(step) if run.is_due(step) else None
+            if point is not None:
+                points.append(point)
+            if on_step is not None:
+                on_step(step, point)
+    return TrainResult(
+        metric=points[-1].metric,
+        metric_name=workload.metric_name,
+        curve=tuple(points),
+        step_seconds=statistics.median(seconds),
+        epsilon=spent,
+        delta=delta,
+        noise_multiplier=noise_multiplier,
+        steps=settings.steps,
+        examples=examples,
+    )
+
+
+class _Run:
+    """A model in training: its optimizer, its batches, its judge."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        data: Data,
+        settings: TrainSettings,
+        grouping: Grouping | None,
+        noise_multiplier: float,
+    ) -> None:
+        self.workload = workload
+        self.data = data
+        self.settings = settings
+        self.grouping = grouping
+        self.noise_multiplier = noise_multiplier
+        self.seeds = _seeds(settings.seed)
+        self.device = torch.device(settings.device)
+        self.model = workload.build(self.seeds["weights"]).to(self.device)
+        self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
+        self.expected_batch_size = settings.sampling_rate * data.train_size
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The engine on the model, if there is a grouping, and dropout drawing from its own stream."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seeds["dropout"])
+            if self.grouping is None:
+                yield
+                return
+            settings = self.settings
+            engine = make_private(
+                self.model,
+                self.optimizer,
+                ClipPlan(self.grouping, settings.max_grad_norm, settings.rule, settings.allocation),
+                noise_multiplier=self.noise_multiplier,
+                expected_batch_size=self.expected_batch_size,
+                loss_reduction="sum",
+                options=settings.options,
+                generator=torch.Generator(self.device).manual_seed(self.seeds["noise"]),
+            )
+            try:
+                yield
+            finally:
+                engine.detach()
+
+    def batches(self) -> PoissonSampler:
+        # Drawn on the CPU whatever the device, so that every device sees the same batches.
+        generator = torch.Generator("cpu").manual_seed(self.seeds["sampling"])
+        return PoissonSampler(self.data.train_size, self.settings.sampling_rate, self.settings.steps, generator)
+
+    def step(self, step: int, indices: Tensor) -> float:
+        """One optimizer step on one logical batch; its seconds."""
+        begin = time.perf_counter()
+        total = torch.zeros((), device=self.device)
+        for chunk in physical_chunks(indices, self.settings.physical_batch):
+            loss = self.workload.loss(self.model, self._select(self.data.train, chunk)).sum()
+            # The engine divides by the expected batch size itself.
+            torch.autograd.backward(loss if self.grouping is not None else loss / self.expected_batch_size)
+            total += loss.detach()
+        self._check_finite(step, "training", total.item())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begin
+
+    def is_due(self, step: int) -> bool:
+        every = self.settings.evaluate_every
+        return step == self.settings.steps or (every > 0 and step % every == 0)
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> CurvePoint:
+        """Mean loss and metric over the validation data, in evaluation mode."""
+        count = self.data.validation_size
+        limit = self.settings.physical_batch or self.workload.batch_size
+        loss = metric = 0.0
+        with _evaluation_mode(self.model):
+            for chunk in physical_chunks(torch.arange(count, device="cpu"), limit):
+                batch = self._select(self.data.validation, chunk)
+                loss += self.workload.loss(self.model, batch).double().sum().item()
+                if self.workload.metric is not None:
+                    metric += self.workload.metric(self.model, batch).double().sum().item()
+        self._check_finite(step, "validation", loss)
+        return CurvePoint(step, loss / count, None if self.workload.metric is None else metric / count)
+
+    def _select(self, examples: Batch, indices: Tensor) -> dict[str, Tensor]:
+        return {name: tensor[indices].to(self.device) for name, tensor in examples.items()}
+
+    def _check_finite(self, step: int, part: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(step, f"a {part} loss of {loss}", self.settings.learning_rate)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode it was in (frozen BatchNorm stays frozen)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _seeds(seed: int) -> dict[str, int]:
+    """An independent seed per stream; 32 bits each, which is what every generator takes."""
+    states = np.random.SeedSequence(seed).generate_state(len(_STREAMS))
+    return {name: int(state) for name, state in zip(_STREAMS, states, strict=True)}

@@ -1,0 +1,92 @@
+"""TrainSettings: everything that a training run depends on besides its workload and grouping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from groupsearch.engine.accounting import default_delta, noise_multiplier_for
+from groupsearch.errors import GroupSearchError
+from groupsearch.options import EngineOptions
+from groupsearch.workloads.workload import Workload
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps; one logical batch each.
+        learning_rate: constant over the steps.
+        optimizer: one of :data:`groupsearch.engine.optimizers.OPTIMIZERS`.
+        sampling_rate: probability with which Poisson sampling takes each training example.
+        epsilon: budget that the noise multiplier is calibrated for, when that is not given.
+        delta: None for n^-1.1, see :func:`groupsearch.engine.accounting.default_delta`.
+        noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
+        rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the two below.
+        max_grad_norm: R.
+        allocation: how R is allotted to the groups.
+        physical_batch: most examples in one forward and backward pass; None for no limit.
+        evaluate_every: steps between two points of the curve; 0 for the last step alone.
+        seed: source of all randomness, not negative.
+        device: where to train.
+        options: cost-only choices of the engine.
+    """
+
+    steps: int
+    learning_rate: float
+    optimizer: str = "adam"
+    sampling_rate: float = 0.2
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    rule: str = "auto-s"
+    max_grad_norm: float = 1.0
+    allocation: str | Sequence[float] = "uniform"
+    physical_batch: int | None = None
+    evaluate_every: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise GroupSearchError(f"Expected {name} >= {least}, found {getattr(self, name)}.")
+
+    @classmethod
+    def of(cls, workload: Workload, **changes: Any) -> TrainSettings:
+        """The workload's own settings with some changed; a noise multiplier takes the place of epsilon.
+
+        Raises:
+            GroupSearchError: when the workload has none, or a value is outside its range.
+        """
+        if workload.training is None:
+            raise GroupSearchError(
+                f"Expected a workload with training settings, found none in {workload.name!r}. Give its Workload a "
+                f"`training=TrainingDefaults(...)` and data to train on."
+            )
+        settings = vars(workload.training) | changes
+        if changes.get("noise_multiplier") is not None and "epsilon" not in changes:
+            settings["epsilon"] = None
+        return cls(**settings)
+
+    def delta_for(self, train_size: int) -> float:
+        """The delta given, or the default one of this many training examples."""
+        return default_delta(train_size) if self.delta is None else self.delta
+
+    def noise_multiplier_for(self, train_size: int) -> float:
+        """The noise multiplier given, or the one that epsilon asks for.
+
+        Raises:
+            GroupSearchError: when both or neither of the two are given, or no noise reaches epsilon.
+        """
+        if self.noise_multiplier is not None and self.epsilon is None:
+            return self.noise_multiplier
+        if self.epsilon is not None and self.noise_multiplier is None:
+            return noise_multiplier_for(self.epsilon, self.delta_for(train_size), self.sampling_rate, self.steps)
+        raise GroupSearchError(
+            f"Expected either epsilon or noise_multiplier for private training, found epsilon {self.epsilon} and "
+            f"noise_multiplier {self.noise_multiplier}. Give one of them."
+        )

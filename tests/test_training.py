@@ -1,0 +1,406 @@
+"""Training on a small real task: two Gaussian clouds told apart by a two-layer perceptron."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groupsearch.clipping import ClipPlan
+from groupsearch.engine.accounting import default_delta, epsilon, noise_multiplier_for
+from groupsearch.engine.optimizers import OPTIMIZERS, make_optimizer, warm_state
+from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
+from groupsearch.trace import Site
+from groupsearch.training import CurvePoint, DivergedError, TrainSettings, train
+from groupsearch.workloads.workload import Data, TrainingDefaults, Workload, seeded
+
+TRAIN, VALIDATION = 120, 40
+Settings = TrainSettings
+
+
+def clouds(count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(2, (count,), generator=generator)
+    x = torch.randn(count, 4, generator=generator) + 3 * label.unsqueeze(1)
+    return {"x": x, "label": label}
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["label"], reduction="none")
+
+
+def right(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch["x"]).argmax(1) == batch["label"]).float()
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def workload(make: Callable[[], nn.Module] = perceptron, **changes: Any) -> Workload:
+    data = Data(clouds(TRAIN, 0), clouds(VALIDATION, 1))
+    made = Workload(
+        name="clouds",
+        build=seeded(make),
+        make_batch=lambda size: {name: tensor[:size] for name, tensor in data.train.items()},
+        loss=loss,
+        metric=right,
+        data=data,
+        batch_size=16,
+        training=TrainingDefaults(steps=20, learning_rate=0.05),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def remembering(made: Workload) -> tuple[Workload, list[nn.Module]]:
+    """The workload with a list that receives every model it builds."""
+    models: list[nn.Module] = []
+
+    def build(seed: int = 0) -> nn.Module:
+        models.append(made.build(seed))
+        return models[-1]
+
+    return dataclasses.replace(made, build=build), models
+
+
+def site(layer: str, inputs: int, outputs: int) -> Site:
+    parameters = (f"{layer}.weight", f"{layer}.bias")
+    return Site(layer, layer, layer, "linear", "ghost", 1, inputs, outputs, parameters, outputs * (inputs + 1))
+
+
+SITES = (site("0", 4, 8), site("3", 8, 2))
+GROUPINGS = {"none": None, "all-layer": Grouping((), SITES), "layer-wise": Grouping((1,), SITES)}
+PRIVATE = ("all-layer", "layer-wise")
+
+
+def weights(grouping: str, settings: TrainSettings, made: Workload | None = None) -> list[Tensor]:
+    remembered, models = remembering(made or workload())
+    train(remembered, GROUPINGS[grouping], settings)
+    return [p.detach().clone() for p in models[0].parameters()]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def close(left: list[Tensor], right: list[Tensor], tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_it_learns(grouping):
+    result = train(workload(), GROUPINGS[grouping], Settings(30, 0.05, noise_multiplier=1.0))
+    assert result.metric > 0.9
+    assert result.metric_name == "accuracy"
+    assert result.steps == 30
+    assert 0 < result.step_seconds < 5
+    # 30 Poisson batches of 24 expected examples: 5 standard deviations are 120.
+    assert abs(result.examples - 720) < 120
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_the_seed_decides_every_bit(grouping):
+    first, same, other = (weights(grouping, Settings(6, 0.05, noise_multiplier=1.0, seed=s)) for s in (3, 3, 4))
+    assert equal(first, same)
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("stream", "grouping", "rate", "same_start", "dropout"),
+    [
+        ("weights", "none", 1.0, False, 0.0),
+        ("sampling", "none", 0.2, True, 0.0),
+        ("noise", "all-layer", 1.0, True, 0.0),
+        ("dropout", "none", 1.0, True, 0.5),
+        (None, "none", 1.0, True, 0.0),
+    ],
+)
+def test_each_stream_alone_follows_the_seed(stream, grouping, rate, same_start, dropout):
+    made = workload(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 2)))
+    if same_start:
+        made = dataclasses.replace(made, build=lambda seed, build=made.build: build(0))
+    settings = [Settings(3, 0.05, sampling_rate=rate, noise_multiplier=1.0, seed=seed) for seed in (3, 4)]
+    first, other = (weights(grouping, each, made) for each in settings)
+    assert equal(first, other) == (stream is None)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_the_global_generator_neither_matters_nor_moves(grouping):
+    settings = Settings(4, 0.05, noise_multiplier=1.0)
+    torch.manual_seed(1)
+    first = weights(grouping, settings)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert equal(first, weights(grouping, settings))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_candidates_of_one_seed_share_weights_and_batches():
+    batches: dict[str, list[Tensor]] = {}
+    starts: dict[str, list[Tensor]] = {}
+    for name, grouping in GROUPINGS.items():
+        seen = batches.setdefault(name, [])
+
+        def watched(model: nn.Module, batch: Any, seen: list[Tensor] = seen, name: str = name) -> Tensor:
+            starts.setdefault(name, [p.detach().clone() for p in model.parameters()])
+            if model.training:
+                seen.append(batch["x"])
+            return loss(model, batch)
+
+        train(workload(loss=watched), grouping, Settings(5, 0.05, noise_multiplier=1.0))
+    assert len(batches["none"]) == 5
+    for name in PRIVATE:
+        assert equal(batches[name], batches["none"])
+        assert equal(starts[name], starts["none"])
+
+
+def test_without_privacy_it_is_plain_training_on_poisson_batches():
+    """The same training, written out."""
+    made = workload(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+    remembered, models = remembering(made)
+    starts: list[dict[str, Tensor]] = []
+    batches: list[Tensor] = []
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        if not starts:
+            starts.append({k: v.clone() for k, v in model.state_dict().items()})
+        if model.training:
+            batches.append(batch["x"])
+        return loss(model, batch)
+
+    train(dataclasses.replace(remembered, loss=watched), None, Settings(5, 0.1, optimizer="sgd", sampling_rate=0.1))
+    model = made.build()
+    model.load_state_dict(starts[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = {tuple(x.tolist()): label for x, label in zip(*clouds(TRAIN, 0).values(), strict=True)}
+    for x in batches:
+        label = torch.stack([rows[tuple(row.tolist())] for row in x])
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), label, reduction="sum") / (0.1 * TRAIN)).backward()
+        optimizer.step()
+    assert close(list(model.parameters()), list(models[0].parameters()))
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("limit", [1, 7])
+def test_a_physical_limit_changes_nothing_but_rounding(grouping, limit):
+    made = workload(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Identity(), nn.Linear(8, 2)))
+    sizes: list[int] = []
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        sizes.append(len(batch["x"]))
+        return loss(model, batch)
+
+    settings = Settings(4, 0.05, optimizer="sgd", noise_multiplier=1.0)
+    whole = weights(grouping, settings, made)
+    limited = dataclasses.replace(settings, physical_batch=limit)
+    assert close(whole, weights(grouping, limited, dataclasses.replace(made, loss=watched)))
+    assert max(sizes) == limit
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_empty_batches_are_steps_too(grouping):
+    settings = Settings(12, 0.05, sampling_rate=0.005, noise_multiplier=1.0)
+    result = train(workload(), GROUPINGS[grouping], settings)
+    assert result.examples < 12  # at most 11 examples in 12 batches: one is empty
+    assert result.steps == 12
+    if grouping != "none":
+        assert result.epsilon == epsilon(1.0, 0.005, 12, default_delta(TRAIN))
+
+
+@pytest.mark.parametrize("grouping", PRIVATE)
+def test_one_step_is_clipped_sum_and_noise_over_the_expected_batch(grouping):
+    """Without noise a step of SGD moves at most lr * sensitivity * batch / expected; noise adds its own."""
+    plan = ClipPlan(GROUPINGS[grouping], 0.5, "abadi")
+    quiet = Settings(1, 1.0, optimizer="sgd", noise_multiplier=0.0, rule="abadi", max_grad_norm=0.5)
+    start = workload().build  # the weights stream's seed is not ours to know: take the start from the loss
+    first: list[Tensor] = []
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        if not first:
+            first.extend(p.detach().clone() for p in model.parameters())
+        return loss(model, batch)
+
+    def moved(settings: TrainSettings) -> Tensor:
+        first.clear()
+        after = weights(grouping, settings, workload(build=start, loss=watched))
+        return torch.cat([(a - b).flatten() for a, b in zip(after, first, strict=True)])
+
+    clipped = moved(quiet)
+    taken = train(workload(), GROUPINGS[grouping], quiet).examples
+    expected = 0.2 * TRAIN
+    assert 0 < clipped.norm() <= plan.sensitivity * taken / expected * (1 + 1e-5)
+    noise = moved(dataclasses.replace(quiet, noise_multiplier=3.0)) - clipped
+    deviation = 3.0 * plan.sensitivity / expected
+    # chi distribution with 58 degrees of freedom: 4 standard deviations are 37 %
+    assert noise.norm() == pytest.approx(deviation * math.sqrt(len(noise)), rel=0.37)
+
+
+def test_epsilon_is_spent_as_asked():
+    settings = Settings(10, 0.05, epsilon=4.0, delta=1e-5)
+    result = train(workload(), GROUPINGS["layer-wise"], settings)
+    assert result.noise_multiplier == noise_multiplier_for(4.0, 1e-5, 0.2, 10)
+    assert 3.96 <= result.epsilon <= 4.0
+    assert result.delta == 1e-5
+
+
+def test_without_noise_or_without_grouping_epsilon_is_infinite():
+    settings = Settings(2, 0.05, noise_multiplier=0.0)
+    assert train(workload(), GROUPINGS["all-layer"], settings).epsilon == math.inf
+    result = train(workload(), None, Settings(2, 0.05, epsilon=1.0))
+    assert (result.epsilon, result.noise_multiplier) == (math.inf, 0.0)
+    assert result.delta == default_delta(TRAIN)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_the_curve_is_what_the_model_does_in_evaluation_mode(grouping):
+    remembered, models = remembering(workload())
+    heard: list[tuple[int, CurvePoint | None]] = []
+    settings = Settings(7, 0.05, noise_multiplier=1.0, evaluate_every=3)
+    result = train(remembered, GROUPINGS[grouping], settings, lambda step, point: heard.append((step, point)))
+    assert [point.step for point in result.curve] == [3, 6, 7]
+    assert [step for step, _ in heard] == list(range(1, 8))
+    assert tuple(point for _, point in heard if point) == result.curve
+    assert models[0].training
+    model = models[0].eval()
+    validation = clouds(VALIDATION, 1)
+    assert result.curve[-1].loss == pytest.approx(loss(model, validation).mean().item(), rel=1e-5)
+    assert result.metric == result.curve[-1].metric == pytest.approx(right(model, validation).mean().item())
+
+
+def test_evaluating_does_not_change_the_training():
+    settings = Settings(6, 0.05, noise_multiplier=1.0)
+    assert equal(
+        weights("layer-wise", settings), weights("layer-wise", dataclasses.replace(settings, evaluate_every=1))
+    )
+
+
+def test_modules_keep_the_mode_they_were_built_in():
+    def frozen() -> nn.Module:
+        model = perceptron()
+        model[2].eval()
+        return model
+
+    seen: list[bool] = []
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(model[2].training)
+        return loss(model, batch)
+
+    train(workload(frozen, loss=watched), None, Settings(3, 0.05, evaluate_every=1))
+    assert not any(seen)
+
+
+def test_a_workload_without_metric_is_judged_by_its_loss_alone():
+    result = train(workload(metric=None), None, Settings(2, 0.05))
+    assert result.metric is None
+    assert math.isfinite(result.curve[-1].loss)
+
+
+@pytest.mark.parametrize("grouping", ["none", "all-layer"])
+def test_divergence_is_an_error_that_names_the_step(grouping):
+    calls: list[int] = []
+
+    def breaking(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return loss(model, batch) * (math.nan if len(calls) == 3 else 1.0)
+
+    with pytest.raises(DivergedError, match=r"training loss of nan at step 3.*lower the learning rate") as caught:
+        train(workload(loss=breaking), GROUPINGS[grouping], Settings(5, 0.05, noise_multiplier=1.0))
+    assert (caught.value.step, caught.value.exit_code) == (3, 1)
+
+
+def test_divergence_in_the_last_step_is_seen_by_the_evaluation():
+    settings = Settings(1, 1e38, optimizer="sgd", noise_multiplier=1e4)
+    with pytest.raises(DivergedError, match="validation loss"):
+        train(workload(), GROUPINGS["all-layer"], settings)
+
+
+@pytest.mark.parametrize("grouping", ["none", "layer-wise"])
+def test_what_the_callback_raises_ends_the_training_and_frees_the_model(grouping):
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, point: CurvePoint | None) -> None:
+        if step == 2:
+            raise Stop
+
+    remembered, models = remembering(workload())
+    with pytest.raises(Stop):
+        train(remembered, GROUPINGS[grouping], Settings(5, 0.05, noise_multiplier=1.0), stop)
+    batch = clouds(5, 2)
+    loss(models[0], batch).mean().backward()
+    assert all(p.grad is not None for p in models[0].parameters())
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(GroupSearchError, match="data to train on"):
+        train(workload(data=None), None, Settings(2, 0.05))
+    with pytest.raises(GroupSearchError, match="either epsilon or noise_multiplier"):
+        train(workload(), GROUPINGS["all-layer"], Settings(2, 0.05))
+    with pytest.raises(GroupSearchError, match="either epsilon or noise_multiplier"):
+        train(workload(), GROUPINGS["all-layer"], Settings(2, 0.05, epsilon=1.0, noise_multiplier=1.0))
+    with pytest.raises(GroupSearchError, match="sampling rate"):
+        train(workload(), None, Settings(2, 0.05, sampling_rate=2.0))
+    with pytest.raises(GroupSearchError, match="sgd, momentum, adam, adamw"):
+        train(workload(), None, Settings(2, 0.05, optimizer="lamb"))
+    for bad in ({"steps": 0}, {"evaluate_every": -1}, {"seed": -1}):
+        with pytest.raises(GroupSearchError, match=f"Expected {next(iter(bad))} >="):
+            Settings(**{"steps": 2, "learning_rate": 0.05, **bad})
+
+
+def test_settings_come_from_the_workload_and_may_be_changed():
+    settings = TrainSettings.of(workload(), steps=3, seed=5)
+    assert (settings.steps, settings.seed, settings.epsilon, settings.learning_rate) == (3, 5, 8.0, 0.05)
+    by_noise = TrainSettings.of(workload(), noise_multiplier=2.0)
+    assert (by_noise.epsilon, by_noise.noise_multiplier) == (None, 2.0)
+    with pytest.raises(GroupSearchError, match="TrainingDefaults"):
+        TrainSettings.of(workload(training=None))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_warm_optimizer_has_its_state_and_steps_as_a_fresh_one(name):
+    fresh, warm = (nn.Linear(3, 2) for _ in range(2))
+    warm.load_state_dict(fresh.state_dict())
+    optimizers = [make_optimizer(name, model.parameters(), 0.1) for model in (fresh, warm)]
+    for parameter in warm.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    warm_state(optimizers[1])
+    assert equal(list(fresh.parameters()), list(warm.parameters()))
+    assert all(p.grad is None for p in warm.parameters())
+    for _ in range(3):
+        if name != "sgd":
+            assert optimizers[1].state
+        for model, optimizer in zip((fresh, warm), optimizers, strict=True):
+            for parameter in model.parameters():
+                parameter.grad = parameter.detach().cos()
+            optimizer.step()
+        assert equal(list(fresh.parameters()), list(warm.parameters()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fake_optimizer_can_be_warmed_and_stepped(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = nn.Linear(3, 2)
+        optimizer = make_optimizer(name, model.parameters(), 0.1)
+        warm_state(optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert name == "sgd" or len(optimizer.state) == 2
+
+
+def test_an_optimizer_needs_something_to_train():
+    with pytest.raises(GroupSearchError, match="trainable"):
+        make_optimizer("sgd", nn.Linear(2, 2).requires_grad_(False).parameters(), 0.1)
+    with pytest.raises(GroupSearchError, match="learning_rate > 0"):
+        make_optimizer("sgd", nn.Linear(2, 2).parameters(), 0.0)
