@@ -1,0 +1,181 @@
+"""Types of values and the options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+from groupsearch.clipping import RULES
+from groupsearch.errors import GroupSearchError
+from groupsearch.options import NORM_METHODS
+from groupsearch.units import parse_bytes
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # of engine.optimizers, without loading torch for --help
+F = TypeVar("F", bound=Callable[..., Any])
+_RANGE = re.compile(r"^(uniform|best):(\d+)\.\.(\d+)$")
+
+
+class Positive(click.ParamType[float]):
+    """A finite number above zero."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number of the text."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"Expected a number above zero, found {value!r}.", param, ctx)
+        return number
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as in 12GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of the text."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except GroupSearchError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Share(click.ParamType[float]):
+    """A fraction, as in 2% or 0.02."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The fraction of the text."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            share = float(text.rstrip("%").strip()) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < float("inf"):
+            self.fail(f"Expected a share such as 2% or 0.02, found {text!r}.", param, ctx)
+        return share
+
+
+class KeyValue(click.ParamType[tuple[str, str]]):
+    """A setting, as in width=64."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Key and text of the value."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not (equals and key.strip().isidentifier()):
+            self.fail(f"Expected key=value, such as width=64, found {value!r}.", param, ctx)
+        return key.strip(), text
+
+
+def expand_ranges(texts: Iterable[str]) -> list[str]:
+    """Groupings as text, with best:2..4 written out.
+
+    >>> expand_ranges(["all-layer", "best:2..4"])
+    ['all-layer', 'best:2', 'best:3', 'best:4']
+    """
+    expanded = []
+    for text in texts:
+        found = _RANGE.match(text.strip())
+        if found is None:
+            expanded.append(text.strip())
+            continue
+        style, first, last = found.group(1), int(found.group(2)), int(found.group(3))
+        if first > last:
+            raise GroupSearchError(f"Expected a range from few to many groups, found {text!r}. Turn it round.")
+        expanded += [f"{style}:{groups}" for groups in range(first, last + 1)]
+    return expanded
+
+
+def model_options(command: F) -> F:
+    """What a step depends on: settings of the workload, batch, device, checkpointing, optimizer, norms."""
+    for option in reversed(
+        (
+            click.option(
+                "--batch-size", type=click.IntRange(min=1), help="Physical batch size. [default: the model's]"
+            ),
+            click.option(
+                "--setting", "settings", type=KeyValue(), multiple=True, help="A setting of the workload; repeatable."
+            ),
+            click.option(
+                "--dtype", help="Same as --setting dtype=..., for the models that have it: bfloat16, float32."
+            ),
+            click.option("--device", default="cpu", help="Where to run: cpu, cuda, cuda:1."),
+            click.option(
+                "--checkpoint",
+                type=click.Choice(["none", "blocks"]),
+                default="none",
+                help="Activation checkpointing: none, or every repeated block.",
+            ),
+            click.option(
+                "--optimizer", type=click.Choice(OPTIMIZERS), help="The optimizer. [default: the model's, else adam]"
+            ),
+            click.option(
+                "--norm-method",
+                type=click.Choice(NORM_METHODS),
+                default="mixed",
+                help="How per-example norms are taken.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def training_options(command: F) -> F:
+    """How a model is trained with privacy; what is not given is the model's own."""
+    for option in reversed(
+        (
+            click.option("--epsilon", type=Positive(), help="Privacy budget of one training run."),
+            click.option("--delta", type=Positive(), help="The other half of the budget."),
+            click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps."),
+            click.option("--learning-rate", type=Positive(), help="Constant over the steps."),
+            click.option("--sampling-rate", type=Positive(), help="Probability of each example to be in a batch."),
+            click.option("--rule", type=click.Choice(RULES), help="Clip rule."),
+            click.option(
+                "--max-grad-norm", type=Positive(), help="Norm that the groups' thresholds are allotted from."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def output_options(command: F) -> F:
+    """Where the document goes."""
+    for option in reversed(
+        (
+            click.option(
+                "-o",
+                "--output",
+                type=click.Path(),
+                help="Where to write the document. [default: named after the model]",
+            ),
+            click.option("--force", is_flag=True, help="Overwrite what is there."),
+            json_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Write the document to standard output only.")
+seed_option = click.option("--seed", type=int, default=0, help="Seed of everything that is random.")
+no_seed_option = click.option(
+    "--seed", type=int, expose_value=False, help="Taken by every command; nothing here is random."
+)

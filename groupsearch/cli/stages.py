@@ -1,0 +1,167 @@
+"""The stages that profile and optimize share: a setup, its trace, its estimates and their check."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from groupsearch.cli.console import print_table, progress, say
+from groupsearch.cli.parameters import expand_ranges
+from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
+from groupsearch.options import EngineOptions
+from groupsearch.partition import floor_bytes
+from groupsearch.records import environment, new_document
+from groupsearch.trace import Trace
+from groupsearch.units import format_bytes, format_ratio, format_seconds, format_signed_percent
+from groupsearch.verify import Setup, estimate_rows, front_rows, summarise
+from groupsearch.workloads import load_workload
+
+DEFAULT_GROUPINGS = ("all-layer", "layer-wise", "block-wise", "uniform:4", "best:2..8")
+LEVELS = {"none": (), "simulate": ("simulations",), "measure": ("measurements",)}
+LEVELS["all"] = LEVELS["simulate"] + LEVELS["measure"]
+
+
+def make_setup(model: str, given: Mapping[str, Any]) -> Setup:
+    """The setup that the options of :func:`groupsearch.cli.parameters.model_options` describe."""
+    check_device(given["device"])
+    settings = dict(given["settings"])
+    settings |= {key: given[key] for key in ("batch_size", "dtype") if given[key] is not None}
+    defaults = load_workload(model, **settings).training
+    return Setup(
+        workload=model,
+        settings=settings,
+        options=EngineOptions(norm_method=given["norm_method"]),
+        optimizer=given["optimizer"] or (defaults.optimizer if defaults else "adam"),
+        checkpoint=given["checkpoint"],
+        device=given["device"],
+    )
+
+
+def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
+    """A document that so far says what it is about."""
+    return new_document(kind, setup.describe_model(), environment(setup.device), {**setup.describe_step(), **settings})
+
+
+def add_estimates(
+    document: dict[str, Any], setup: Setup, texts: Sequence[str], *, max_groups: int, randoms: int = 0, seed: int = 0
+) -> Trace:
+    """Trace one step and put the trace, the estimates and the front into the document.
+
+    Args:
+        document: is added to.
+        setup: what to trace.
+        texts: groupings as text; none for :data:`DEFAULT_GROUPINGS`, as far as the model has sites for them.
+        max_groups: where the front ends.
+        randoms: how many random groupings to add.
+        seed: of the random groupings.
+
+    Returns:
+        The trace.
+    """
+    say(f"Tracing one step of {setup.workload} at batch {document['model']['batch_size']}")
+    trace = setup.trace()
+    chosen = _parse(trace, texts) if texts else _parse(trace, DEFAULT_GROUPINGS, as_far_as_possible=True)
+    chosen |= _random_groupings(trace, randoms, seed)
+    document |= {
+        "trace": trace.to_json(),
+        "nonprivate_peak_bytes": trace.nonprivate_peak_bytes,
+        "floor_bytes": floor_bytes(trace),
+        "front": front_rows(trace, max_groups),
+        "estimates": estimate_rows(trace, chosen),
+        "simulations": [],
+        "measurements": [],
+        "summary": summarise(trace),
+    }
+    return trace
+
+
+def add_checks(document: dict[str, Any], setup: Setup, trace: Trace, level: str, names: Iterable[str] = ()) -> None:
+    """Simulate and measure estimates of the document; each row is in it as soon as it is known.
+
+    Args:
+        document: is added to.
+        setup: how a step is taken.
+        trace: the document's trace.
+        level: a key of :data:`LEVELS`.
+        names: which estimates to check; none for all.
+    """
+    wanted = set(names)
+    rows = [row for row in document["estimates"] if not wanted or row["grouping"] in wanted]
+    with progress() as bars:
+        for part in LEVELS[level]:
+            check = setup.simulate if part == "simulations" else setup.measure
+            verb = "Simulating" if part == "simulations" else "Measuring"
+            bar = bars.add_task(verb, total=len(rows))
+            for row in rows:
+                bars.update(bar, description=f"{verb} {row['grouping']}")
+                grouping = Grouping.from_boundaries(trace, row["boundaries"])
+                document[part].append(check(row["grouping"], grouping, row["peak_bytes"]))
+                bars.advance(bar)
+
+
+def print_peaks(document: Mapping[str, Any]) -> None:
+    """The table of groupings: estimate, ratio to non-private training, simulation and measurement."""
+    reference = document["nonprivate_peak_bytes"]
+    simulated = {tuple(row["boundaries"]): row for row in document["simulations"]}
+    measured = {tuple(row["boundaries"]): row for row in document["measurements"]}
+    columns = ["grouping ", "groups", "estimate", "of non-private"]
+    columns += ["simulated", "error"] if simulated else []
+    columns += ["measured", "error", "step"] if measured else []
+    rows = []
+    for row in document["estimates"]:
+        cuts, peak = tuple(row["boundaries"]), row["peak_bytes"]
+        cells = [row["grouping"], str(row["groups"]), format_bytes(peak), format_ratio(peak / reference)]
+        cells += _checked(simulated.get(cuts)) if simulated else []
+        cells += _checked(measured.get(cuts)) if measured else []
+        if measured:
+            cells.append(format_seconds(measured[cuts]["step_seconds"]) if cuts in measured else "")
+        rows.append(cells)
+    model = document["model"]
+    title = f"{model['name']}, batch {model['batch_size']}: non-private {format_bytes(reference)}"
+    print_table(columns, rows, title=title)
+    say(document["summary"])
+
+
+def _checked(row: Mapping[str, Any] | None) -> list[str]:
+    return ["", ""] if row is None else [format_bytes(row["peak_bytes"]), format_signed_percent(row["relative_error"])]
+
+
+def _parse(trace: Trace, texts: Sequence[str], *, as_far_as_possible: bool = False) -> dict[str, Grouping]:
+    """Each distinct grouping once, under the first text that names it."""
+    found: dict[tuple[int, ...], tuple[str, Grouping]] = {}
+    for text in expand_ranges(texts):
+        groups = text.partition(":")[2]
+        if as_far_as_possible and groups.isdigit() and int(groups) > trace.length:
+            continue
+        grouping = Grouping.parse(trace, text)
+        found.setdefault(grouping.boundaries, (text, grouping))
+    return dict(found.values())
+
+
+def _random_groupings(trace: Trace, count: int, seed: int) -> dict[str, Grouping]:
+    """Groupings with a random number of groups, each distinct one once, in an order that the seed fixes."""
+    generator, found = random.Random(seed), {}
+    for _ in range(count):
+        cuts = generator.sample(range(1, trace.length), generator.randint(0, trace.length - 1))
+        grouping = Grouping.from_boundaries(trace, cuts)
+        found[grouping.boundaries] = grouping
+    return {f"random:{number}": grouping for number, grouping in enumerate(found.values(), 1)}
+
+
+def check_device(text: str) -> None:
+    """Raise a GroupSearchError unless the text names a device of this machine."""
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise GroupSearchError(f"Expected a device such as cpu, cuda or cuda:1, found {text!r}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise GroupSearchError(f"Expected the device cpu or a CUDA device, found {text!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise GroupSearchError(
+            f"Found {torch.cuda.device_count()} CUDA devices, expected one called {text}. Use --device cpu, which "
+            "estimates and simulates without a GPU, or run on a machine that has one."
+        )

@@ -1,0 +1,167 @@
+"""``groupsearch train``: one training run with one grouping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from groupsearch.cli.parameters import model_options, output_options, seed_option, training_options
+from groupsearch.units import format_bytes, format_interval, format_number, format_seconds
+
+if TYPE_CHECKING:
+    from groupsearch.grouping import Grouping
+    from groupsearch.trace import Trace
+    from groupsearch.training import TrainSettings
+    from groupsearch.verify import Setup
+
+TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule", "max_grad_norm")
+
+
+@click.command("train")
+@click.argument("model")
+@click.option("--grouping", required=True, help="all-layer, layer-wise, best:4, within:12GiB, 3,17,40, ...")
+@model_options
+@training_options
+@click.option("--evaluate-every", type=click.IntRange(min=0), help="Steps between points. [default: a tenth of all]")
+@seed_option
+@output_options
+def command(
+    model: str, grouping: str, evaluate_every: int | None, output: str | None, force: bool, as_json: bool, **given: Any
+) -> None:
+    """Train MODEL with privacy and one grouping.
+
+    The document has the curve, the metric and the epsilon that the run cost.
+
+    \b
+    groupsearch train digits-vit --grouping best:4 --epsilon 8
+    """
+    from groupsearch.cli.output import Output
+    from groupsearch.cli.stages import make_setup, start_document
+    from groupsearch.grouping import Grouping
+
+    setup = make_setup(model, given)
+    settings = train_settings(setup, given, evaluate_every)
+    plan = describe(settings)
+    document = start_document("train", setup, device=setup.device, grouping=grouping, seed=given["seed"], **plan)
+    planned = Output.plan(document, output, force, as_json)
+    trace = setup.trace()
+    chosen = Grouping.parse(trace, grouping)
+    document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "steps": 0}
+    try:
+        _run(setup, chosen, settings, document)
+    except KeyboardInterrupt as interrupt:
+        done = document["steps"]
+        document["epsilon"] = describe(replace(settings, steps=done))["epsilon"] if done else 0.0
+        planned.save(document)
+        raise KeyboardInterrupt(
+            f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
+        ) from interrupt
+    _print_result(document)
+    planned.save(document)
+
+
+def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int | None = None) -> TrainSettings:
+    """The workload's own settings, with what was given on the command line in their place.
+
+    The noise multiplier is settled here, so that every run of a search has the same one.
+
+    Raises:
+        GroupSearchError: when the workload cannot be trained, or for a value outside its range.
+    """
+    from groupsearch.engine.accounting import default_delta, noise_multiplier_for
+    from groupsearch.errors import GroupSearchError
+    from groupsearch.training import TrainSettings
+
+    workload = setup.loaded
+    if setup.checkpoint != "none":
+        raise GroupSearchError(
+            f"Expected --checkpoint none to train, found {setup.checkpoint}: checkpointing changes the memory of a "
+            "step and not what it computes. Profile with it, and train without it."
+        )
+    if workload.data is None:
+        raise GroupSearchError(
+            f"Expected a model with data to train on, found {setup.workload!r}, which can be profiled only. "
+            "`groupsearch models` marks those that can be trained; your own factory returns a "
+            "Workload with data and training."
+        )
+    changes = {key: given[key] for key in TRAINING if given[key] is not None}
+    chosen = TrainSettings.of(
+        workload,
+        **changes,
+        optimizer=setup.optimizer,
+        physical_batch=given["batch_size"],
+        seed=given["seed"],
+        device=setup.device,
+        options=setup.options,
+    )
+    delta = default_delta(workload.data.train_size) if chosen.delta is None else chosen.delta
+    assert chosen.epsilon is not None  # TrainingDefaults has one, and --epsilon is a number
+    noise = noise_multiplier_for(chosen.epsilon, delta, chosen.sampling_rate, chosen.steps)
+    every = max(1, chosen.steps // 10) if evaluate_every is None else evaluate_every
+    return replace(chosen, epsilon=None, delta=delta, noise_multiplier=noise, evaluate_every=every)
+
+
+def describe(settings: TrainSettings) -> dict[str, Any]:
+    """The part of a document that says how a run was trained; its epsilon is that of all steps."""
+    from groupsearch.engine.accounting import epsilon
+
+    assert settings.noise_multiplier is not None
+    assert settings.delta is not None
+    return {
+        "epsilon": epsilon(settings.noise_multiplier, settings.sampling_rate, settings.steps, settings.delta),
+        **{key: getattr(settings, key) for key in TRAINING if key != "epsilon"},
+        "noise_multiplier": settings.noise_multiplier,
+        "optimizer": settings.optimizer,
+    }
+
+
+def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str, Any]:
+    from groupsearch.memory import peak_memory
+
+    return {
+        "trace": trace.to_json(),
+        "grouping": text,
+        "boundaries": list(grouping.boundaries),
+        "groups": grouping.groups,
+        "peak_bytes": peak_memory(trace, grouping).peak_bytes,
+    }
+
+
+def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: dict[str, Any]) -> None:
+    """Train, and keep in the document what is known after every step."""
+    from groupsearch.cli.console import progress
+    from groupsearch.training import CurvePoint, train
+
+    def on_step(step: int, point: CurvePoint | None) -> None:
+        document["steps"] = step
+        if point is not None:
+            document["curve"].append([point.step, point.loss, point.metric])
+        bars.update(bar, completed=step)
+
+    with progress() as bars:
+        bar = bars.add_task("Training", total=settings.steps)
+        result = train(setup.loaded, grouping, settings, on_step)
+    document |= {
+        "metric": {"name": result.metric_name, "mean": result.metric},
+        "step_seconds": result.step_seconds,
+        "examples": result.examples,
+    }
+
+
+def _print_result(document: Mapping[str, Any]) -> None:
+    from groupsearch.cli.console import say
+
+    metric = document["metric"]
+    reached = "finished"
+    if metric["mean"] is not None:
+        value = format_interval(metric["mean"], None, percent="accuracy" in metric["name"])
+        reached = f"reached {value} {metric['name']}"
+    groups = f"{document['groups']} group{'' if document['groups'] == 1 else 's'}"
+    say(
+        f"{document['model']['name']} with {groups} {reached} after {document['steps']} steps of "
+        f"{format_seconds(document['step_seconds'])}, at epsilon {format_number(document['epsilon'])} and delta "
+        f"{format_number(document['delta'])}; estimated peak {format_bytes(document['peak_bytes'])}."
+    )

@@ -1,0 +1,251 @@
+"""The three levels of a peak side by side: estimate, simulation, measurement.
+
+An estimate comes from one trace; a simulation runs the real engine on fake tensors; a
+measurement runs it on the device, in a fresh process per number. Errors are signed:
+``relative_error`` is estimate / other - 1, so an under-estimate is negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from groupsearch.errors import DocumentError
+from groupsearch.grouping import Grouping
+from groupsearch.measure import measure_peak
+from groupsearch.memory import peak_memory
+from groupsearch.options import EngineOptions
+from groupsearch.partition import floor_bytes, front
+from groupsearch.records import COMMANDS
+from groupsearch.simulate import simulate_peak
+from groupsearch.trace import Trace
+from groupsearch.tracer import trace_model
+from groupsearch.units import format_bytes, format_ratio
+from groupsearch.workloads import Workload, load_workload
+
+NEAR_FLOOR = 1.01
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, a batch and a way to take one step: all that a peak depends on but the grouping.
+
+    Attributes:
+        workload: the text of a workload, see :func:`groupsearch.workloads.load_workload`.
+        settings: its settings, ``batch_size`` among them.
+        options: cost-only choices of the engine.
+        optimizer: ``adam`` or ``sgd``.
+        checkpoint: ``none`` or ``blocks``.
+        device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is.
+    """
+
+    workload: str
+    settings: Mapping[str, Any]
+    options: EngineOptions = field(default_factory=EngineOptions)
+    optimizer: str = "adam"
+    checkpoint: str = "none"
+    device: str = "cpu"
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], device: str | None = None) -> Setup:
+        """The setup whose peaks a document tells, on its device or on another.
+
+        Raises:
+            DocumentError: when the document does not say how its step was taken.
+        """
+        model, settings = document["model"], document["settings"]
+        try:
+            return cls(
+                workload=model["name"],
+                settings={**settings["workload"], "batch_size": model["batch_size"]},
+                options=EngineOptions(norm_method=settings["norm_method"]),
+                optimizer=settings["optimizer"],
+                checkpoint=settings["checkpoint"],
+                device=device or document["environment"]["device"],
+            )
+        except (KeyError, TypeError) as error:
+            raise DocumentError(
+                f"Expected the document to say its model and how a step was taken, found no {error}. "
+                f"Write it again with `groupsearch {COMMANDS[document['kind']]}`."
+            ) from error
+
+    @cached_property
+    def loaded(self) -> Workload:
+        """The workload, loaded once."""
+        return load_workload(self.workload, **self.settings)
+
+    def empty_model(self) -> torch.nn.Module:
+        """The model on the meta device, so that no weights are allocated."""
+        with torch.device("meta"):
+            return self.loaded.build()
+
+    def describe_model(self) -> dict[str, Any]:
+        """The ``model`` part of a document."""
+        trainable = sum(p.numel() for p in self.empty_model().parameters() if p.requires_grad)
+        known = {"name": self.workload, "batch_size": self.loaded.batch_size, "parameters": trainable}
+        return {**self.loaded.settings, **known}
+
+    def describe_step(self) -> dict[str, Any]:
+        """The part of a document's ``settings`` that :meth:`from_document` needs."""
+        return {
+            "workload": dict(self.settings),
+            "norm_method": self.options.norm_method,
+            "optimizer": self.optimizer,
+            "checkpoint": self.checkpoint,
+        }
+
+    def trace(self) -> Trace:
+        """One traced step: on fake tensors for the CPU, on the device itself for any other."""
+        workload, real = self.loaded, self.device != "cpu"
+        return trace_model(
+            workload.build() if real else self.empty_model(),
+            workload.make_batch(workload.batch_size),
+            workload.loss,
+            options=self.options,
+            optimizer=self.optimizer,
+            checkpoint=self.checkpoint,
+            device=self.device if real else None,
+        )
+
+    def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
+        """One simulated row of a document: the engine itself, on fake tensors."""
+        workload = self.loaded
+        peak_bytes = simulate_peak(
+            self.empty_model(),
+            workload.make_batch(workload.batch_size),
+            workload.loss,
+            grouping,
+            options=self.options,
+            optimizer=self.optimizer,
+            checkpoint=self.checkpoint,
+        )
+        return {**_row(name, grouping, peak_bytes), "relative_error": estimate_bytes / peak_bytes - 1}
+
+    def measure(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
+        """One measured row of a document: the engine on the device, in a fresh process."""
+        measured = measure_peak(
+            self.workload,
+            grouping,
+            settings=dict(self.settings),
+            options=self.options,
+            optimizer=self.optimizer,
+            checkpoint=self.checkpoint,
+            device=self.device,
+        )
+        return {
+            **_row(name, grouping, measured.peak_bytes),
+            "relative_error": estimate_bytes / measured.peak_bytes - 1,
+            "step_seconds": measured.step_seconds,
+            "metric": measured.metric,
+        }
+
+
+def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[str, Any]]:
+    """One estimated row of a document per grouping, by name, with what is alive at its peak and where that is."""
+    rows = []
+    for name, grouping in groupings.items():
+        estimate = peak_memory(trace, grouping)
+        rows.append(
+            {
+                **_row(name, grouping, estimate.peak_bytes),
+                "breakdown": asdict(estimate.breakdown),
+                "site": estimate.site,
+                "where": estimate.where,
+            }
+        )
+    return rows
+
+
+def front_rows(trace: Trace, max_groups: int | None = None) -> list[dict[str, Any]]:
+    """The least peak with 1, 2, ... groups, up to ``max_groups`` or the floor."""
+    return [
+        {"groups": len(boundaries) + 1, "boundaries": list(boundaries), "peak_bytes": peak_bytes}
+        for boundaries, peak_bytes in front(trace, max_groups)
+    ]
+
+
+def summarise(trace: Trace) -> str:
+    """In one or two sentences, what grouping buys for this trace, and why not where it buys nothing."""
+    floor, reference = floor_bytes(trace), trace.nonprivate_peak_bytes
+    whole = peak_memory(trace, Grouping.all_layer(trace))
+    few = next(len(cuts) + 1 for cuts, peak_bytes in front(trace) if peak_bytes <= NEAR_FLOOR * floor)
+
+    def told(size_bytes: int) -> str:
+        return f"{format_bytes(size_bytes)} ({format_ratio(size_bytes / reference)} of non-private training)"
+
+    if few == 1:
+        return (
+            f"No grouping saves memory here: all-layer peaks at {told(whole.peak_bytes)}, within 1 % of the floor of "
+            f"any grouping, because the peak comes at a moment that grouping does not change ({whole.where})."
+        )
+    layers = peak_memory(trace, Grouping.layer_wise(trace))
+    least = front(trace, few)[-1][1]
+    return (
+        f"{few} groups need {told(least)}, within 1 % of the floor of any grouping; all-layer needs "
+        f"{told(whole.peak_bytes)}, layer-wise ({len(trace.layer_boundaries) + 1} groups) {told(layers.peak_bytes)}."
+    )
+
+
+def check_rows(
+    setup: Setup, trace: Trace, rows: Iterable[Mapping[str, Any]], tolerance: float
+) -> Iterator[dict[str, Any]]:
+    """Measure the groupings of a document's rows again, one by one as they are asked for.
+
+    Args:
+        setup: how the step is taken.
+        trace: the document's trace, which the rows' boundaries refer to.
+        rows: ``grouping`` (a name), ``boundaries`` and ``peak_bytes`` (the estimate) of each.
+        tolerance: largest relative error, either way, that counts as within.
+
+    Yields:
+        Measured rows with ``estimate_bytes``, ``tolerance`` and ``within``.
+    """
+    for row in rows:
+        grouping = Grouping.from_boundaries(trace, row["boundaries"])
+        measured = setup.measure(row["grouping"], grouping, row["peak_bytes"])
+        within = abs(measured["relative_error"]) <= tolerance
+        yield {**measured, "estimate_bytes": row["peak_bytes"], "tolerance": tolerance, "within": within}
+
+
+def rows_to_check(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a profile or a search that :func:`check_rows` measures: what was measured, else what is recommended.
+
+    ``peak_bytes`` of each is the document's estimate.
+
+    Raises:
+        DocumentError: when the document has none.
+    """
+    estimates = {tuple(row["boundaries"]): row["peak_bytes"] for row in document.get("estimates") or []}
+    measured = list(document.get("measurements") or document.get("estimates") or [])
+    if document["kind"] == "search":
+        recommended = document.get("recommended")
+        candidates = [row for row in document.get("candidates") or [] if row.get("on_front")]
+        estimates |= {tuple(row["boundaries"]): row["peak_bytes"] for row in candidates}
+        measured += candidates + ([recommended] if recommended else [])
+    names: dict[tuple[int, ...], str] = {}
+    for row in measured:
+        names.setdefault(tuple(row["boundaries"]), str(row.get("grouping") or row.get("source")))
+    rows = [
+        {"grouping": name, "boundaries": list(cuts), "peak_bytes": estimates[cuts]}
+        for cuts, name in names.items()
+        if cuts in estimates
+    ]
+    if not rows:
+        raise DocumentError(
+            "Expected a profile with estimates or a search with candidates to measure again, found a document "
+            "with neither. Write it again with `groupsearch profile`."
+        )
+    return rows
+
+
+def _row(name: str, grouping: Grouping, peak_bytes: int) -> dict[str, Any]:
+    return {
+        "grouping": name,
+        "boundaries": list(grouping.boundaries),
+        "groups": grouping.groups,
+        "peak_bytes": peak_bytes,
+    }

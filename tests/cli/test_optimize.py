@@ -1,0 +1,119 @@
+"""optimize on a very small digits-vit: the document, the page, and going on after an end at any time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from groupsearch.cli.optimize import GRANULARITIES, SAMPLERS
+from groupsearch.cli.parameters import OPTIMIZERS
+from groupsearch.engine.optimizers import OPTIMIZERS as ENGINE_OPTIMIZERS
+from groupsearch.records import read_document
+from groupsearch.search import settings as search_settings
+from tests.cli.running import ROOT, refused, run
+
+SMALL = ("--setting", "blocks=1", "--setting", "width=8", "--seeds", "2", "--verify", "none")
+
+
+def test_choices_are_those_of_the_stages():
+    assert GRANULARITIES == search_settings.GRANULARITIES
+    assert SAMPLERS == search_settings.SAMPLERS
+    assert OPTIMIZERS == ENGINE_OPTIMIZERS
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "a.json"
+    result = run("optimize", *SMALL, "--steps", 3, "--trials", 3, "-o", path, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == read_document(path)
+    return path
+
+
+def test_the_document_has_what_others_rely_on(searched):
+    document = read_document(searched, "search")
+    for row in document["candidates"]:
+        assert row["groups"] == len(row["boundaries"]) + 1
+        assert row["metric"]["name"] == "accuracy"
+        assert 0 <= row["metric"]["mean"] <= 1
+        assert row["metric"]["seeds"] == (2 if row["on_front"] else len(row["metric"]["values"]))
+    assert {"all-layer", "layer-wise"} <= {row["source"] for row in document["candidates"]}
+    assert document["recommended"] in document["candidates"]
+    assert {"seconds", "trials", "steps", "epsilon"} <= set(document["cost"])
+    assert document["cost"]["epsilon"] == pytest.approx(8, rel=0.02)
+    assert document["cost"]["steps"] == 3 * document["cost"]["trained"]
+    runs = sum(row["metric"]["seeds"] for row in document["candidates"])
+    assert len(document["training"]["curves"]) == runs == document["cost"]["trained"]
+    assert document["training"]["noise_multiplier"] > 0
+
+
+def test_the_page_and_the_study_lie_beside_the_document(searched):
+    assert "recommend" in searched.with_suffix(".html").read_text(encoding="utf-8")
+    assert searched.with_suffix(".journal").stat().st_size > 0
+
+
+def test_a_second_search_is_refused_or_goes_on(searched):
+    before = read_document(searched)
+    assert "--resume" in refused("optimize", *SMALL, "--steps", 3, "--trials", 3, "-o", searched)
+    assert run("optimize", *SMALL, "--steps", 3, "--trials", 3, "-o", searched, "--resume").exit_code == 0
+    after = read_document(searched)
+    assert after["candidates"] == before["candidates"]
+    assert after["cost"] == before["cost"]
+
+
+def test_going_on_with_another_problem_is_refused(searched):
+    before = searched.read_bytes()
+    message = refused("optimize", *SMALL, "--steps", 4, "--trials", 3, "-o", searched, "--resume")
+    assert "steps" in message
+    assert searched.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--budget", "1KiB"], "the least"),
+        (["--budget", "big"], "12GiB"),
+        (["hf:gpt2"], "data"),
+        (["--resume", "--force"], "Choose one"),
+        (["--trials", "0"], "--trials"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_requests_leave_nothing_behind(tmp_path, arguments, word):
+    model = [argument for argument in arguments if argument.startswith("hf:")]
+    small = () if model else SMALL
+    assert word in refused("optimize", *arguments, *small, "-o", tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=lambda ending: ending.name)
+def test_an_ended_search_goes_on_where_it_was(tmp_path, ending):
+    path = tmp_path / "a.json"
+    arguments = ["optimize", *SMALL, "--steps", "12", "--trials", "5", "-o", str(path)]
+    command = [sys.executable, "-m", "groupsearch", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    told = []
+    while not any(line.startswith("2/5") for line in told):
+        line = process.stderr.readline()
+        assert line, "".join(told)
+        told.append(line)
+    process.send_signal(ending)
+    errors = process.communicate(timeout=60)[1]
+    first = next(line for line in told if line.startswith("1/5")).partition(" ")[2]
+    if ending == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert "--resume" in errors
+        assert len(read_document(path)["candidates"]) >= 2
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert not path.exists()
+    result = run(*arguments, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert first not in result.stderr
+    document = read_document(path)
+    assert {"all-layer", "layer-wise"} <= {row["source"] for row in document["candidates"]}
+    assert path.with_suffix(".html").exists()
