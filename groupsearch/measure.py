@@ -143,7 +143,9 @@ def _on_cuda(stage: Stage, steps: int) -> Measurement:
     stage.step()
     torch.cuda.synchronize()
     peak_bytes, reserved_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return Measurement(peak_bytes, _median_seconds(stage.step, steps, torch.cuda.synchronize), CUDA_METRIC, reserved_bytes)
+    return Measurement(
+        peak_bytes, _median_seconds(stage.step, steps, torch.cuda.synchronize), CUDA_METRIC, reserved_bytes
+    )
 
 
 def _median_seconds(step: Callable[[], None], steps: int, synchronize: Callable[[], None]) -> float:

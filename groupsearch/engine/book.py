@@ -64,8 +64,8 @@ class Groups:
         seen = self._arrived[key]
         if seen >= len(uses):
             raise UnsupportedModelError(
-                f"Layer {key!r} was used {seen + 1} times in one pass, but the plan was made for {len(uses)}. Trace the "
-                "model again with the batch, mode and settings it is trained with, and make the plan from that."
+                f"Layer {key!r} was used {seen + 1} times in one pass, but the plan was made for {len(uses)}. Trace "
+                "the model again with the batch, mode and settings it is trained with, and make the plan from that."
             )
         self._arrived[key] += 1
         group = self._group_of(uses[-1 - seen])

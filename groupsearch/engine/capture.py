@@ -9,81 +9,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from groupsearch.engine.arrival import Arrival, Pass, Receiver
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
-from groupsearch.engine.layers import Layer, may_mix, refuse_mixing, rule_for
+from groupsearch.engine.layers import Layer
 from groupsearch.engine.meeting import Arrive, Meeting, Source
+from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient, refuse_mixing
 from groupsearch.engine.taps import Saved, with_gradient
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass of a micro-batch of ``batch_size`` examples, and the backward that follows it.
-
-    Attributes:
-        arrivals: sites that backward has reached.
-        in_backward: whether backward has begun and not come to its end; stays true when it raised.
-        finished: whether its sums are complete and nothing more may arrive.
-    """
-
-    batch_size: int
-    arrivals: int = 0
-    in_backward: bool = False
-    finished: bool = False
-
-    def _backward_ended(self) -> None:
-        self.in_backward = False
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A site whose output gradient is there.
-
-    Attributes:
-        key: the layer's name, or ``layer.parameter`` for a bare parameter.
-        layer: the layer.  kind: of the site.
-        make_entry: forms the book entry (this is where norms by instantiation cost memory).
-        source_pass: the forward pass it belongs to.
-    """
-
-    key: str
-    layer: Layer
-    kind: str
-    make_entry: Callable[[], Entry] = field(repr=False)
-    source_pass: Pass = field(repr=False)
-
-
-Receiver = Callable[[Arrival], None]
 _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def owned_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """The modules of a model that own trainable parameters, with their rules.
-
-    Raises:
-        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, and
-            when nothing is trainable.
-    """
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    layers = []
-    for name, module in model.named_modules():
-        refuse_mixing(name, module)
-        trainable = {k: canonical[id(p)] for k, p in module._parameters.items() if p is not None and p.requires_grad}
-        if trainable:
-            layers.append(Layer(name, module, trainable, rule_for(name, module)))
-    if not layers:
-        raise UnsupportedModelError(
-            f"Found no trainable parameter in {type(model).__name__}. Set requires_grad on what is to be trained."
-        )
-    return tuple(layers)
 
 
 class Capture:
@@ -186,7 +127,7 @@ class Capture:
         source.arrivals += 1
         if not source.in_backward:
             source.in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(source._backward_ended)
+            torch.autograd.Variable._execution_engine.queue_callback(source.backward_ended)
         with torch.no_grad():
             self._receive(arrival)
 
@@ -194,7 +135,7 @@ class Capture:
 
     def _watch(self, layer: Layer) -> None:
         for name in layer.trainable:
-            self._handles.append(_refuse_gradient(layer, name))
+            self._handles.append(refuse_gradient(layer, name))
         before, after = (self._before_rule, self._after_rule) if layer.rule else (self._before_bare, self._after_bare)
         module = layer.module
         self._handles.append(
@@ -232,8 +173,8 @@ class Capture:
                 f"Layer {layer.name!r} works on the output of another layer that saw no batch. Let one of the two see "
                 "the batch (expand its input over the examples), or freeze one with requires_grad_(False)."
             )
-        saved = layer.rule.saved(layer.module, x) if layer.trainable.keys() != {"bias"} or layer.rule.kind == "norm" else ()
-        constant = self._entered and not _in_backward() and not self._meeting.from_batch(x)
+        saved = layer.rule.saved(layer, x)
+        constant = bool(self._entered) and not _in_backward() and not self._meeting.from_batch(x)
         if output.shape[0] != source_pass.batch_size or constant:
             return self._without_batch(layer, saved, output, constant)
         tensors = Saved(saved)
@@ -249,8 +190,8 @@ class Capture:
     def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor, constant: bool) -> Tensor:
         if not constant:
             raise UnsupportedModelError(
-                f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the batch "
-                f"of {self._batch_size()} examples, so that their gradients cannot be told apart. Keep the batch first."
+                f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the "
+                f"batch of {self._batch_size()} examples: their gradients cannot be told apart. Keep the batch first."
             )
 
         def entry(instance: Tensor) -> Entry:
@@ -295,18 +236,6 @@ class Capture:
 
     def _owner(self, key: str) -> Layer:
         return next(x for x in self.layers if x.name == key or (not x.rule and key.rpartition(".")[0] == x.name))
-
-
-def _refuse_gradient(layer: Layer, name: str) -> Any:
-    def refuse(parameter: Tensor) -> None:
-        parameter.grad = None
-        raise UnsupportedModelError(
-            f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the forward "
-            f"of its layer {layer.name!r} (a penalty in the loss, functional use of another layer's weight, or a layer "
-            "torch.nn calls without its forward). Call the layer itself, or freeze the parameter."
-        )
-
-    return layer.module.get_parameter(name).register_post_accumulate_grad_hook(refuse)
 
 
 def _in_backward() -> bool:

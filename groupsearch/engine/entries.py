@@ -27,7 +27,9 @@ class Dimensions:
 class Entry(Protocol):
     """One site's entry in a book."""
 
-    dimensions: Dimensions
+    @property
+    def dimensions(self) -> Dimensions:
+        """T, d, p and the norm method."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

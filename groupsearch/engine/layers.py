@@ -47,10 +47,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rule:
-    """kind of the site; saved(module, input) -> tensors; entry(layer, saved, g, options) -> Entry."""
+    """kind of the site; saved(layer, input) -> tensors; entry(layer, saved, g, options) -> Entry."""
 
     kind: str
-    saved: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
+    saved: Callable[[Layer, Tensor], tuple[Tensor, ...]]
     entry: Callable[[Layer, tuple[Tensor, ...], Tensor, EngineOptions], Entry]
     check: Callable[[str, nn.Module], None] = lambda name, module: None
 
@@ -64,7 +64,9 @@ def rule_for(name: str, module: nn.Module) -> Rule | None:
     for cls in type(module).__mro__:
         rule = _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
-            unchanged = all(getattr(type(module), m, None) is getattr(cls, m, None) for m in ("forward", "_conv_forward"))
+            unchanged = all(
+                getattr(type(module), m, None) is getattr(cls, m, None) for m in ("forward", "_conv_forward")
+            )
             if not unchanged or "forward" in vars(module):
                 return None
             rule.check(name, module)
@@ -72,30 +74,8 @@ def rule_for(name: str, module: nn.Module) -> Rule | None:
     return None
 
 
-def may_mix(module: nn.Module) -> bool:
-    """Whether a module mixes the examples of a batch in some mode."""
-    return isinstance(module, nn.modules.batchnorm._NormBase)
-
-
-def refuse_mixing(name: str, module: nn.Module) -> None:
-    """Raise for a layer that mixes the examples of a batch.
-
-    Raises:
-        UnsupportedModelError: for batch normalisation that uses batch statistics, and for
-            instance normalisation that tracks running statistics.
-    """
-    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    tracking = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
-    if batch_norm and (module.training or not module.track_running_stats) or (tracking and module.training):
-        raise UnsupportedModelError(
-            f"Module {name!r} is a {type(module).__name__}, which mixes the examples of a batch, so that no "
-            "per-example gradient exists and clipping protects nobody. Replace it by nn.GroupNorm or nn.LayerNorm, "
-            "or call .eval() on it and freeze its parameters."
-        )
-
-
-def _saved_input(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    return (x,)
+def _saved_input(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
+    return (x,) if "weight" in layer.trainable else ()  # a bias alone needs the output gradient only
 
 
 def _no_weight(layer: Layer, g: Tensor, features_last: bool) -> Entry:
@@ -166,7 +146,11 @@ def _embedding(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: Engi
     return InstanceEntry({name: embedding_instance(ids_BT, g_BTd, rows)}, dims)
 
 
-def _normalised(kind_of_sum: Callable[[nn.Module, Tensor], Tensor], normalise: Callable[..., Tensor]) -> Rule:
+def _normalised(
+    kind_of_sum: Callable[[nn.Module, Tensor], Tensor],
+    normalise: Callable[..., Tensor],
+    check: Callable[[str, nn.Module], None] = lambda name, module: None,
+) -> Rule:
     """A rule for weight * normalise(x) + bias: both gradients are sums over positions."""
 
     def entry(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: EngineOptions) -> Entry:
@@ -179,7 +163,7 @@ def _normalised(kind_of_sum: Callable[[nn.Module, Tensor], Tensor], normalise: C
         features = next(iter(instances.values()))[0].numel()
         return InstanceEntry(instances, Dimensions(g[0].numel() // features, features, features, "direct"))
 
-    return Rule("norm", _saved_input, entry)
+    return Rule("norm", _saved_input, entry, check)
 
 
 def _sum_before_features(module: nn.Module, x: Tensor) -> Tensor:
@@ -201,12 +185,16 @@ def _check_embedding(name: str, module: nn.Module) -> None:
         )
 
 
+def _check_instance_norm(name: str, module: nn.Module) -> None:
+    if getattr(module, "track_running_stats", False):
+        raise UnsupportedModelError(
+            f"Instance normalisation {name!r} tracks running statistics, which mixes the examples of all batches. Make "
+            "it with track_running_stats=False."
+        )
+
+
 _LINEAR = Rule("linear", _saved_input, _linear)
 _CONVOLUTION = Rule("conv", _saved_input, _convolution)
-_CHANNEL_NORM = {
-    "GroupNorm": lambda m, x: functional.group_norm(x, m.num_groups, eps=m.eps),
-    "InstanceNorm": lambda m, x: functional.instance_norm(x, eps=m.eps),
-}
 _RULES: dict[str, Rule] = {
     "torch.nn.modules.linear.Linear": _LINEAR,
     "transformers.pytorch_utils.Conv1D": _LINEAR,
@@ -218,9 +206,11 @@ _RULES: dict[str, Rule] = {
     "torch.nn.modules.normalization.RMSNorm": _normalised(
         _sum_before_features, lambda m, x: functional.rms_norm(x, m.normalized_shape, eps=m.eps)
     ),
-    "torch.nn.modules.normalization.GroupNorm": _normalised(_sum_after_channels, _CHANNEL_NORM["GroupNorm"]),
-    **{
-        f"torch.nn.modules.instancenorm.InstanceNorm{n}d": _normalised(_sum_after_channels, _CHANNEL_NORM["InstanceNorm"])
-        for n in (1, 2, 3)
-    },
+    "torch.nn.modules.normalization.GroupNorm": _normalised(
+        _sum_after_channels, lambda m, x: functional.group_norm(x, m.num_groups, eps=m.eps)
+    ),
+    **dict.fromkeys(
+        (f"torch.nn.modules.instancenorm.InstanceNorm{n}d" for n in (1, 2, 3)),
+        _normalised(_sum_after_channels, lambda m, x: functional.instance_norm(x, eps=m.eps), _check_instance_norm),
+    ),
 }

@@ -182,9 +182,9 @@ class Meeting(TorchFunctionMode):
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor) or not out.dim() or out.shape[0] != size:
             raise UnsupportedModelError(
-                f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, whose "
-                f"result does not lead with the batch of {size} examples. Use a torch.nn layer that does, batch first, "
-                "or freeze the parameter with requires_grad_(False)."
+                f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, "
+                f"whose result does not lead with the batch of {size} examples. Use a torch.nn layer that does, batch "
+                "first, or freeze the parameter with requires_grad_(False)."
             )
         saved = Saved(tuple(leaves[i] for i in rows))
         constants = [None if i in rows else x for i, x in enumerate(leaves)]
@@ -195,7 +195,10 @@ class Meeting(TorchFunctionMode):
             def example(g_i: Tensor, *xs_i: Tensor) -> Any:
                 def value(*parameters: Tensor) -> Any:
                     filled = list(constants)
-                    for i, x in (*zip(shared, parameters, strict=True), *zip(rows, [x[None] for x in xs_i], strict=True)):
+                    for i, x in (
+                        *zip(shared, parameters, strict=True),
+                        *zip(rows, [x[None] for x in xs_i], strict=True),
+                    ):
                         filled[i] = x
                     call_args, call_kwargs = pytree.tree_unflatten(filled, spec)
                     return func(*call_args, **call_kwargs)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groupsearch.clipping import ClipPlan
+from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book, Groups, plan_clip
-from groupsearch.engine.capture import Arrival, Capture
+from groupsearch.engine.capture import Capture
 from groupsearch.engine.noise import add_noise_
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.options import EngineOptions
@@ -171,7 +172,9 @@ def make_private(
         GroupSearchError: for a number outside its range.
     """
     if loss_reduction not in REDUCTIONS:
-        raise GroupSearchError(f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}.")
+        raise GroupSearchError(
+            f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}."
+        )
     if not (0 <= noise_multiplier < math.inf and 0 < expected_batch_size < math.inf):
         raise GroupSearchError(
             f"Expected finite noise_multiplier >= 0 and expected_batch_size > 0, found {noise_multiplier} and "
@@ -224,8 +227,8 @@ def _check_optimizer(trainable: Mapping[str, Tensor], optimizer: Optimizer) -> N
     names = {id(p): name for name, p in trainable.items()}
     if missing := sorted(name for i, name in names.items() if i not in held):
         raise UnsupportedModelError(
-            f"Trainable parameters that the optimizer does not hold: {', '.join(missing)}. Give them to the optimizer, or "
-            "freeze them with requires_grad_(False)."
+            f"Trainable parameters that the optimizer does not hold: {', '.join(missing)}. Give them to the optimizer, "
+            "or freeze them with requires_grad_(False)."
         )
     if len(held - names.keys()):
         raise UnsupportedModelError(

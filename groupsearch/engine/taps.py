@@ -39,7 +39,7 @@ class Saved:
     """Tensors saved for backward; :meth:`take` hands them out once and lets them go."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._node: Any = _Save.apply(_anchor(), *tensors).grad_fn if tensors else None  # type: ignore[no-untyped-call]
+        self._node: Any = _Save.apply(_anchor(), *tensors).grad_fn if tensors else None
 
     def take(self) -> tuple[Tensor, ...]:
         """The tensors, recomputed or fetched where a saved-tensor hook says so."""
@@ -55,7 +55,7 @@ def with_gradient(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
     weights ask for no gradient) is made to.
     """
     if not output.requires_grad:
-        output = _Anchor.apply(output.data, _anchor())  # type: ignore[no-untyped-call]
+        output = _Anchor.apply(output.data, _anchor())
     output.register_hook(arrive)
     return output
 

@@ -20,7 +20,7 @@ def unfold_input(module: Convolution, x: Tensor) -> Tensor:
         Tensor (B, G, T, d): G channel groups, T output positions, d = C / G * kernel size, in
         the order of the weight's trailing dimensions.
     """
-    pads = module._reversed_padding_repeated_twice if isinstance(module.padding, str) else _pads(module)
+    pads = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     if any(pads):
         x = functional.pad(x, pads, mode=mode)
@@ -32,7 +32,3 @@ def unfold_input(module: Convolution, x: Tensor) -> Tensor:
     patches = x.unflatten(1, (module.groups, -1))  # (B, G, C/G, *positions, *kernel)
     order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
     return patches.permute(order).flatten(2 + dims).flatten(2, 1 + dims)
-
-
-def _pads(module: Convolution) -> list[int]:
-    return [side for pad in reversed(module.padding) for side in (pad, pad)]  # type: ignore[arg-type]

@@ -21,7 +21,9 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in memo:
                 fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+                memo[id(tensor)] = (
+                    nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+                )
     duplicate: nn.Module = copy.deepcopy(model, memo)
     return duplicate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ def cut_instants(
         if segment.site < 0:
             inside = [int(x) for x in np.linspace(segment.begin, segment.end, FORWARD_PIECES + 1)[1:-1]]
         edges = [segment.begin, *inside, segment.end]
-        for piece, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        for piece, (low, high) in enumerate(pairwise(edges)):
             # a piece after a release begins with what is alive then; a segment, with what was alive before it
             first = low if piece and segment.site >= 0 else max(low - 1, 0)
             values = log[first : max(high, first + 1)]

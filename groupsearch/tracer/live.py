@@ -94,7 +94,10 @@ class LiveBytes(TorchDispatchMode):
         self.log.append(self.live_bytes)
 
     def _forgetter(self, key: int) -> Callable[[Any], None]:
-        return lambda reference: self._references.pop(key, None) and None
+        def forget(reference: Any) -> None:
+            self._references.pop(key, None)
+
+        return forget
 
     def _releaser(self, key: int, number: int) -> Callable[[Any], None]:
         def release(reference: Any) -> None:

@@ -17,7 +17,7 @@ def profiled_peak(work: Callable[[], object]) -> int:
     work()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     live = peak = 0
     for event in results.events():
         if event.name() == "[memory]":

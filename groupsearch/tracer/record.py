@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
+from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book
-from groupsearch.engine.capture import Arrival, Capture
+from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.noise import add_noise_
 from groupsearch.trace import Booked, Site, Trace
 from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.instants import Hook, cut_instants
-from groupsearch.tracer.sites import Observed, as_sites, check_all_seen, observed
-from groupsearch.tracer.step import Loss, Stage, StepSettings
+from groupsearch.tracer.sites import Observed, as_sites, check_all_seen, check_same_sites, observe_pass, observed
+from groupsearch.tracer.step import Stage, StepSettings
+from groupsearch.workloads.batches import first_examples
 
 
 @dataclass
@@ -97,6 +98,8 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
     finally:
         capture.remove()
     check_all_seen(stage.model, recorder.arrivals)
+    few = first_examples(stage.batch, 2 if batch_size == 3 else 3)
+    check_same_sites(recorder.arrivals, observe_pass(stage.model, few, stage.loss, settings.options)[0])
     booked = _booked(recorder.hooks)
     instants, released = cut_instants(live, recorder.hooks, (start, backward_end), booked)
     length = len(recorder.hooks)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from groupsearch.engine.capture import Arrival, Capture, owned_layers
+from groupsearch.engine.arrival import Arrival
+from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Dimensions
+from groupsearch.engine.ownership import owned_layers
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Site
@@ -166,6 +168,6 @@ def check_all_seen(model: nn.Module, arrivals: Sequence[Observed]) -> None:
     missing = [name for name, p in model.named_parameters() if p.requires_grad and name not in seen]
     if missing:
         raise UnsupportedModelError(
-            f"Backward reached no use of these trainable parameters: {', '.join(missing)}. They take no part in the loss "
-            "of this batch. Freeze them with requires_grad_(False), or give a batch that uses them."
+            f"Backward reached no use of these trainable parameters: {', '.join(missing)}. They take no part in the "
+            "loss of this batch. Freeze them with requires_grad_(False), or give a batch that uses them."
         )

@@ -1,0 +1,50 @@
+"""What a backward pass delivers: sites, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from groupsearch.engine.entries import Entry
+from groupsearch.engine.layers import Layer
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of a micro-batch of ``batch_size`` examples, and the backward that follows it.
+
+    Attributes:
+        arrivals: sites that backward has reached.
+        in_backward: whether backward has begun and not come to its end; stays true when it raised.
+        finished: whether its sums are complete and nothing more may arrive.
+    """
+
+    batch_size: int
+    arrivals: int = 0
+    in_backward: bool = False
+    finished: bool = False
+
+    def backward_ended(self) -> None:
+        """Backward came to its end."""
+        self.in_backward = False
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A site whose output gradient is there.
+
+    Attributes:
+        key: the layer's name, or ``layer.parameter`` for a bare parameter.
+        layer: the layer.  kind: of the site.
+        make_entry: forms the book entry (this is where norms by instantiation cost memory).
+        source_pass: the forward pass it belongs to.
+    """
+
+    key: str
+    layer: Layer
+    kind: str
+    make_entry: Callable[[], Entry] = field(repr=False)
+    source_pass: Pass = field(repr=False)
+
+
+Receiver = Callable[[Arrival], None]

@@ -1,0 +1,66 @@
+"""Which modules own trainable parameters, and what is refused about them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from groupsearch.engine.layers import Layer, rule_for
+from groupsearch.errors import UnsupportedModelError
+
+
+def owned_layers(model: nn.Module) -> tuple[Layer, ...]:
+    """The modules of a model that own trainable parameters, with their rules.
+
+    Raises:
+        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, and
+            when nothing is trainable.
+    """
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    layers = []
+    for name, module in model.named_modules():
+        refuse_mixing(name, module)
+        trainable = {k: canonical[id(p)] for k, p in module._parameters.items() if p is not None and p.requires_grad}
+        if trainable:
+            layers.append(Layer(name, module, trainable, rule_for(name, module)))
+    if not layers:
+        raise UnsupportedModelError(
+            f"Found no trainable parameter in {type(model).__name__}. Set requires_grad on what is to be trained."
+        )
+    return tuple(layers)
+
+
+def may_mix(module: nn.Module) -> bool:
+    """Whether a module mixes the examples of a batch in some mode."""
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+def refuse_mixing(name: str, module: nn.Module) -> None:
+    """Raise for a layer that mixes the examples of a batch.
+
+    Raises:
+        UnsupportedModelError: for batch normalisation that uses batch statistics, and for
+            instance normalisation that tracks running statistics.
+    """
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    tracking = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+    if (batch_norm and (module.training or not module.track_running_stats)) or (tracking and module.training):
+        raise UnsupportedModelError(
+            f"Module {name!r} is a {type(module).__name__}, which mixes the examples of a batch, so that no "
+            "per-example gradient exists and clipping protects nobody. Replace it by nn.GroupNorm or nn.LayerNorm, "
+            "or call .eval() on it and freeze its parameters."
+        )
+
+
+def refuse_gradient(layer: Layer, name: str) -> RemovableHandle:
+    """Raise, from now on, when autograd gives a layer's parameter a gradient; the handle ends it."""
+
+    def refuse(parameter: Tensor) -> None:
+        parameter.grad = None
+        raise UnsupportedModelError(
+            f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the "
+            f"forward of its layer {layer.name!r} (a penalty in the loss, functional use of another's weight, or a "
+            "layer torch.nn calls without its forward). Call the layer itself, or freeze the parameter."
+        )
+
+    return layer.module.get_parameter(name).register_post_accumulate_grad_hook(refuse)
