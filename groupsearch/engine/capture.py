@@ -138,14 +138,20 @@ class Capture:
             self._handles.append(refuse_gradient(layer, name))
         before, after = (self._before_rule, self._after_rule) if layer.rule else (self._before_bare, self._after_bare)
         module = layer.module
-        self._handles.append(
-            module.register_forward_pre_hook(lambda m, args, kwargs: before(layer, args, kwargs), with_kwargs=True)
-        )
-        self._handles.append(
-            module.register_forward_hook(
-                lambda m, args, kwargs, output: after(layer, args, kwargs, output), with_kwargs=True, always_call=True
-            )
-        )
+
+        def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.is_grad_enabled():
+                self._pass()
+                before(layer)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            if not self._restore(layer):
+                return None
+            with torch._C.DisableTorchFunction():  # what the engine does itself is not the model's doing
+                return after(layer, args, kwargs, output)
+
+        self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
 
     def _swap(self, layer: Layer, replacements: dict[str, Any]) -> None:
         parameters = layer.module._parameters
@@ -159,13 +165,12 @@ class Capture:
         module._parameters.update(originals)
         return True
 
-    def _before_rule(self, layer: Layer, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
-            self._pass()
+    def _before_rule(self, layer: Layer) -> None:
+        with torch._C.DisableTorchFunction():
             self._swap(layer, {name: layer.module.get_parameter(name).detach() for name in layer.trainable})
 
     def _after_rule(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        if not self._restore(layer) or output is None or layer.rule is None:
+        if output is None or layer.rule is None:  # the forward raised
             return None
         source_pass, x = self._pass(), args[0] if args else next(iter(kwargs.values()))
         if self._meeting.is_tracked(x):
@@ -206,10 +211,7 @@ class Capture:
 
         return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry))
 
-    def _before_bare(self, layer: Layer, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        self._pass()
+    def _before_bare(self, layer: Layer) -> None:
         self._enter()
         self._swap(layer, {name: self._meeting.track(self._bare_source(layer, name)) for name in layer.trainable})
 
@@ -221,8 +223,7 @@ class Capture:
         return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims))
 
     def _after_bare(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
-        if self._restore(layer):
-            self._leave()
+        self._leave()
 
     def _source_arrival(self) -> Arrive:
         source_pass = self._pass()

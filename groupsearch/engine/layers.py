@@ -139,7 +139,7 @@ def _embedding(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: Engi
     # the ghost norm unless that costs more space than the instances, whatever method is asked for elsewhere:
     # instances of a vocabulary never pay, and Gram matrices of a relative position table never do
     rows, name = module.num_embeddings, layer.trainable["weight"]
-    ghost = EngineOptions().use_ghost(ids_BT.shape[1], rows, module.embedding_dim)
+    ghost = 2 * ids_BT.shape[1] ** 2 <= rows * module.embedding_dim
     dims = Dimensions(ids_BT.shape[1], rows, module.embedding_dim, "ghost" if ghost else "instantiate")
     if ghost:
         return EmbeddingEntry(name, rows, ids_BT, g_BTd, dims)

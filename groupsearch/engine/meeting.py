@@ -14,7 +14,7 @@ from the batch; what comes from it without gradients (ids, masks) is marked as i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +118,15 @@ class Meeting(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors(args, kwargs))
-        if self._tracked and any(id(t) in self._tracked for t in tensors):
-            return self._follow(func, args, kwargs, tensors)
+        if self._tracked and any(id(t) in self._tracked for t in _tensors(args, kwargs)):
+            return self._follow(func, args, kwargs)
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        # most results ask for gradients or are no tensors, and need no mark
+        if name == "__get__" or (isinstance(out, Tensor) and out.requires_grad):
+            return out
         # a tensor cast like another one, or expanded to its size, takes no values from it
+        tensors = _tensors(args, kwargs)
         deciding = tensors[:1] if name in _CASTING else tensors
         if name in _FILLING or name in _EXPANDING or any(self.from_batch(t) for t in deciding):
             self.mark(out)
@@ -133,7 +136,8 @@ class Meeting(TorchFunctionMode):
         rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self._batch_size()
         return rows and self.from_batch(value)
 
-    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> Any:
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        tensors = _tensors(args, kwargs)
         tracked = [self._tracked[id(t)] for t in tensors if id(t) in self._tracked]
         rank = max(t.dim() for t in tensors)
         rows = [t for t in tensors if self._is_row(t)]
@@ -239,9 +243,11 @@ def _sum_to(g: Tensor, shape: torch.Size) -> Tensor:
     return (g.sum(dims) if dims else g).reshape(g.shape[0], *shape)
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    for arg in (*args, *kwargs.values()):
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    found = []
+    for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, Tensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, list | tuple):
-            yield from (x for x in arg if isinstance(x, Tensor))
+            found.extend(x for x in arg if isinstance(x, Tensor))
+    return found
