@@ -32,7 +32,7 @@ class EngineOptions:
             )
 
     def use_ghost(self, positions: int, inputs: int, outputs: int) -> bool:
-        """Whether a matrix site of T positions, d inputs and p outputs (per channel group) takes its norm the ghost way."""
+        """Whether a matrix site of T positions, d inputs and p outputs (of one channel group) takes the ghost norm."""
         if self.norm_method == "mixed":
             return positions * (inputs + outputs) < inputs * outputs
         return self.norm_method == "ghost"

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from groupsearch.report.subject import Subject
-from groupsearch.units import format_count, format_signed_percent
+from groupsearch.units import format_count, format_percent, format_signed_percent
+
+
+NEGLIGIBLE = 1e-4
 
 
 class Comparison(NamedTuple):
@@ -21,6 +24,11 @@ class Comparison(NamedTuple):
     step_seconds: float | None
     within: bool | None
 
+    @property
+    def is_under(self) -> bool:
+        """Whether more was needed than was predicted, by more than a few bytes per example."""
+        return self.relative_error < -NEGLIGIBLE
+
 
 def comparisons(subject: Subject) -> tuple[Comparison, ...]:
     """Every simulation, measurement and verification in the document, in that order."""
@@ -32,12 +40,13 @@ def comparisons(subject: Subject) -> tuple[Comparison, ...]:
 def summary_of(rows: Sequence[Comparison]) -> str:
     """The worst errors and the count of under-estimates in one sentence."""
     low, high = min(row.relative_error for row in rows), max(row.relative_error for row in rows)
-    under = sum(row.relative_error < 0 for row in rows)
+    under = sum(row.is_under for row in rows)
     judged = [row.within for row in rows if row.within is not None]
     inside = f"{sum(judged)} of {len(judged)} are within their tolerance; " if judged else ""
     return (
         f"{inside}errors of the estimate run from {format_signed_percent(low)} to {format_signed_percent(high)}, "
-        f"and {format_count(under)} of {format_count(len(rows))} are under-estimates."
+        f"and {format_count(under)} of {format_count(len(rows))} are under-estimates by more than "
+        f"{format_percent(NEGLIGIBLE, 2)}."
     ).capitalize()
 
 

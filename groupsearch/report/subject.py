@@ -80,13 +80,16 @@ class Subject:
 
     @cached_property
     def chosen(self) -> tuple[int, ...] | None:
-        """The boundaries the page recommends: the search's, the trained ones, or the fewest groups near the floor."""
+        """The boundaries the page recommends: the search's, the trained ones, or the fewest groups near the floor.
+
+        Where a profile's front ends above the floor, that is its last entry.
+        """
         if self.document.get("recommended"):
             return tuple(self.document["recommended"]["boundaries"])
         if self.kind == "train" and self.document.get("boundaries") is not None:
             return tuple(self.document["boundaries"])
         front, floor = self.document.get("front") or [], self.document.get("floor_bytes")
-        near = [row for row in front if floor and row["peak_bytes"] <= NEAR_FLOOR * floor]
+        near = [row for row in front if floor and row["peak_bytes"] <= NEAR_FLOOR * floor] or front[-1:]
         return tuple(min(near, key=lambda row: row["groups"])["boundaries"]) if near else None
 
     @cached_property
@@ -95,7 +98,7 @@ class Subject:
         found = {} if self.trace is None else {"all-layer": (), "layer-wise": self.trace.layer_boundaries}
         if self.chosen is None:
             return tuple(Shown(name, name, cuts) for name, cuts in found.items())
-        word = "trained" if self.kind == "train" else "recommended"
+        word = {"train": "trained", "profile": "least peak"}.get(self.kind, "recommended")
         same = [name for name, cuts in found.items() if cuts == self.chosen]
         if same:
             return tuple(Shown(f"{n} ({word})" if n in same else n, n, cuts) for n, cuts in found.items())

@@ -162,7 +162,7 @@ def facts_table(caption: str, facts: Mapping[str, Any]) -> str:
 
 
 def _verdict(row: Comparison) -> str:
-    sign = "under-estimate" if row.relative_error < 0 else ""
+    sign = "under-estimate" if row.is_under else ""
     tolerance = {None: "", True: "within", False: "outside"}[row.within]
     return ", ".join(part for part in (tolerance, sign) if part)
 

@@ -139,7 +139,7 @@ def _verify_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
         return ()
     worst = max(rows, key=lambda row: abs(row.relative_error))
     judged = [row.within for row in rows if row.within is not None]
-    under = sum(row.relative_error < 0 for row in rows)
+    under = sum(row.is_under for row in rows)
     return (
         KeyFigure("within tolerance", f"{sum(judged)} of {len(judged)}", "groupings measured again")
         if judged
