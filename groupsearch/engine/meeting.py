@@ -184,11 +184,12 @@ class Meeting(TorchFunctionMode):
             leaves[i] = leaves[i].detach()
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         out = func(*args, **kwargs)
-        if not isinstance(out, Tensor) or not out.dim() or out.shape[0] != size:
+        folded = any(isinstance(x, Tensor) and self.from_batch(x) and not self._is_row(x) for x in leaves)
+        if folded or not isinstance(out, Tensor) or not out.dim() or out.shape[0] != size:
             raise UnsupportedModelError(
                 f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, "
-                f"whose result does not lead with the batch of {size} examples. Use a torch.nn layer that does, batch "
-                "first, or freeze the parameter with requires_grad_(False)."
+                f"where its operands or its result do not lead with the batch of {size} examples. Use a torch.nn layer "
+                "that does, batch first, or freeze the parameter with requires_grad_(False)."
             )
         saved = Saved(tuple(leaves[i] for i in rows))
         constants = [None if i in rows else x for i, x in enumerate(leaves)]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from groupsearch.report.subject import Subject
 from groupsearch.units import format_count, format_percent, format_signed_percent
 
-
 NEGLIGIBLE = 1e-4
 
 
