@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.accounting import default_delta, epsilon, noise_multiplier_for
 from groupsearch.engine.optimizers import OPTIMIZERS, make_optimizer, warm_state
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.grouping import Grouping
 from groupsearch.trace import Site
+from groupsearch.tracer import observe_sites
 from groupsearch.training import CurvePoint, DivergedError, TrainSettings, train
 from groupsearch.workloads.workload import Data, TrainingDefaults, Workload, seeded
 
@@ -195,7 +196,8 @@ def test_a_physical_limit_changes_nothing_but_rounding(grouping, limit):
     sizes: list[int] = []
 
     def watched(model: nn.Module, batch: Any) -> Tensor:
-        sizes.append(len(batch["x"]))
+        if model.training or not torch.is_grad_enabled():  # else it is the check before the first step
+            sizes.append(len(batch["x"]))
         return loss(model, batch)
 
     settings = Settings(4, 0.05, optimizer="sgd", noise_multiplier=1.0)
@@ -309,12 +311,97 @@ def test_divergence_is_an_error_that_names_the_step(grouping):
     calls: list[int] = []
 
     def breaking(model: nn.Module, batch: Any) -> Tensor:
-        calls.append(1)
+        calls.extend([1] * model.training)
         return loss(model, batch) * (math.nan if len(calls) == 3 else 1.0)
 
     with pytest.raises(DivergedError, match=r"training loss of nan at step 3.*lower the learning rate") as caught:
         train(workload(loss=breaking), GROUPINGS[grouping], Settings(5, 0.05, noise_multiplier=1.0))
     assert (caught.value.step, caught.value.exit_code) == (3, 1)
+
+
+class Mixing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_a_model_that_mixes_examples_is_refused_before_the_first_step():
+    made = workload(lambda: nn.Sequential(nn.Linear(4, 8), Mixing(), nn.Identity(), nn.Linear(8, 2)))
+    steps: list[int] = []
+    with pytest.raises(UnsupportedModelError, match="depends on the other examples"):
+        train(made, GROUPINGS["all-layer"], Settings(2, 0.05, noise_multiplier=1.0), lambda step, _: steps.append(step))
+    assert steps == []
+    assert train(made, None, Settings(2, 0.05)).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ((SITES[1], SITES[0]), r"at site 0 0 \(parameters 0.weight, 0.bias\) instead of 3 \("),
+        ((*SITES, site("4", 2, 2)), r"the 3 sites .* found 2, and at site 2 none instead of 4 \("),
+        (SITES[:1], r"the 1 sites .* found 2, and at site 1 3 \(.*\) instead of none"),
+        ((dataclasses.replace(SITES[0], parameters=("0.weight",)), SITES[1]), r"instead of 0 \(parameters 0.weight\)"),
+    ],
+    ids=["order", "missing", "further", "parameters"],
+)
+def test_a_model_with_other_sites_than_the_grouping_is_refused(sites, message):
+    with pytest.raises(GroupSearchError, match=message + ".*Profile the model again"):
+        train(workload(), Grouping((), sites), Settings(2, 0.05, noise_multiplier=1.0))
+
+
+def test_the_check_before_the_first_step_draws_nothing_from_the_streams():
+    """A model that draws random numbers in evaluation mode too trains as one that does so in training only."""
+
+    class Drawing(nn.Module):
+        def __init__(self, always: bool) -> None:
+            super().__init__()
+            self.always = always
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training or self.always:
+                torch.rand(3)
+            return x
+
+    def make(always: bool) -> Workload:
+        return workload(lambda: nn.Sequential(nn.Linear(4, 8), Drawing(always), nn.Dropout(0.5), nn.Linear(8, 2)))
+
+    settings = Settings(3, 0.05, noise_multiplier=1.0)
+    assert equal(weights("all-layer", settings, make(True)), weights("all-layer", settings, make(False)))
+
+
+def residual() -> nn.Module:
+    blocks = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4)) for _ in range(2))
+    return nn.Sequential(nn.Sequential(*blocks), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("grouping", ["none", "all-layer", "layer-wise"])
+def test_checkpointing_changes_nothing_but_rounding(grouping):
+    made = workload(residual)
+    calls: list[int] = []
+
+    def counting() -> nn.Module:
+        model = residual()
+        model[0][0][1].register_forward_hook(lambda *_: calls.extend([1] * model.training))
+        return model
+
+    few = made.make_batch(5)
+    sites = observe_sites(made.model, few, loss)
+    cuts = tuple(range(1, len(sites))) if grouping == "layer-wise" else ()
+    chosen = None if grouping == "none" else Grouping(cuts, sites)
+    results, ends = {}, {}
+    for checkpoint in ("none", "blocks"):
+        calls.clear()
+        remembered, models = remembering(workload(counting))
+        settings = Settings(4, 0.05, noise_multiplier=1.0, checkpoint=checkpoint)
+        results[checkpoint] = train(remembered, chosen, settings)
+        ends[checkpoint] = [p.detach().clone() for p in models[0].parameters()]
+        assert len(calls) == {"none": 4, "blocks": 8}[checkpoint]  # every block runs again in the backward pass
+    assert close(ends["none"], ends["blocks"])
+    assert results["blocks"].curve[-1].loss == pytest.approx(results["none"].curve[-1].loss, rel=1e-5)
+
+
+def test_checkpointing_needs_blocks():
+    with pytest.raises(UnsupportedModelError, match="no repeated blocks"):
+        train(workload(), None, Settings(2, 0.05, checkpoint="blocks"))
 
 
 def test_divergence_in_the_last_step_is_seen_by_the_evaluation():
@@ -351,6 +438,8 @@ def test_bad_requests_are_refused():
         train(workload(), None, Settings(2, 0.05, sampling_rate=2.0))
     with pytest.raises(GroupSearchError, match="sgd, momentum, adam, adamw"):
         train(workload(), None, Settings(2, 0.05, optimizer="lamb"))
+    with pytest.raises(GroupSearchError, match="checkpoint to be one of none, blocks, found 'layers'"):
+        Settings(2, 0.05, checkpoint="layers")
     for bad in ({"steps": 0}, {"evaluate_every": -1}, {"seed": -1}):
         with pytest.raises(GroupSearchError, match=f"Expected {next(iter(bad))} >="):
             Settings(**{"steps": 2, "learning_rate": 0.05, **bad})

@@ -36,7 +36,7 @@ FINGERPRINT = (
 @click.argument("model", default="digits-vit")
 @click.option("--budget", type=Size(), help="Largest estimated peak, as in 12GiB; others are never trained.")
 @click.option(
-    "--trials", type=click.IntRange(min=1), default=16, help="Groupings to train before the front is repeated."
+    "--trials", type=click.IntRange(min=1), default=24, help="Groupings to train before the front is repeated."
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Training runs of every grouping on the front.")
 @click.option("--granularity", type=click.Choice(GRANULARITIES), default="site", help="Where the search may cut.")
@@ -66,9 +66,8 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch optimize
     groupsearch optimize digits-cnn --epsilon 3 --trials 30 --budget 40MiB
     """
-    from groupsearch.cli.stages import add_checks, add_estimates, make_setup, print_peaks, start_document
+    from groupsearch.cli.stages import make_setup, start_document
     from groupsearch.cli.train import describe, train_settings
-    from groupsearch.grouping import fewest_groups
 
     setup = make_setup(model, given)
     training = train_settings(setup, given)
@@ -76,11 +75,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
     places = _Places.plan(document, given, output, force, as_json)
     settings = _search_settings(document, setup.loaded.metric_name, given, places.storage, force)
-    trace = add_estimates(document, setup, (), max_groups=8)
-    if settings.budget_bytes is not None:
-        fewest_groups(trace, settings.budget_bytes)  # refuses a budget below the floor before anything is measured
-    add_checks(document, setup, trace, given["verify"], CHECKED)
-    print_peaks(document)
+    trace = _profile(document, setup, settings, given["verify"])
     result = _search(setup, trace, training, settings)
     parts = result.to_json()
     training_part = {**describe(training), **parts["training"]}
@@ -150,6 +145,26 @@ def _search_settings(
         metric_name=metric_name,
         fingerprint={**document["model"], **fixed, "packages": document["environment"]["packages"]},
     )
+
+
+def _profile(document: dict[str, Any], setup: Setup, settings: SearchSettings, level: str) -> Trace:
+    """Trace a step and check its estimates, which is done before anything is trained."""
+    from groupsearch.cli.stages import add_checks, add_estimates, print_peaks
+    from groupsearch.grouping import fewest_groups
+
+    try:
+        trace = add_estimates(document, setup, (), max_groups=8)
+        if settings.budget_bytes is not None:
+            fewest_groups(trace, settings.budget_bytes)  # refuses a budget below the floor before any check
+        add_checks(document, setup, trace, level, CHECKED)
+        print_peaks(document)
+    except KeyboardInterrupt as interrupt:
+        kept = "An earlier search is kept as it was; running" if settings.resume else "Running"
+        raise KeyboardInterrupt(
+            f"Interrupted before the search: nothing was searched yet and no document was written. {kept} the same "
+            f"command again starts over with the trace."
+        ) from interrupt
+    return trace
 
 
 def _search(setup: Setup, trace: Trace, training: TrainSettings, settings: SearchSettings) -> SearchResult:

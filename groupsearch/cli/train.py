@@ -76,11 +76,6 @@ def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int |
     from groupsearch.training import TrainSettings
 
     workload = setup.loaded
-    if setup.checkpoint != "none":
-        raise GroupSearchError(
-            f"Expected --checkpoint none to train, found {setup.checkpoint}: checkpointing changes the memory of a "
-            "step and not what it computes. Profile with it, and train without it."
-        )
     if workload.data is None:
         raise GroupSearchError(
             f"Expected a model with data to train on, found {setup.workload!r}, which can be profiled only. "
@@ -96,6 +91,7 @@ def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int |
         seed=given["seed"],
         device=setup.device,
         options=setup.options,
+        checkpoint=setup.checkpoint,
     )
     delta = default_delta(workload.data.train_size) if chosen.delta is None else chosen.delta
     assert chosen.epsilon is not None  # TrainingDefaults has one, and --epsilon is a number

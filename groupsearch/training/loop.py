@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,60 +24,14 @@ from groupsearch.engine.optimizers import make_optimizer
 from groupsearch.engine.sampling import PoissonSampler, physical_chunks
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
+from groupsearch.tracer import observe_sites
+from groupsearch.training.agreement import check_sites
+from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
 from groupsearch.training.settings import TrainSettings
+from groupsearch.workloads.blocks import checkpoint_blocks
 from groupsearch.workloads.workload import Batch, Data, Workload
 
 _STREAMS = ("weights", "sampling", "noise", "dropout")
-
-
-class DivergedError(GroupSearchError):
-    """A loss that is no longer finite. ``step`` is the step at which it was seen."""
-
-    exit_code = 1
-
-    def __init__(self, step: int, what: str, learning_rate: float) -> None:
-        super().__init__(
-            f"Expected a finite loss, found {what} at step {step}. The training has diverged at learning rate "
-            f"{learning_rate:g}: lower the learning rate, or raise the expected batch size."
-        )
-        self.step = step
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Means over the validation data after ``step`` steps; metric is None where the workload has none."""
-
-    step: int
-    loss: float
-    metric: float | None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training run gave and what it cost.
-
-    Attributes:
-        metric: mean over the validation data after the last step, or None without a metric.
-        metric_name: what it is called.
-        curve: one point per evaluation, the last one after the last step.
-        step_seconds: median over the steps, evaluation left out.
-        epsilon: spent by all steps at ``delta``; infinite without noise.
-        delta: the other half of the budget.
-        noise_multiplier: 0 without privacy.
-        steps: optimizer steps taken.
-        examples: examples in all batches together.
-    """
-
-    metric: float | None
-    metric_name: str
-    curve: tuple[CurvePoint, ...]
-    step_seconds: float
-    epsilon: float
-    delta: float
-    noise_multiplier: float
-    steps: int
-    examples: int
-
 
 OnStep = Callable[[int, CurvePoint | None], None]
 
@@ -90,6 +43,8 @@ def train(
 
     Batches are Poisson samples of the training data, processed in pieces of at most
     ``physical_batch`` examples. On a CPU the same arguments give the same numbers, bit for bit.
+    Private training begins with a check of the model on three of the examples, in evaluation mode:
+    its sites must be those of the grouping, and no example's gradient may depend on another example.
 
     Args:
         workload: must have data.
@@ -101,8 +56,10 @@ def train(
 
     Raises:
         DivergedError: when a loss is not finite.
-        GroupSearchError: when the workload has no data, or when both or neither of epsilon and the
-            noise multiplier are given for private training.
+        UnsupportedModelError: when the model cannot be trained privately, or has no blocks to checkpoint.
+        GroupSearchError: when the workload has no data, when both or neither of epsilon and the
+            noise multiplier are given for private training, or when the model has other sites than
+            the grouping; nothing has been trained then.
     """
     if workload.data is None:
         raise GroupSearchError(
@@ -158,6 +115,8 @@ class _Run:
         self.seeds = _seeds(settings.seed)
         self.device = torch.device(settings.device)
         self.model = workload.build(self.seeds["weights"]).to(self.device)
+        if settings.checkpoint == "blocks":
+            checkpoint_blocks(self.model)
         self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
         self.expected_batch_size = settings.sampling_rate * data.train_size
 
@@ -165,12 +124,15 @@ class _Run:
     def attached(self) -> Iterator[None]:
         """The engine on the model, if there is a grouping, and dropout drawing from its own stream."""
         devices = [self.device] if self.device.type == "cuda" else []
+        settings = self.settings
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seeds["dropout"])
             if self.grouping is None:
                 yield
                 return
-            settings = self.settings
+            self._check_sites(self.grouping)
+            # What the check drew must not move what training draws.
+            torch.manual_seed(self.seeds["dropout"])
             engine = make_private(
                 self.model,
                 self.optimizer,
@@ -185,6 +147,10 @@ class _Run:
                 yield
             finally:
                 engine.detach()
+
+    def _check_sites(self, grouping: Grouping) -> None:
+        few = self._select(self.data.train, torch.arange(min(3, self.data.train_size), device="cpu"))
+        check_sites(grouping, observe_sites(self.model, few, self.workload.loss, options=self.settings.options))
 
     def batches(self) -> PoissonSampler:
         # Drawn on the CPU whatever the device, so that every device sees the same batches.

@@ -9,6 +9,7 @@ from typing import Any
 from groupsearch.engine.accounting import default_delta, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.tracer.step import CHECKPOINTS
 from groupsearch.workloads.workload import Workload
 
 
@@ -32,6 +33,8 @@ class TrainSettings:
         seed: source of all randomness, not negative.
         device: where to train.
         options: cost-only choices of the engine.
+        checkpoint: ``none``, or ``blocks`` to recompute every repeated block in the backward pass
+            instead of keeping its activations, which changes memory and time and, but for rounding, no number.
     """
 
     steps: int
@@ -49,11 +52,16 @@ class TrainSettings:
     seed: int = 0
     device: str = "cpu"
     options: EngineOptions = field(default_factory=EngineOptions)
+    checkpoint: str = "none"
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise GroupSearchError(f"Expected {name} >= {least}, found {getattr(self, name)}.")
+        if self.checkpoint not in CHECKPOINTS:
+            raise GroupSearchError(
+                f"Expected checkpoint to be one of {', '.join(CHECKPOINTS)}, found {self.checkpoint!r}."
+            )
 
     @classmethod
     def of(cls, workload: Workload, **changes: Any) -> TrainSettings:

@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,44 @@ def test_bad_requests_leave_nothing_behind(tmp_path, arguments, word):
     model = [argument for argument in arguments if argument.startswith("hf:")]
     small = () if model else SMALL
     assert word in refused("optimize", *arguments, *small, "-o", tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpointing_is_part_of_the_trace_the_training_and_the_problem(tmp_path):
+    path = tmp_path / "a.json"
+    arguments = ("optimize", *SMALL, "--setting", "blocks=2", "--steps", 2, "--trials", 2, "-o", path)
+    result = run(*arguments, "--checkpoint", "blocks")
+    assert result.exit_code == 0, result.stderr
+    document = read_document(path, "search")
+    assert document["settings"]["checkpoint"] == "blocks"
+    assert document["trace"]["settings"]["checkpoint"] == "blocks"
+    assert document["cost"]["failed"] == 0
+    assert "checkpoint" in refused(*arguments, "--resume")
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux tells of a process' children")
+
+
+@pytest.mark.parametrize("stage", ["Tracing", pytest.param("Measuring", marks=LINUX)])
+def test_an_end_before_the_search_says_so_and_leaves_nothing(tmp_path, stage):
+    """A real Ctrl-C while the step is traced, or, later, in the processes that measure it."""
+    path = tmp_path / "a.json"
+    arguments = ["optimize", *SMALL[:-1], "measure", "--steps", "2", "--trials", "2", "-o", str(path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "groupsearch", *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stderr.readline().startswith("Tracing")
+    if stage == "Measuring":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "nothing was searched yet" in errors
+    assert "starts over" in errors
+    assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,56 @@
+"""What a training run gives, and how it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from groupsearch.errors import GroupSearchError
+
+
+class DivergedError(GroupSearchError):
+    """A loss that is no longer finite. ``step`` is the step at which it was seen."""
+
+    exit_code = 1
+
+    def __init__(self, step: int, what: str, learning_rate: float) -> None:
+        super().__init__(
+            f"Expected a finite loss, found {what} at step {step}. The training has diverged at learning rate "
+            f"{learning_rate:g}: lower the learning rate, or raise the expected batch size."
+        )
+        self.step = step
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over the validation data after ``step`` steps; metric is None where the workload has none."""
+
+    step: int
+    loss: float
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run gave and what it cost.
+
+    Attributes:
+        metric: mean over the validation data after the last step, or None without a metric.
+        metric_name: what it is called.
+        curve: one point per evaluation, the last one after the last step.
+        step_seconds: median over the steps, evaluation left out.
+        epsilon: spent by all steps at ``delta``; infinite without noise.
+        delta: the other half of the budget.
+        noise_multiplier: 0 without privacy.
+        steps: optimizer steps taken.
+        examples: examples in all batches together.
+    """
+
+    metric: float | None
+    metric_name: str
+    curve: tuple[CurvePoint, ...]
+    step_seconds: float
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    steps: int
+    examples: int
