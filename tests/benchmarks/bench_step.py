@@ -1,8 +1,8 @@
 """Seconds of one training step: ours, all-layer and layer-wise, against non-private and Opacus' ghost mode.
 
-Run with ``python -m tests.benchmarks.bench_step [--output PATH] [--rounds N]``. All sides take turns in
-one process, so that a busy machine slows them alike; medians and their ratios are what to read. Each side
-has its own copy of the model, Adam, the same batch and, where it is private, the same threshold and noise.
+Run with ``python -m tests.benchmarks.bench_step [--output PATH] [--rounds N] [--device cuda]``. All sides take
+turns in one process, so that a busy machine slows them alike; medians and their ratios are what to read. Each
+side has its own copy of the model, Adam, the same batch and, where it is private, the same threshold and noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Step = Callable[[], None]
 
 def plain_step(workload: Workload, batch: Mapping[str, Tensor]) -> Step:
     """The step without privacy."""
-    model = workload.build().train()
+    model = _model(workload, batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
@@ -51,7 +51,7 @@ def plain_step(workload: Workload, batch: Mapping[str, Tensor]) -> Step:
 
 def our_step(workload: Workload, batch: Mapping[str, Tensor], layer_wise: bool) -> Step:
     """The same loop with the engine attached."""
-    model = workload.build().train()
+    model = _model(workload, batch)
     sites = tuple(observe_sites(model, batch, workload.loss))
     cuts = tuple(b for b in range(1, len(sites)) if sites[b].layer != sites[b - 1].layer)
     plan = ClipPlan(Grouping(cuts if layer_wise else (), sites), MAX_GRAD_NORM)
@@ -79,7 +79,7 @@ def opacus_step(workload: Workload, batch: Mapping[str, Tensor], adapted: bool) 
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
-    model = workload.build().train()
+    model = _model(workload, batch)
     size = _batch_size(batch)
     if adapted:
         for module in model.modules():
@@ -104,22 +104,25 @@ def opacus_step(workload: Workload, batch: Mapping[str, Tensor], adapted: bool) 
     return step
 
 
-def seconds_of(sides: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+def seconds_of(sides: Mapping[str, Step], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every step, the sides taking turns; two unmeasured rounds come first."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for number in range(rounds + 2):
         for name, step in sides.items():
+            synchronize()
             begin = time.perf_counter()
             step()
+            synchronize()
             if number >= 2:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 
-def bench(name: str, rounds: int) -> dict[str, Any]:
+def bench(name: str, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """One model's row: medians, ratios, and whether the limit is kept."""
     workload = load_workload(name, **MODELS[name])
-    batch = workload.make_batch(workload.batch_size)
+    batch = {key: tensor.to(device) for key, tensor in workload.make_batch(workload.batch_size).items()}
     sides = {
         "non-private": plain_step(workload, batch),
         "all-layer": our_step(workload, batch, layer_wise=False),
@@ -128,7 +131,7 @@ def bench(name: str, rounds: int) -> dict[str, Any]:
     ghost, note = _working_ghost_step(workload, batch)
     if ghost is not None:
         sides["opacus-ghost"] = ghost
-    seconds = seconds_of(sides, rounds)
+    seconds = seconds_of(sides, rounds, device)
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     return {
         "model": {"name": name, "batch_size": workload.batch_size, **dict(workload.settings)},
@@ -156,16 +159,22 @@ def _working_ghost_step(workload: Workload, batch: Mapping[str, Tensor]) -> tupl
     return None, f"does not run: {'; '.join(failures)}"
 
 
+def _model(workload: Workload, batch: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model where the batch is."""
+    return workload.build().to(next(iter(batch.values())).device).train()
+
+
 def _batch_size(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "opacus": version("opacus"),
         "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -187,14 +196,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of every side")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     rows = []
     for name in options.models:
-        rows.append(bench(name, options.rounds))
+        rows.append(bench(name, options.rounds, options.device))
         _report(rows[-1])
     if options.output is not None:
-        document = {"schema_version": 1, "kind": "step-benchmark", "environment": _environment(), "rows": rows}
+        document = {"schema_version": 1, "kind": "step-benchmark", "rows": rows}
+        document["environment"] = _environment(options.device)
         options.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

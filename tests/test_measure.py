@@ -1,0 +1,97 @@
+"""Measuring in a fresh process: the same number as in this one, and a reason when it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
+from groupsearch.measure import CPU_METRIC, Measurement, measure_peak
+from groupsearch.tracer.profiled import profiled_peak
+from groupsearch.workloads import load_workload
+from tests.benchmarks.accuracy import Subject
+
+SETTINGS = {"batch_size": 16, "width": 8}
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject(load_workload("digits-cnn", **SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def measured(subject: Subject) -> Measurement:
+    return measure_peak("digits-cnn", Grouping.all_layer(subject.trace), settings=SETTINGS, steps=2)
+
+
+def test_a_fresh_process_measures_what_this_one_does(subject: Subject, measured: Measurement) -> None:
+    assert measured.peak_bytes == subject.measure(Grouping.all_layer(subject.trace))
+
+
+def test_a_measurement_says_how_it_was_taken(measured: Measurement) -> None:
+    assert measured.metric == CPU_METRIC
+    assert measured.reserved_bytes is None
+    assert 0 < measured.step_seconds < 10
+
+
+def test_the_grouping_reaches_the_process(subject: Subject, measured: Measurement) -> None:
+    layer_wise = Grouping.layer_wise(subject.trace)
+    found = measure_peak("digits-cnn", layer_wise, settings=SETTINGS, steps=1)
+    assert found.peak_bytes == subject.measure(layer_wise)
+    assert found.peak_bytes < measured.peak_bytes
+
+
+def test_without_a_grouping_it_is_the_non_private_step(subject: Subject, measured: Measurement) -> None:
+    found = measure_peak("digits-cnn", None, settings=SETTINGS, steps=1)
+    assert found.peak_bytes == subject.measure(None)
+    assert found.peak_bytes < measured.peak_bytes
+
+
+def test_optimizer_and_checkpointing_reach_the_process() -> None:
+    settings = {"batch_size": 32, "blocks": 2}
+    plain = measure_peak("digits-vit", None, settings=settings, steps=1, optimizer="adam")
+    lean = measure_peak("digits-vit", None, settings=settings, steps=1, optimizer="sgd")
+    recomputed = measure_peak("digits-vit", None, settings=settings, steps=1, optimizer="sgd", checkpoint="blocks")
+    assert recomputed.peak_bytes < lean.peak_bytes < plain.peak_bytes
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_cannot_be_used_is_named_with_the_reason(device: str) -> None:
+    with pytest.raises(GroupSearchError, match=f"digits-cnn with no groups on {device} failed: .*[Dd]evice") as caught:
+        measure_peak("digits-cnn", None, settings=SETTINGS, device=device, steps=1)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_workload_that_cannot_be_loaded_gives_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(GroupSearchError, match=r"no file .*missing\.py"):
+        measure_peak(f"{tmp_path}/missing.py:make", None, steps=1)
+
+
+def test_a_profiled_peak_is_that_of_what_is_alive_together() -> None:
+    def work() -> None:
+        one = torch.zeros(1000)
+        other = torch.zeros(2000)
+        del one
+        torch.zeros(1500)
+        del other
+
+    assert profiled_peak(work) == 4 * (2000 + 1500)
+
+
+def test_a_profiled_peak_is_repeatable(subject: Subject) -> None:
+    stage = subject.real
+    assert len({profiled_peak(stage.step) for _ in range(3)}) == 1
+
+
+def test_what_is_kept_from_the_first_run_is_not_counted() -> None:
+    kept: dict[str, torch.Tensor] = {}
+
+    def work() -> None:
+        if "cache" not in kept:
+            kept["cache"] = torch.zeros(100_000)
+        torch.zeros(10)
+
+    assert profiled_peak(work) == 40

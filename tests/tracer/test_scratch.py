@@ -1,0 +1,93 @@
+"""Scratch inside operations: what a probe says is what the profiler sees of the same operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from groupsearch.tracer import scratch
+from groupsearch.tracer.profiled import profiled_peak
+from groupsearch.tracer.scratch import CpuScratch
+
+aten = torch.ops.aten
+_CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "convolution": (
+        aten.convolution.default,
+        lambda: (torch.randn(4, 3, 16, 16), torch.randn(8, 3, 3, 3), torch.randn(8), *_CONVOLUTION),
+    ),
+    "convolution backward": (
+        aten.convolution_backward.default,
+        lambda: (
+            *(torch.randn(4, 8, 16, 16), torch.randn(4, 3, 16, 16), torch.randn(8, 3, 3, 3), [8]),
+            *(*_CONVOLUTION, [True, True, True]),
+        ),
+    ),
+    "flash attention": (
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        lambda: tuple(torch.randn(2, 4, 64, 16) for _ in range(3)),
+    ),
+    "logsumexp": (aten.logsumexp.default, lambda: (torch.randn(64, 100), [1])),
+    "layer norm backward": (
+        aten.native_layer_norm_backward.default,
+        lambda: (
+            *(torch.randn(64, 32), torch.randn(64, 32), [32], torch.randn(64, 1), torch.rand(64, 1) + 1),
+            *(torch.randn(32), torch.randn(32), [True, True, True]),
+        ),
+    ),
+}
+
+
+def faked(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    mode = FakeTensorMode()
+    return pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_probe_says_what_the_profiler_sees(name: str) -> None:
+    operation, make = OPERATIONS[name]
+    arguments = make()
+    expected = profiled_peak(lambda: operation(*arguments))
+    assert CpuScratch()(operation, faked(arguments), {}) == expected
+    assert expected > 0
+
+
+def test_attention_and_convolution_take_more_than_their_results() -> None:
+    for name in ("convolution", "flash attention"):
+        operation, make = OPERATIONS[name]
+        arguments = make()
+        results = sum(t.nbytes for t in pytree.tree_leaves(operation(*arguments)) if isinstance(t, torch.Tensor))
+        assert CpuScratch()(operation, faked(arguments), {}) > results
+
+
+def test_a_shape_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes: list[int] = []
+
+    def counting(work: Callable[[], object]) -> int:
+        probes.append(profiled_peak(work))
+        return probes[-1]
+
+    monkeypatch.setattr(scratch, "profiled_peak", counting)
+    probe = CpuScratch()
+    operation, make = OPERATIONS["logsumexp"]
+    assert probe(operation, faked(make()), {}) == probe(operation, faked(make()), {}) == probes[0]
+    assert len(probes) == 1
+    probe(operation, faked((torch.randn(65, 100), [1])), {})
+    assert len(probes) == 2
+
+
+def test_other_operations_have_none() -> None:
+    assert CpuScratch()(aten.add.Tensor, faked((torch.ones(8), torch.ones(8))), {}) == 0
+
+
+def test_what_is_too_large_is_not_run_but_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "PROBE_LIMIT_BYTES", 1000)
+    probe = CpuScratch()
+    operation, make = OPERATIONS["logsumexp"]
+    assert probe(operation, faked(make()), {}) == 0
+    assert probe.skipped == {"aten::logsumexp"}
