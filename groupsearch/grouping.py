@@ -36,8 +36,8 @@ class Grouping:
         if outside:
             raise GroupSearchError(
                 f"Expected boundaries between 1 and {last} (the model has {last + 1} sites), found "
-                f"{', '.join(map(str, outside))}. The page that `groupsearch report` draws of a profile lists the sites "
-                "with their numbers."
+                f"{', '.join(map(str, outside))}. The page that `groupsearch report` draws of a profile lists the "
+                "sites with their numbers."
             )
         if any(left >= right for left, right in pairwise(self.boundaries)):
             raise GroupSearchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from torch import nn
@@ -35,8 +36,8 @@ def simulate_peak(
         UnsupportedModelError: as :func:`groupsearch.make_private`.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint)
-    mode, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
-    with mode:
+    fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
+    with fake:
         return private_peak(stage, settings, grouping, count_examples(batch))
 
 
@@ -50,6 +51,7 @@ def private_peak(stage: Stage, settings: StepSettings, grouping: Grouping, examp
         expected_batch_size=examples,
         options=settings.options,
     )
+    gc.collect()  # an engine that was detached before may leave cycles behind, which would be counted
     start = len(stage.live.log)
     try:
         with stage.live:

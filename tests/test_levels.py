@@ -22,8 +22,6 @@ from tests.benchmarks.accuracy import BUILT_IN, Subject, small_workload
 from tests.cases import EVERY_CASE
 
 TOLERANCE = 5e-3
-PACKING = "on fake tensors transformers cannot see that no sequences are packed, and builds a mask for it"
-RECOMPUTATION = "on fake tensors the engine's captures differ between T5's forward pass and its recomputation"
 PLAIN = [(name, "none") for name in (*BUILT_IN, "gpt2", "t5", "llama", "vit")]
 CHECKPOINTED = [(name, "blocks") for name in ("digits-vit", "stdlib-gpt", "gpt2", "llama", "vit", "t5")]
 SHARED = ("tied-linears", "tied-three-ways", "reused-linear-3d", "reused-conv", "tied-embedding-head")
@@ -35,10 +33,6 @@ def _marked(subjects: list[tuple[str, str]], flaws: dict[tuple[str, str], str]) 
         return [pytest.mark.xfail(strict=True, reason=flaws[key])] if key in flaws else []
 
     return [pytest.param(*key, id="-".join(key), marks=marks(key)) for key in subjects]
-
-
-T5_CHECKPOINTED = {("t5", "blocks"): RECOMPUTATION}
-MASKED = {(name, checkpoint): PACKING for name in ("gpt2", "llama") for checkpoint in ("none", "blocks")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +54,7 @@ def prepare(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
     return subject
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), _marked(PLAIN + CHECKPOINTED, T5_CHECKPOINTED))
+@pytest.mark.parametrize(("name", "checkpoint"), PLAIN + CHECKPOINTED)
 def test_estimates_are_what_is_simulated(name: str, checkpoint: str, prepare: Prepare) -> None:
     subject = prepare(name, checkpoint)
     many = subject.groupings(30 if name in BUILT_IN and checkpoint == "none" else 4, seed=1)
@@ -68,7 +62,7 @@ def test_estimates_are_what_is_simulated(name: str, checkpoint: str, prepare: Pr
     assert max(map(abs, errors.values())) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), _marked(PLAIN + CHECKPOINTED, T5_CHECKPOINTED | MASKED))
+@pytest.mark.parametrize(("name", "checkpoint"), PLAIN + CHECKPOINTED)
 def test_simulations_are_what_is_measured(name: str, checkpoint: str, prepare: Prepare) -> None:
     subject = prepare(name, checkpoint)
     many = subject.groupings(2, seed=2)
@@ -76,7 +70,7 @@ def test_simulations_are_what_is_measured(name: str, checkpoint: str, prepare: P
     assert max(map(abs, errors.values())) < (5e-2 if name == "digits-cnn" else TOLERANCE), errors
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), _marked(PLAIN + CHECKPOINTED, T5_CHECKPOINTED | MASKED))
+@pytest.mark.parametrize(("name", "checkpoint"), PLAIN + CHECKPOINTED)
 def test_non_private_peaks_are_what_is_measured(name: str, checkpoint: str, prepare: Prepare) -> None:
     subject = prepare(name, checkpoint)
     assert subject.trace.nonprivate_peak_bytes == pytest.approx(subject.measure(None), rel=TOLERANCE)

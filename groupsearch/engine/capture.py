@@ -48,7 +48,6 @@ class Capture:
         self._options = options
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._meeting = Meeting(self._batch_size, self._source_arrival)
-        self._entered = 0
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, dict[str, Any]]] = []
         self._watch_outputs = any(x.rule is None or x.rule.kind == "embedding" for x in self.layers)
@@ -67,6 +66,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._meeting.forget()
         _WATCHED.discard(self._model())
 
     # -- passes ------------------------------------------------------------------------------
@@ -86,23 +86,14 @@ class Capture:
                 )
             self.current = Pass(tensors[0].shape[0])
             self._open.add(self.current)
+            self._meeting.forget()
         if self._watch_outputs:
             self._meeting.mark(pytree.tree_leaves((args, kwargs)))
-            self._enter()
+            self._meeting.enter()
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        while self._entered:
-            self._leave()
-
-    def _enter(self) -> None:
-        self._meeting.__enter__()
-        self._entered += 1
-
-    def _leave(self) -> None:
-        self._entered -= 1
-        self._meeting.__exit__(None, None, None)
-        if not self._entered:
-            self._meeting.forget()
+        while self._meeting.watching:
+            self._meeting.leave()
 
     def _batch_size(self) -> int:
         return self._pass().batch_size
@@ -179,14 +170,14 @@ class Capture:
                 "the batch (expand its input over the examples), or freeze one with requires_grad_(False)."
             )
         saved = layer.rule.saved(layer, x)
-        constant = bool(self._entered) and not _in_backward() and not self._meeting.from_batch(x)
+        constant = self._meeting.watching and not self._meeting.from_batch(x)
         if output.shape[0] != source_pass.batch_size or constant:
             return self._without_batch(layer, saved, output, constant)
         tensors = Saved(saved)
 
         def arrive(g: Tensor) -> None:
             assert layer.rule is not None
-            rule, taken = layer.rule, tensors.take()
+            rule, taken = layer.rule, self._meeting.during(tensors.take) if self._watch_outputs else tensors.take()
             make = lambda: rule.entry(layer, taken, g, self._options)  # noqa: E731
             self._arrive(Arrival(layer.name, layer, rule.kind, make, source_pass))
 
@@ -212,7 +203,7 @@ class Capture:
         return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry))
 
     def _before_bare(self, layer: Layer) -> None:
-        self._enter()
+        self._meeting.enter()
         self._swap(layer, {name: self._meeting.track(self._bare_source(layer, name)) for name in layer.trainable})
 
     def _bare_source(self, layer: Layer, name: str) -> Source:
@@ -223,7 +214,7 @@ class Capture:
         return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims))
 
     def _after_bare(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
-        self._leave()
+        self._meeting.leave()
 
     def _source_arrival(self) -> Arrive:
         source_pass = self._pass()

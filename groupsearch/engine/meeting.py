@@ -16,10 +16,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -61,6 +62,7 @@ class Tracked:
 
 
 Arrive = Callable[[Source, Tensor], None]
+T = TypeVar("T")
 
 
 class Meeting(TorchFunctionMode):
@@ -78,6 +80,7 @@ class Meeting(TorchFunctionMode):
         self._tracked: dict[int, Tracked] = {}
         self._expanded: dict[tuple[int, int], Tensor] = {}
         self._chaining = False
+        self._depth = 0
 
     def track(self, source: Source) -> Tensor:
         """Begin to watch a source; its leaf is what the model should use."""
@@ -98,8 +101,33 @@ class Meeting(TorchFunctionMode):
         """Whether a tensor is a function of parameters alone."""
         return id(tensor) in self._tracked
 
+    @property
+    def watching(self) -> bool:
+        """Whether operations are watched now."""
+        return self._depth > 0
+
+    def enter(self) -> None:
+        """Watch operations until :meth:`leave` was called as often."""
+        if not self._depth:
+            self.__enter__()
+        self._depth += 1
+
+    def leave(self) -> None:
+        """Undo one :meth:`enter`."""
+        self._depth -= 1
+        if not self._depth:
+            self.__exit__(None, None, None)
+
+    def during(self, work: Callable[[], T]) -> T:
+        """Watch while backward does some work: a checkpointed block may run again in it, as it ran before."""
+        self.enter()
+        try:
+            return work()
+        finally:
+            self.leave()
+
     def forget(self) -> None:
-        """Stop watching: the forward pass is over."""
+        """Stop watching: the pass is over. Until then a recomputation may need to know."""
         self._tracked.clear()
         self._expanded.clear()
 
@@ -148,7 +176,8 @@ class Meeting(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(self.from_batch(t) for t in tensors):
             return self._function_site(func, args, kwargs)
-        out = func(*args, **kwargs)
+        with saved_tensors_hooks(_as_it_is, _as_it_is):  # small, and not to be recomputed by activation checkpointing
+            out = func(*args, **kwargs)
         sources = tuple({id(s): s for t in tracked for s in t.sources}.values())
         if name in _EXPANDING and out.shape[0] == self._batch_size() and _leads_free(tracked[0].tensor, out.dim()):
             return self._meet(tracked[0], out.detach())
@@ -195,7 +224,7 @@ class Meeting(TorchFunctionMode):
         constants = [None if i in rows else x for i, x in enumerate(leaves)]
 
         def pull(g: Tensor) -> None:
-            xs = saved.take()
+            xs = self.during(saved.take)
 
             def example(g_i: Tensor, *xs_i: Tensor) -> Any:
                 def value(*parameters: Tensor) -> Any:
@@ -231,6 +260,10 @@ class Meeting(TorchFunctionMode):
             finally:
                 self._chaining = False
             arrive(source, chained)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _leads_free(tensor: Tensor, rank: int) -> bool:

@@ -50,6 +50,6 @@ def trace_model(
     if device is not None:
         stage = make_stage(*real_copy(model, batch, torch.device(device)), loss, settings)
         return record_step(stage, settings, count_examples(batch), keys)
-    mode, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
-    with mode:
+    fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
+    with fake:
         return record_step(stage, settings, count_examples(batch), keys)

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import copy
+import sys
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+
+class FakeTensors:
+    """Enter it to compute on fake tensors; may be entered again after it was left.
+
+    Where transformers looks at values to choose a path, fake tensors have none, and it takes the
+    dearer one. Inside, a batch counts as what it nearly always is: one sequence per row, not
+    several packed into one, so that no dense attention mask is made.
+    """
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> FakeTensors:
+        stack = ExitStack()
+        masking = sys.modules.get("transformers.masking_utils")
+        if hasattr(masking, "find_packed_sequence_indices"):
+            stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(self.mode)
+        self._entered.append(stack)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:

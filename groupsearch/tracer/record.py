@@ -69,9 +69,12 @@ class StepRecorder:
 
     def finish(self) -> None:
         """Noise and the optimizer's step, as the engine takes them."""
+        generators: dict[torch.device, torch.Generator] = {}
         for name, parameter in self.stage.model.named_parameters():
             if name in self._book.sums:
-                parameter.grad = add_noise_(self._book.sums.pop(name), self.settings.noise_multiplier, None).div_(1.5)
+                generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
+                total = self._book.sums.pop(name)
+                parameter.grad = add_noise_(total, self.settings.noise_multiplier, generator).div_(1.5)
         self.stage.optimizer.step()
         self.stage.optimizer.zero_grad(set_to_none=True)
 

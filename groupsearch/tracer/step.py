@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -17,7 +16,7 @@ from groupsearch.engine.optimizers import make_optimizer, warm_state
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import StaticBytes
-from groupsearch.tracer.fake import fake_batch, fake_model
+from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
 from groupsearch.workloads.batches import check_loss
 from groupsearch.workloads.blocks import checkpoint_blocks
@@ -90,13 +89,12 @@ class Stage:
 
 def fake_stage(
     model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, scratch: Scratch | None = None
-) -> tuple[FakeTensorMode, Stage]:
-    """A stage of fake tensors; enter the returned mode to step on it."""
-    mode = FakeTensorMode()
-    device = torch.device("cpu")
-    duplicate = fake_model(model, mode, device).train(model.training)
-    with mode:
-        return mode, make_stage(duplicate, fake_batch(batch, mode, device), loss, settings, scratch)
+) -> tuple[FakeTensors, Stage]:
+    """A stage of fake tensors; enter what is returned with it to step on it."""
+    fake, device = FakeTensors(), torch.device("cpu")
+    duplicate = fake_model(model, fake.mode, device)
+    with fake:
+        return fake, make_stage(duplicate, fake_batch(batch, fake.mode, device), loss, settings, scratch)
 
 
 def make_stage(
@@ -123,6 +121,10 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
     Raises:
         GroupSearchError: when the device is not there.
     """
+    if device.type == "meta":
+        raise GroupSearchError(
+            "Device 'meta' holds no values to step on. Name a real device, or none to trace without."
+        )
     try:
         moved = (copy.deepcopy(model) if copy_model else model).to(device)
         return moved, pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)

@@ -17,8 +17,6 @@ from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
 from tests.cases import EVERY_CASE, Wrap
 
-PACKING = "on fake tensors transformers cannot see that no sequences are packed, and builds a mask for it"
-
 
 class Walked(LiveBytes):
     """After every operation it also walks the garbage collector's objects and adds up their storages."""
@@ -101,7 +99,7 @@ def test_gradients_that_meet_are_added_in_place_as_autograd_does(branches: int) 
     "name",
     [
         *("residual-mlp-3d", "attention", "branches", "vit-sdpa", "t5", "bert"),
-        pytest.param("gpt2", marks=pytest.mark.xfail(strict=True, reason=PACKING)),
+        "gpt2",
     ],
 )
 def test_a_fake_step_peaks_where_the_real_one_does(name: str) -> None:
