@@ -24,10 +24,6 @@ class Pass:
     in_backward: bool = False
     finished: bool = False
 
-    def backward_ended(self) -> None:
-        """Backward came to its end."""
-        self.in_backward = False
-
 
 @dataclass(frozen=True)
 class Arrival:

@@ -118,9 +118,13 @@ class Capture:
         source.arrivals += 1
         if not source.in_backward:
             source.in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(source.backward_ended)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end_backward(source))
         with torch.no_grad():
             self._receive(arrival)
+
+    def _end_backward(self, source: Pass) -> None:
+        source.in_backward = False
+        self._meeting.forget()
 
     # -- layers ------------------------------------------------------------------------------
 
