@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 from torch import nn
@@ -51,7 +50,6 @@ def private_peak(stage: Stage, settings: StepSettings, grouping: Grouping, examp
         expected_batch_size=examples,
         options=settings.options,
     )
-    gc.collect()  # an engine that was detached before may leave cycles behind, which would be counted
     start = len(stage.live.log)
     try:
         with stage.live:

@@ -36,7 +36,7 @@ FINGERPRINT = (
 @click.argument("model", default="digits-vit")
 @click.option("--budget", type=Size(), help="Largest estimated peak, as in 12GiB; others are never trained.")
 @click.option(
-    "--trials", type=click.IntRange(min=1), default=24, help="Groupings to train before the front is repeated."
+    "--trials", type=click.IntRange(min=1), default=16, help="Groupings to train before the front is repeated."
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Training runs of every grouping on the front.")
 @click.option("--granularity", type=click.Choice(GRANULARITIES), default="site", help="Where the search may cut.")

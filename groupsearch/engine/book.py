@@ -131,8 +131,9 @@ class Book:
             del entry
 
     def abandon(self) -> None:
-        """Drop everything: open groups and sums."""
+        """Drop everything: open groups, sums and norms."""
         self.sums.clear()
+        self.norms.clear()
         self._entries.clear()
         self._users.clear()
         self._sqnorms.clear()

@@ -84,11 +84,12 @@ class Meeting(TorchFunctionMode):
 
     def track(self, source: Source) -> Tensor:
         """Begin to watch a source; its leaf is what the model should use."""
+        key = source.key  # and not the source in the hook: its leaf would keep itself alive
 
         def stray(g: Tensor) -> None:
             if not self._chaining:
                 raise UnsupportedModelError(
-                    f"Parameter {source.key!r} reached the loss through an operation that cannot be followed example "
+                    f"Parameter {key!r} reached the loss through an operation that cannot be followed example "
                     "by example. Use it in elementwise operations, expand, matrix products or a torch.nn layer of its "
                     "own, or freeze it with requires_grad_(False)."
                 )

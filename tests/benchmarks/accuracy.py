@@ -9,7 +9,6 @@ estimate / simulation - 1 and so on, so an under-estimate is negative.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -129,7 +128,6 @@ class Subject:
     def simulate(self, grouping: Grouping) -> int:
         """Peak bytes of the engine on fake tensors."""
         mode, stage = self.fake
-        gc.collect()  # nothing of an earlier step on this stage may be counted with this one
         with mode:
             return private_peak(stage, self.settings, grouping, self.workload.batch_size)
 

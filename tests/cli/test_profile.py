@@ -177,7 +177,6 @@ def test_train_writes_curve_metric_and_cost():
     [
         (["hf:gpt2", "--grouping", "best:2"], "data"),
         (["digits-vit", "--grouping", "400"], "between 1 and"),
-        (["digits-vit", "--grouping", "best:2", "--checkpoint", "blocks"], "--checkpoint none"),
         (["digits-vit", "--grouping", "best:2", "--epsilon", "0"], "above zero"),
         (["digits-vit", "--grouping", "best:2", "--sampling-rate", "2"], "sampling_rate"),
         (["digits-vit"], "--grouping"),

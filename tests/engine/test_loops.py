@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -393,3 +394,21 @@ def _noises(case: Case, plan: ClipPlan, steps: int, generator: torch.Generator) 
             optimizer.step()
     engine.detach()
     return seen
+
+
+@pytest.mark.parametrize("name", ["positions-without-batch", "class-token", "llama", "t5", "gpt2"])
+def test_a_step_leaves_no_tensor_to_the_garbage_collector(name):
+    case = EVERY_CASE[name]
+    model, optimizer, _ = private(case, plan_of(case, ()))
+    gc.collect()
+    gc.disable()
+    try:
+        alive = []
+        for _ in range(4):
+            case.loss(model, case.batch()).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            alive.append(sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is Tensor))
+    finally:
+        gc.enable()
+    assert alive[-1] == alive[0]
