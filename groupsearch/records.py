@@ -36,7 +36,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": packages.get("torch"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "device": device,

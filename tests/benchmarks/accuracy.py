@@ -216,7 +216,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": "cpu",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -173,7 +173,7 @@ def _environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "opacus": version("opacus"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
