@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class Capture:
         def arrive(g: Tensor) -> None:
             assert layer.rule is not None
             rule, taken = layer.rule, self._meeting.during(tensors.take) if self._watch_outputs else tensors.take()
-            make = lambda: rule.entry(layer, taken, g, self._options)  # noqa: E731
+            make = partial(rule.entry, layer, taken, g, self._options)
             self._arrive(Arrival(layer.name, layer, rule.kind, make, source_pass))
 
         return with_gradient(output, arrive)
