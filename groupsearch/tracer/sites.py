@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.capture import Capture
@@ -70,22 +71,28 @@ def observe_sites(
 ) -> tuple[Site, ...]:
     """The sites of a model, from forward and backward passes over a few examples of a batch.
 
-    The model runs in evaluation mode, once with three and once with two examples: its sites must be
-    the same and, on real tensors, so must every example's gradient norm at every site. Fake tensors
-    show only the former. Gradients, parameters and modes are left as they are.
+    The model runs in evaluation mode on three examples, on the same with the third replaced, and on
+    two: the sites must be the same and, on real tensors, replacing the third must change no gradient
+    norm of the others at any site. Fake tensors show only the former. Random numbers are drawn from
+    one seed; gradients, parameters, modes and generators are left as they are.
 
     Raises:
         UnsupportedModelError: when a trainable parameter cannot be covered, by name, or when an
             example's gradient depends on the other examples of its batch.
     """
     owned_layers(model)  # refuses in the mode the model is trained in
+    two = first_examples(batch, 2)
     with _evaluating(model):
         arrivals, norms_LB = observe_pass(model, first_examples(batch, 3), loss, options)
-        fewer, fewer_norms_LB = observe_pass(model, first_examples(batch, 2), loss, options)
+        replaced, replaced_LB = observe_pass(
+            model, _with_third(two, 1 if count_examples(batch) == 2 else 0), loss, options
+        )
+        fewer, _ = observe_pass(model, two, loss, options)
     check_all_seen(model, arrivals)
     check_same_sites(arrivals, fewer)
+    check_same_sites(arrivals, replaced)
     if not isinstance(norms_LB, FakeTensor):
-        _check_separate(arrivals, norms_LB[:, :2], fewer_norms_LB)
+        _check_separate(arrivals, norms_LB[:, :2], replaced_LB[:, :2])
     return as_sites(arrivals, model)
 
 
@@ -104,7 +111,9 @@ def observe_pass(
 
     capture = Capture(model, receive, options or EngineOptions())
     try:
-        loss(model, batch).sum().backward()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss(model, batch).sum().backward()
     except RuntimeError as error:
         raise UnsupportedModelError(
             f"A step on {count_examples(batch)} examples failed: {error}. Poisson sampling draws batches of any size; "
@@ -130,9 +139,15 @@ def check_same_sites(arrivals: Sequence[Observed], others: Sequence[Observed]) -
             )
 
 
-def _check_separate(arrivals: Sequence[Observed], norms_LB: Tensor, fewer_LB: Tensor) -> None:
-    scale_B = torch.linalg.vector_norm(fewer_LB, dim=0)
-    differs_L = ((norms_LB - fewer_LB).abs() > 1e-2 * fewer_LB + 1e-3 * scale_B).any(1)
+def _with_third(two: Any, repeated: int) -> Any:
+    """Three examples: the two and one of them again."""
+    index = torch.tensor([0, 1, repeated])
+    return pytree.tree_map_only(Tensor, lambda t: t[index.to(t.device)], two)
+
+
+def _check_separate(arrivals: Sequence[Observed], norms_LB: Tensor, others_LB: Tensor) -> None:
+    scale_B = torch.linalg.vector_norm(others_LB, dim=0)
+    differs_L = ((norms_LB - others_LB).abs() > 1e-2 * others_LB + 1e-3 * scale_B).any(1)
     if differs_L.any():
         raise UnsupportedModelError(
             f"At layer {arrivals[int(differs_L.nonzero()[0])].key!r} the gradient of an example depends on the other "

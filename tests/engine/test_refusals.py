@@ -283,3 +283,14 @@ def test_a_refusal_at_construction_leaves_no_hooks() -> None:
         make_private(model, optimizer, ClipPlan(Grouping((), sites)), noise_multiplier=0.0, expected_batch_size=4)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_loss_that_draws_random_numbers_is_no_mixing():
+    case = LAYER_CASES["linear-2d"]
+
+    def noisy(model, batch):
+        return case.loss(model, {**batch, "x": batch["x"] + torch.randn_like(batch["x"])})
+
+    before = torch.get_rng_state()
+    assert observe_sites(case.model(), case.batch(), noisy) == observe_sites(case.model(), case.batch(), case.loss)
+    assert torch.equal(torch.get_rng_state(), before)
