@@ -6,22 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan
 from groupsearch.engine.entries import Entry, inner
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Site
-
-
-def clip_factors(rule: str, norm_B: Tensor, threshold: float) -> Tensor:
-    """Clipping factor of every example (B,), by the rule as :class:`~groupsearch.clipping.ClipPlan` states it."""
-    if rule == "abadi":
-        return (threshold / norm_B).clamp(max=1.0)  # a norm of zero gives inf, clamped to one
-    if rule == "auto-s":
-        return threshold / (norm_B + AUTO_S_GAMMA)
-    return torch.where(norm_B > 0, threshold / norm_B, 0.0)
 
 
 class Observer(Protocol):
@@ -152,8 +141,3 @@ class Book:
                 self.sums[name] += total
             else:
                 self.sums[name] = total
-
-
-def plan_clip(plan: ClipPlan) -> Callable[[int, Tensor], Tensor]:
-    """The clip function of a plan."""
-    return lambda group, norm_B: clip_factors(plan.rule, norm_B, plan.thresholds[group])

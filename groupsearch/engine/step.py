@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.arrival import Arrival
-from groupsearch.engine.book import Book, Groups, plan_clip
+from groupsearch.engine.book import Book, Groups
 from groupsearch.engine.capture import Capture
-from groupsearch.engine.noise import add_noise_
+from groupsearch.engine.mechanism import Mechanism
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.options import EngineOptions
 
@@ -30,6 +30,7 @@ class PrivateEngine:
         noise_multiplier: sigma; noise of standard deviation sigma * plan.sensitivity is added
             to the clipped sum once per ``optimizer.step()``.
         expected_batch_size: what the noisy sum is divided by.
+        mechanism: clips and adds noise.
         steps: optimizer steps taken with the engine.
     """
 
@@ -46,15 +47,15 @@ class PrivateEngine:
     ) -> None:
         self.plan = plan
         self.noise_multiplier = noise_multiplier
+        self.mechanism = Mechanism(plan, noise_multiplier, generator)
         self.expected_batch_size = expected_batch_size
         self.steps = 0
         self._model = model
         self._reduction = loss_reduction
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._generator = generator
         self._given: dict[str, weakref.ref[Tensor]] = {}  # weak: zero_grad must be able to free them
         self._groups = Groups(plan.grouping.sites, plan.grouping.group_of, plan.grouping.groups)
-        self._book = Book(plan_clip(plan))
+        self._book = Book(self.mechanism.clip)
         self._capture = Capture(model, self._receive, options)
         self._capture.on_pass = self._end_pass
         self._handles = [
@@ -115,7 +116,6 @@ class PrivateEngine:
             )
         check_covered(self._model, self.plan, optimizer)  # nothing may have been unfrozen or added since
         self._end_pass()
-        std = self.noise_multiplier * self.plan.sensitivity
         for name, parameter in self._parameters.items():
             given = self._given.get(name, lambda: None)()
             if parameter.grad is not None and parameter.grad is not given:
@@ -125,9 +125,10 @@ class PrivateEngine:
                 )
             total = self._book.sums.pop(name, None)
             total = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
-            add_noise_(total, std, self._generator)
+            self.mechanism.add_noise_(name, total)
             parameter.grad = total.div_(self.expected_batch_size)
             self._given[name] = weakref.ref(parameter.grad)
+        self.mechanism.end_step()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.steps += 1
