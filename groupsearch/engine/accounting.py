@@ -1,37 +1,37 @@
-"""What DP-SGD with Poisson sampling costs in privacy, through Google's dp-accounting.
+"""What a differentially private training run costs in privacy, and what noise a budget asks for.
 
-Neighbouring data sets differ by adding or removing one example. A step samples every example
-independently with the sampling rate and releases the clipped sum with Gaussian noise of
-``noise_multiplier`` times the sum's sensitivity; all figures are upper bounds on epsilon.
+How batches are drawn (``sampling``) decides what a step costs and what epsilon means; the three ways
+and the neighbouring data sets of each are described in :mod:`groupsearch.engine.composition`. Only
+Poisson sampling is amplified as Poisson sampling: batches of a fixed size and shuffled epochs cost more, and are
+accounted as what they are.
 
-The figure that is reported comes from privacy loss distributions (``pld``: arXiv 2106.08567,
-discretised as in arXiv 2207.04380); Renyi differential privacy (``rdp``: arXiv 1702.07476,
-1908.10530) is looser and serves as the cross-check.
+The figure that is reported comes from privacy loss distributions (``pld``) where there are any;
+Renyi differential privacy (``rdp``) is looser and serves as the cross-check. Adaptive thresholds change
+nothing here: their counts are paid for by more noise on the gradients, so that a step is still one Gaussian
+release of the stated noise multiplier (:func:`groupsearch.clipping.gradient_noise_multiplier`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import dp_accounting
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
-
+from groupsearch.engine.composition import (
+    ACCOUNTANTS,
+    SAMPLINGS,
+    Phase,
+    check_phase,
+    check_sampling,
+    composed_epsilon,
+)
 from groupsearch.errors import GroupSearchError
 
-ACCOUNTANTS = ("pld", "rdp")
+__all__ = ["ACCOUNTANTS", "SAMPLINGS", "Accountant", "default_delta", "epsilon", "noise_multiplier_for"]
 
-# Enough orders to guess the scale of epsilon; the rdp figure itself uses dp-accounting's own list.
-_FEW_ORDERS = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256)
 _LEAST_NOISE, _MOST_NOISE = 2.0**-6, 2.0**24
 _TIGHTNESS = 1e-3
-
-Phase = tuple[float, float, int]  # noise multiplier, sampling rate, steps
 
 
 def default_delta(train_size: int) -> float:
@@ -51,7 +51,14 @@ def default_delta(train_size: int) -> float:
     return min(0.5, float(train_size) ** -1.1)
 
 
-def epsilon(noise_multiplier: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
+def epsilon(
+    noise_multiplier: float,
+    sampling_rate: float,
+    steps: int,
+    delta: float,
+    accountant: str | None = None,
+    sampling: str = "poisson",
+) -> float:
     """Epsilon at ``delta`` of ``steps`` equal steps; cached.
 
     No steps cost 0; steps without noise cost ``math.inf``, and so does a delta that lies below what
@@ -59,33 +66,39 @@ def epsilon(noise_multiplier: float, sampling_rate: float, steps: int, delta: fl
 
     Args:
         noise_multiplier: standard deviation of the noise over the sensitivity.
-        sampling_rate: probability with which each example enters a step, 0 < rate <= 1.
+        sampling_rate: 0 < rate <= 1; by Poisson the probability with which each example enters a
+            step, else the batch size over the number of examples.
         steps: number of steps.
         delta: 0 < delta < 1.
-        accountant: ``pld`` (the figure) or ``rdp`` (the cross-check).
+        accountant: ``pld`` (the figure), ``rdp`` (the cross-check), or None for the tightest that
+            the sampling has: rdp for fixed-size, else pld.
+        sampling: ``poisson``, ``fixed-size`` or ``shuffled``, what the data loader does.
 
     Raises:
-        GroupSearchError: when an argument is outside its range.
+        GroupSearchError: when an argument is outside its range, or for ``pld`` of fixed-size batches.
     """
-    _check_mechanism(noise_multiplier, sampling_rate, steps)
-    return _composed(((float(noise_multiplier), float(sampling_rate), int(steps)),), delta, accountant)
+    check_phase(noise_multiplier, sampling_rate, steps)
+    phase = float(noise_multiplier), float(sampling_rate), int(steps)
+    return composed_epsilon((phase,), delta, accountant, sampling)
 
 
-def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """The least noise multiplier whose PLD epsilon is at most ``epsilon``, and within 1 % of it; cached.
+def noise_multiplier_for(
+    epsilon: float, delta: float, sampling_rate: float, steps: int, sampling: str = "poisson"
+) -> float:
+    """The least noise multiplier whose :func:`epsilon` is at most ``epsilon``, and within 1 % of it; cached.
 
     Raises:
         GroupSearchError: when an argument is outside its range, or no noise multiplier between
             2^-6 and 2^24 reaches this epsilon.
     """
-    _check_mechanism(1.0, sampling_rate, steps)
+    check_phase(1.0, sampling_rate, steps)
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise GroupSearchError(
             f"Expected a finite epsilon > 0, found {epsilon}. To train without noise give a noise multiplier of 0."
         )
     if steps == 0:
         raise GroupSearchError("Expected at least one step to calibrate noise for, found 0.")
-    return _calibrated(float(epsilon), delta, float(sampling_rate), int(steps))
+    return _calibrated(float(epsilon), delta, float(sampling_rate), int(steps), sampling)
 
 
 class Accountant:
@@ -97,8 +110,10 @@ class Accountant:
     (1, 0.2)
     """
 
-    def __init__(self, noise_multiplier: float, sampling_rate: float) -> None:
-        _check_mechanism(noise_multiplier, sampling_rate, 0)
+    def __init__(self, noise_multiplier: float, sampling_rate: float, sampling: str = "poisson") -> None:
+        check_phase(noise_multiplier, sampling_rate, 0)
+        check_sampling(sampling)
+        self.sampling = sampling
         self._noise_multiplier = float(noise_multiplier)
         self._sampling_rate = float(sampling_rate)
         self._phases: list[Phase] = []
@@ -114,25 +129,26 @@ class Accountant:
         Raises:
             GroupSearchError: when the count is negative.
         """
-        _check_mechanism(self._noise_multiplier, self._sampling_rate, count)
+        check_phase(self._noise_multiplier, self._sampling_rate, count)
         done = 0
         if self._phases and self._phases[-1][:2] == (self._noise_multiplier, self._sampling_rate):
             done = self._phases.pop()[2]
         self._phases.append((self._noise_multiplier, self._sampling_rate, done + count))
 
-    def epsilon(self, delta: float, accountant: str = "pld") -> float:
+    def epsilon(self, delta: float, accountant: str | None = None) -> float:
         """Epsilon at ``delta`` of all steps counted so far, see :func:`epsilon`."""
-        return _composed(tuple(self._phases), delta, accountant)
+        return composed_epsilon(tuple(self._phases), delta, accountant, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists: one [noise multiplier, sampling rate, steps] per stretch of equal steps."""
-        return {"phases": [list(phase) for phase in self._phases]}
+        """The sampling, and one [noise multiplier, sampling rate, steps] per stretch of equal steps; plain types."""
+        return {"sampling": self.sampling, "phases": [list(phase) for phase in self._phases]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces what was counted; steps to come use this accountant's own mechanism.
 
         Raises:
-            GroupSearchError: when the state is not one that :meth:`state_dict` wrote.
+            GroupSearchError: when the state is not one that :meth:`state_dict` wrote, or one of another
+                sampling: their epsilons are about different neighbours and do not add up.
         """
         try:
             phases = [(float(noise), float(rate), int(steps)) for noise, rate, steps in state["phases"]]
@@ -142,46 +158,19 @@ class Accountant:
                 f"steps, found one that lacks or garbles {error}. Give what `state_dict()` returned."
             ) from error
         for phase in phases:
-            _check_mechanism(*phase)
+            check_phase(*phase)
+        if state.get("sampling") != self.sampling:
+            raise GroupSearchError(
+                f"Expected an accountant's state of {self.sampling} sampling, found {state.get('sampling')!r}. Steps "
+                f"whose batches were drawn in different ways cannot be accounted together."
+            )
         self._phases = phases
 
 
-def _check_mechanism(noise_multiplier: float, sampling_rate: float, steps: int) -> None:
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise GroupSearchError(f"Expected a finite noise_multiplier >= 0, found {noise_multiplier}.")
-    if not 0 < sampling_rate <= 1:
-        raise GroupSearchError(
-            f"Expected a sampling_rate in (0, 1], found {sampling_rate}. It is the expected batch size over the "
-            f"number of training examples."
-        )
-    if steps < 0 or steps != int(steps):
-        raise GroupSearchError(f"Expected a whole number of steps >= 0, found {steps}.")
-
-
-@lru_cache(maxsize=1024)
-def _composed(phases: tuple[Phase, ...], delta: float, accountant: str) -> float:
-    if not 0 < delta < 1:
-        raise GroupSearchError(f"Expected a delta between 0 and 1, found {delta}. A common choice is n^-1.1.")
-    if accountant not in ACCOUNTANTS:
-        raise GroupSearchError(f"Expected accountant to be one of {', '.join(ACCOUNTANTS)}, found {accountant!r}.")
-    phases = tuple(phase for phase in phases if phase[2] > 0)
-    if not phases:
-        return 0.0
-    if any(noise == 0 for noise, _, _ in phases):
-        return math.inf
-    with _silent_absl():
-        if accountant == "rdp":
-            return _rdp(phases, delta)
-        guess = _rdp(phases, delta, _FEW_ORDERS)
-        found = _pld(phases, delta, guess)
-        # Where Renyi divergences are far off (tiny epsilons) the first grid was too wide.
-        return found if 2 * found > guess else _pld(phases, delta, found)
-
-
 @lru_cache(maxsize=256)
-def _calibrated(target: float, delta: float, sampling_rate: float, steps: int) -> float:
+def _calibrated(target: float, delta: float, sampling_rate: float, steps: int, sampling: str) -> float:
     def excess(log_noise: float) -> float:
-        found = _composed(((math.exp(log_noise), sampling_rate, steps),), delta, "pld")
+        found = composed_epsilon(((math.exp(log_noise), sampling_rate, steps),), delta, None, sampling)
         return math.log(max(found, 1e-300) / target)
 
     low = high = 0.0
@@ -207,43 +196,3 @@ def _calibrated(target: float, delta: float, sampling_rate: float, steps: int) -
         else:
             high, below = middle, found
     return math.exp(high)
-
-
-def _event(phases: Sequence[Phase]) -> dp_accounting.DpEvent:
-    return dp_accounting.ComposedDpEvent(
-        [
-            dp_accounting.SelfComposedDpEvent(
-                dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps
-            )
-            for noise, rate, steps in phases
-        ]
-    )
-
-
-def _rdp(phases: Sequence[Phase], delta: float, orders: Sequence[float] | None = None) -> float:
-    return float(RdpAccountant(orders).compose(_event(phases)).get_epsilon(delta))
-
-
-def _pld(phases: Sequence[Phase], delta: float, guess: float) -> float:
-    """Epsilon by privacy loss distributions on a grid fit for an epsilon of about ``guess``.
-
-    Every grid gives an upper bound. Its width w shifts each step's loss by about w^2 / 5, and the total
-    is kept near 1e-5 of epsilon; a thousand to 200,000 points per step keep a call near a second.
-    """
-    steps = sum(steps for _, _, steps in phases)
-    span = min(0.5 / noise**2 + 16 / noise for noise, _, _ in phases)
-    wanted = min(math.sqrt(5e-5 * guess / steps), guess / 100)
-    accountant = PLDAccountant(value_discretization_interval=min(max(wanted, span / 200_000), span / 1000))
-    return float(accountant.compose(_event(phases)).get_epsilon(delta))
-
-
-@contextmanager
-def _silent_absl() -> Iterator[None]:
-    """dp-accounting logs each Renyi order that it leaves out; leaving one out keeps the bound valid."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

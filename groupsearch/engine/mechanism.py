@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan
+from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan, gradient_noise_multiplier
 from groupsearch.engine.noise import add_noise_
+from groupsearch.engine.thresholds import QuantileCounts
+from groupsearch.errors import GroupSearchError
+
+# The square of a shorter float32 norm has lost digits, or all, to underflow.
+LEAST_NORM = 1e-15
 
 
 def clip_factors(rule: str, norm_B: Tensor, threshold: float) -> Tensor:
@@ -15,29 +24,142 @@ def clip_factors(rule: str, norm_B: Tensor, threshold: float) -> Tensor:
         return (threshold / norm_B).clamp(max=1.0)  # a norm of zero gives inf, clamped to one
     if rule == "auto-s":
         return threshold / (norm_B + AUTO_S_GAMMA)
-    return torch.where(norm_B > 0, threshold / norm_B, 0.0)
+    return torch.where(norm_B > LEAST_NORM, threshold / norm_B, 0.0)
 
 
 class Mechanism:
     """Clips by a plan and adds the noise its sensitivity asks for.
 
+    What a logical batch releases, noisy sums and (with adaptive thresholds) noisy counts, is
+    together one Gaussian release of multiplier ``noise_multiplier``. Thresholds change between
+    logical batches only, so noise always fits the thresholds that the sums were clipped by.
+
+    Args:
+        plan: groups, thresholds, clip rule and noise allocation.
+        noise_multiplier: sigma >= 0, what is accounted.
+        generator: source of all noise; None is torch's own.
+        expected_batch_size: of a logical batch; only adaptive thresholds need it.
+
     Attributes:
-        plan: groups, thresholds and clip rule.
-        noise_multiplier: sigma, relative to the plan's sensitivity.
+        plan: as given.
+        in_force: the plan with the thresholds of the present logical batch; ``plan`` where they are fixed.
+        noise_multiplier: as given.
+        gradient_noise_multiplier: of the sums alone: larger where counts are released with them.
+
+    Raises:
+        GroupSearchError: for adaptive thresholds without an expected batch size, or whose counts
+            would cost more than the noise multiplier allows.
     """
 
-    def __init__(self, plan: ClipPlan, noise_multiplier: float, generator: torch.Generator | None) -> None:
-        self.plan = plan
-        self.noise_multiplier = noise_multiplier
+    def __init__(
+        self,
+        plan: ClipPlan,
+        noise_multiplier: float,
+        generator: torch.Generator | None,
+        expected_batch_size: float | None = None,
+    ) -> None:
+        self.plan = self.in_force = plan
+        self.noise_multiplier = self.gradient_noise_multiplier = noise_multiplier
         self._generator = generator
+        self._counts: QuantileCounts | None = None
+        if plan.adaptive is not None:
+            if expected_batch_size is None or not 0 < expected_batch_size < math.inf:
+                raise GroupSearchError(
+                    f"Expected a finite expected_batch_size > 0 for adaptive thresholds, whose counts are shares of "
+                    f"it, found {expected_batch_size}. Give the sampling rate times the size of the data set."
+                )
+            groups = plan.grouping.groups
+            self.in_force = plan.with_thresholds(plan.thresholds)
+            self._counts = QuantileCounts(plan.adaptive, groups, expected_batch_size)
+            self.gradient_noise_multiplier = gradient_noise_multiplier(
+                noise_multiplier, groups, plan.adaptive.count_noise_for(expected_batch_size)
+            )
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """R_m of every group in the present logical batch."""
+        return self.in_force.thresholds
 
     def clip(self, group: int, norm_B: Tensor) -> Tensor:
-        """Clipping factors (B,) of the examples whose gradients have these norms in a group."""
-        return clip_factors(self.plan.rule, norm_B, self.plan.thresholds[group])
+        """Clipping factors (B,) of the examples whose gradients have these norms in a group.
+
+        Adaptive thresholds count these examples: every example comes once per group and logical batch.
+        """
+        threshold = self.in_force.thresholds[group]
+        if self._counts is not None:
+            self._counts.add(group, norm_B, threshold)
+        return clip_factors(self.plan.rule, norm_B, threshold)
 
     def add_noise_(self, name: str, total: Tensor) -> Tensor:
-        """Add to the clipped sum of a parameter the noise of one logical batch, in place."""
-        return add_noise_(total, self.noise_multiplier * self.plan.sensitivity, self._generator)
+        """Add to the clipped sum of a parameter the noise of one logical batch, in place.
+
+        Raises:
+            GroupSearchError: when the plan has no such parameter.
+        """
+        scale = self.in_force.noise_scales.get(name)
+        if scale is None:
+            raise GroupSearchError(f"Expected a parameter of the clip plan to add noise to, found {name!r}.")
+        return add_noise_(total, self.gradient_noise_multiplier * scale, self._generator)
+
+    def abandon(self) -> None:
+        """The clipped sums of the logical batch so far were dropped, and so are its counts."""
+        if self._counts is not None:
+            self._counts.forget()
 
     def end_step(self) -> None:
-        """The noise of a logical batch is drawn; the next one begins."""
+        """The noise of a logical batch is drawn; the next one begins, with new thresholds if they are adaptive."""
+        if self._counts is not None:
+            self.in_force = self.plan.with_thresholds(self._counts.next_thresholds(self.thresholds, self._generator))
+            self._counts.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on bit for bit, as plain types and a tensor.
+
+        ``generator`` (its state, None without one), and with adaptive thresholds ``thresholds``,
+        ``within`` and ``seen``: the counts of a logical batch that is not finished. These are exact
+        and thus not private: keep the state as safe as the data.
+        """
+        state: dict[str, Any] = {"generator": None if self._generator is None else self._generator.get_state()}
+        if self._counts is not None:
+            within, seen = self._counts.counts
+            state |= {"thresholds": list(self.thresholds), "within": within, "seen": seen}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the mechanism that wrote the state stood.
+
+        Raises:
+            GroupSearchError: when the state is not of a mechanism with as many groups and the same kind
+                of thresholds and generator; nothing has changed then.
+        """
+        in_force, counts = self._read_thresholds(state)
+        stream: Any = state.get("generator")
+        if (stream is None) != (self._generator is None):
+            raise GroupSearchError(
+                f"Expected the state of a mechanism {'without' if self._generator is None else 'with'} a generator of "
+                f"its own, found the other. Give make_private a generator as in the run that is resumed."
+            )
+        if self._generator is not None:
+            try:
+                self._generator.set_state(stream)
+            except (RuntimeError, TypeError) as error:
+                raise GroupSearchError(
+                    f"Expected the state of a generator on {self._generator.device}, found one that it refuses "
+                    f"({error}). Resume on the kind of device that the state comes from."
+                ) from error
+        self.in_force = in_force
+        if self._counts is not None and counts is not None:
+            self._counts.counts = counts
+
+    def _read_thresholds(self, state: Mapping[str, Any]) -> tuple[ClipPlan, tuple[list[int], list[int]] | None]:
+        if self.plan.adaptive is None and "thresholds" not in state:
+            return self.plan, None
+        groups = self.plan.grouping.groups
+        found = [state.get(key, ()) for key in ("thresholds", "within", "seen")]
+        if self.plan.adaptive is None or any(len(values) != groups for values in found):
+            kind = "fixed" if self.plan.adaptive is None else "adaptive"
+            raise GroupSearchError(
+                f"Expected the state of a mechanism with {groups} {kind} thresholds, found one with "
+                f"{len(found[0])} adaptive ones. Resume with the plan that the state was written with."
+            )
+        return self.plan.with_thresholds(found[0]), (list(found[1]), list(found[2]))
