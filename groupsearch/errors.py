@@ -15,7 +15,15 @@ class GroupSearchError(Exception):
 
 
 class UnsupportedModelError(GroupSearchError):
-    """A trainable parameter, layer or loss that the engine cannot make private."""
+    """A trainable parameter, layer or loss that the engine cannot make private.
+
+    Attributes:
+        layer: name of the layer whose inside cannot be followed, where differentiating it as one may help.
+    """
+
+    def __init__(self, message: str, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class BudgetError(GroupSearchError):

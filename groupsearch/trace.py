@@ -27,17 +27,21 @@ class Site:
         layer: qualified name of the module (or ``module.parameter`` for a bare parameter's owner).
         block: the repeated block the layer lies in (``transformer.h.3``), or the layer's own name.
         kind: ``linear``, ``conv``, ``embedding``, ``norm``, ``parameter`` or ``function``.
-        method: how its norm is taken: ``ghost``, ``instantiate``, or ``direct`` where the
-            per-example gradient is all there is.
+        method: how its norm is taken: ``ghost``, ``instantiate``, ``recompute``, or ``direct`` where
+            the per-example gradient is all there is.
         positions: T, positions per example.  inputs: d.  outputs: p.
         parameters: qualified names of the trainable parameters it uses, canonical for ties.
         parameter_count: trainable numbers in them.
+        layout: where the layer keeps the examples: ``first`` dimension; ``folded`` into the first with
+            another one (example by example); ``second`` dimension; or ``whole`` for a module whose
+            inside mixes them up (routed tokens) and that is differentiated as one.
         close_bytes: largest bytes that forming this site's clipped sums needs on top of what
             is alive when that begins (the sums themselves included).
         gradient_bytes: bytes of the clipped sums it leaves behind; a parameter that an earlier
             processed site has already summed counts nothing.
         close_live_bytes: bytes alive at the close of this site's hook, just before sums are
             formed, without any clipped sum.
+        groups: channel groups of a convolution; 1 elsewhere. d counts the inputs of one, p the outputs of all.
     """
 
     name: str
@@ -50,9 +54,11 @@ class Site:
     outputs: int
     parameters: tuple[str, ...]
     parameter_count: int
+    layout: str = "first"
     close_bytes: int = 0
     gradient_bytes: int = 0
     close_live_bytes: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,19 @@ class Booked:
         last_site: the booking site that backward reaches last (the smallest index).
         released: index of the first instant at which autograd itself no longer holds it;
             ``len(instants)`` when it outlives the backward pass anyway.
+        between: further sites that book it, from the first to the last.
     """
 
     size_bytes: int
     first_site: int
     last_site: int
     released: int
+    between: tuple[int, ...] = ()
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Every site that books it, in the order of backward."""
+        return tuple(sorted({self.first_site, *self.between, self.last_site}, reverse=True))
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,8 @@ class Trace:
         nonprivate_peak_bytes: peak of the same step without privacy.
         batch_size: B.
         settings: what the trace is keyed by (model, device, dtype, checkpoint, norm_method, ...).
+        carried_bytes: clipped sums of earlier micro-batches, alive throughout; 0 where the trace is of
+            the only one. Sites then leave none behind: what they sum is added to these in place.
     """
 
     sites: tuple[Site, ...]
@@ -144,6 +159,7 @@ class Trace:
     nonprivate_peak_bytes: int
     batch_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    carried_bytes: int = 0
 
     @property
     def length(self) -> int:
@@ -165,12 +181,13 @@ class Trace:
         return {
             "sites": [{**asdict(site), "parameters": list(site.parameters)} for site in self.sites],
             "instants": [[i.site, int(i.in_hook), i.live_bytes, i.forward_bytes] for i in self.instants],
-            "booked": [[b.size_bytes, b.first_site, b.last_site, b.released] for b in self.booked],
+            "booked": [[b.size_bytes, b.first_site, b.last_site, b.released, *b.between] for b in self.booked],
             "cross_terms": [[c.early, c.late, c.transient_bytes] for c in self.cross_terms],
             "static": asdict(self.static),
             "step_bytes": self.step_bytes,
             "nonprivate_peak_bytes": self.nonprivate_peak_bytes,
             "batch_size": self.batch_size,
+            "carried_bytes": self.carried_bytes,
             "settings": dict(self.settings),
         }
 
@@ -187,19 +204,29 @@ class Trace:
                     Site(**{**_known(site), "parameters": tuple(site["parameters"])}) for site in data["sites"]
                 ),
                 instants=tuple(Instant(site, bool(hook), *sizes) for site, hook, *sizes in _integers(data["instants"])),
-                booked=tuple(Booked(*b) for b in _integers(data["booked"])),
+                booked=tuple(
+                    Booked(size, first, last, released, tuple(between))
+                    for size, first, last, released, *between in _integers(data["booked"])
+                ),
                 cross_terms=tuple(CrossTerm(*c) for c in _integers(data["cross_terms"])),
                 static=StaticBytes(**data["static"]),
                 step_bytes=data["step_bytes"],
                 nonprivate_peak_bytes=data["nonprivate_peak_bytes"],
                 batch_size=data["batch_size"],
                 settings=dict(data["settings"]),
+                carried_bytes=data.get("carried_bytes", 0),  # older documents are of one micro-batch
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DocumentError(
                 f"Expected a trace with sites, instants and booked storages, found one that lacks or "
                 f"garbles {error}. Write the profile again with `groupsearch profile`."
             ) from error
+
+
+def weights_with_choice(sites: Sequence[Site]) -> frozenset[str]:
+    """The weights whose norm method can be chosen, by the name that :class:`EngineOptions` knows them by."""
+    matrices = (site for site in sites if site.kind not in ("embedding", "function") and site.method != "direct")
+    return frozenset(site.parameters[0] for site in matrices)
 
 
 def _changes(labels: Sequence[str]) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ anywhere else betrays itself by receiving one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from groupsearch.engine.arrival import Arrival, Pass, Receiver
+from groupsearch.engine.arrival import Arrival, Receiver
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
 from groupsearch.engine.layers import Layer
-from groupsearch.engine.meeting import Arrive, Meeting, Source
+from groupsearch.engine.layout import by_example, rows_per_example
+from groupsearch.engine.meeting import Meeting
 from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient, refuse_mixing
+from groupsearch.engine.passes import Passes, in_backward
+from groupsearch.engine.sources import Arrive, Source
 from groupsearch.engine.taps import Saved, with_gradient
+from groupsearch.engine.whole import Randomness, WholeCall
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
+from groupsearch.workloads.blocks import CheckpointedForward
 
 _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -35,23 +42,37 @@ class Capture:
         model: the model; its parameters keep ``requires_grad`` and its modules their forward.
         receive: called once per site and backward pass, in the order backward reaches the sites.
         options: decides the norm method per site.
+        layouts: where layers keep the examples of a batch, by name, if not in the first dimension.
+
+    Attributes:
+        layers: the modules that own trainable parameters.
+        passes: the forward passes that wait for backward.
     """
 
-    def __init__(self, model: nn.Module, receive: Receiver, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        receive: Receiver,
+        options: EngineOptions,
+        layouts: Mapping[str, str] | None = None,
+        passes: Passes | None = None,
+    ) -> None:
         if model in _WATCHED:
             raise UnsupportedModelError(
                 "The model has an engine already: two would clip and add noise twice. Call .detach() on the first."
             )
-        self.layers = owned_layers(model)
-        self.current: Pass | None = None
-        self.on_pass: Callable[[], None] = lambda: None
+        self.layers = owned_layers(model, layouts)
+        self.passes = passes or Passes()
         self._receive = receive
         self._options = options
-        self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
-        self._meeting = Meeting(self._batch_size, self._source_arrival)
+        self._meeting = Meeting(self._batch_size, self._site_arrival, options)
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
-        self._swapped: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._watch_outputs = any(x.rule is None or x.rule.kind == "embedding" for x in self.layers)
+        self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
+        self._inside: list[CheckpointedForward] = []
+        self._random: list[Randomness] = []
+        self._watch_outputs = any(
+            x.rule is None or x.rule.kind == "embedding" or x.layout != "first" for x in self.layers
+        )
         self._handles = [
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
         ]
@@ -67,80 +88,69 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for forward in self._inside:
+            forward.inside = nullcontext
         self._meeting.forget()
         _WATCHED.discard(self._model())
 
     # -- passes ------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        if not _in_backward():
-            self.on_pass()
-            for name, module in self._mixing:
-                refuse_mixing(name, module)
+        if not in_backward():
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
             if not tensors:
                 raise UnsupportedModelError(
                     "The model was called without a tensor that leads with the examples of a batch, so that their "
                     "number is unknown. Pass the batch to the model's forward as tensors, batch first."
                 )
-            self.current = Pass(tensors[0].shape[0])
-            self._open.add(self.current)
-            self._meeting.forget()
+            if self.passes.begin(tensors[0].shape[0]):
+                for name, module in self._mixing:
+                    refuse_mixing(name, module)
+                self._meeting.forget()
         if self._watch_outputs:
             self._meeting.mark(pytree.tree_leaves((args, kwargs)))
             self._meeting.enter()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         while self._meeting.watching:
             self._meeting.leave()
+        if output is None and not in_backward():
+            self.passes.fail()
 
     def _batch_size(self) -> int:
-        return self._pass().batch_size
-
-    def _pass(self) -> Pass:
-        if self.current is None:
-            raise UnsupportedModelError(
-                "A layer ran with gradients before the model itself was called. Call the model that was given to "
-                "the engine, not one of its parts, or use torch.no_grad()."
-            )
-        return self.current
+        return self.passes.running().batch_size
 
     def _arrive(self, arrival: Arrival) -> None:
-        source = arrival.source_pass
-        others = [p for p in self._open if p is not source and not p.finished]
-        if others or source.finished:
-            raise UnsupportedModelError(
-                "Backward reached a forward pass while another one is still open (or ran twice through the same one): "
-                "an example that takes part in both would be clipped twice and exceed the sensitivity. Run forward "
-                "and backward of one micro-batch before the next forward, and evaluate under torch.no_grad()."
-            )
-        source.arrivals += 1
-        if not source.in_backward:
-            source.in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end_backward(source))
-        with torch.no_grad():
-            self._receive(arrival)
-
-    def _end_backward(self, source: Pass) -> None:
-        source.in_backward = False
-        self._meeting.forget()
+        self.passes.arrive(arrival.source_pass, self._meeting.forget)
+        if arrival.source_pass.batch_size:  # an empty batch has no gradient
+            with torch.no_grad():
+                self._receive(arrival)
 
     # -- layers ------------------------------------------------------------------------------
 
     def _watch(self, layer: Layer) -> None:
         for name in layer.trainable:
             self._handles.append(refuse_gradient(layer, name))
-        before, after = (self._before_rule, self._after_rule) if layer.rule else (self._before_bare, self._after_bare)
+        before, after = self._hooks_of(layer)
         module = layer.module
+        forward = vars(module).get("forward")
+        if layer.rule is None and layer.layout != "whole" and isinstance(forward, CheckpointedForward):
+            forward.inside = lambda: self._run_inside(layer, before, after)
+            self._inside.append(forward)
+            return
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled():
-                self._pass()
+                self.passes.running()
                 before(layer)
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not self._restore(layer):
                 return None
             with torch._C.DisableTorchFunction():  # what the engine does itself is not the model's doing
@@ -149,41 +159,72 @@ class Capture:
         self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
 
-    def _swap(self, layer: Layer, replacements: dict[str, Any]) -> None:
-        parameters = layer.module._parameters
-        self._swapped.append((layer.module, {name: parameters[name] for name in replacements}))
-        parameters.update(replacements)
+    @contextmanager
+    def _run_inside(self, layer: Layer, before: Callable[..., None], after: Callable[..., Any]) -> Iterator[None]:
+        if not torch.is_grad_enabled():
+            yield
+            return
+        self.passes.running()
+        before(layer)
+        try:
+            yield
+        finally:
+            self._restore(layer)
+            with torch._C.DisableTorchFunction():
+                after(layer, (), {}, None)
+
+    def _hooks_of(self, layer: Layer) -> tuple[Callable[..., None], Callable[..., Any]]:
+        if layer.layout == "whole":
+            return self._before_whole, self._after_whole
+        return (self._before_rule, self._after_rule) if layer.rule else (self._before_bare, self._after_bare)
+
+    def _swap(self, layer: Layer, replacements: Mapping[str, Any]) -> None:
+        originals = []
+        for local, replacement in replacements.items():
+            path, _, name = local.rpartition(".")
+            slots = layer.module.get_submodule(path)._parameters
+            originals.append((slots, name, slots[name]))
+            slots[name] = replacement
+        self._swapped.append((layer.module, originals))
 
     def _restore(self, layer: Layer) -> bool:
         if not self._swapped or self._swapped[-1][0] is not layer.module:
             return False
-        module, originals = self._swapped.pop()
-        module._parameters.update(originals)
+        for slots, name, original in self._swapped.pop()[1]:
+            slots[name] = original
+        if isinstance(layer.module, nn.RNNBase):
+            layer.module._update_flat_weights()  # it keeps a list of its parameters
         return True
+
+    def _detached(self, layer: Layer) -> dict[str, Tensor]:
+        return {name: layer.module.get_parameter(name).detach() for name in layer.trainable}
 
     def _before_rule(self, layer: Layer) -> None:
         with torch._C.DisableTorchFunction():
-            self._swap(layer, {name: layer.module.get_parameter(name).detach() for name in layer.trainable})
+            self._swap(layer, self._detached(layer))
 
     def _after_rule(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if output is None or layer.rule is None:  # the forward raised
             return None
-        source_pass, x = self._pass(), args[0] if args else next(iter(kwargs.values()))
+        source_pass, x = self.passes.running(), args[0] if args else next(iter(kwargs.values()))
         if self._meeting.is_tracked(x):
             raise UnsupportedModelError(
                 f"Layer {layer.name!r} works on the output of another layer that saw no batch. Let one of the two see "
-                "the batch (expand its input over the examples), or freeze one with requires_grad_(False)."
+                "the batch (expand its input over the examples), or freeze one with requires_grad_(False).",
+                layer.name,
             )
         saved = layer.rule.saved(layer, x)
         constant = self._meeting.watching and not self._meeting.from_batch(x)
-        if output.shape[0] != source_pass.batch_size or constant:
+        layout, size = layer.layout, source_pass.batch_size
+        if constant or rows_per_example(output, layout, size) is None:
             return self._without_batch(layer, saved, output, constant)
         tensors = Saved(saved)
 
         def arrive(g: Tensor) -> None:
             assert layer.rule is not None
             rule, taken = layer.rule, self._meeting.during(tensors.take) if self._watch_outputs else tensors.take()
-            make = partial(rule.entry, layer, taken, g, self._options)
+            seen = tuple(by_example(x, layout, size) for x in taken)
+            make = partial(rule.entry, layer, seen, by_example(g, layout, size), self._options)
             self._arrive(Arrival(layer.name, layer, rule.kind, make, source_pass))
 
         return with_gradient(output, arrive)
@@ -192,7 +233,9 @@ class Capture:
         if not constant:
             raise UnsupportedModelError(
                 f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the "
-                f"batch of {self._batch_size()} examples: their gradients cannot be told apart. Keep the batch first."
+                f"batch of {self._batch_size()} examples: their gradients cannot be told apart. Keep the batch first, "
+                "and use use_reentrant=False where activation checkpointing is on.",
+                layer.name,
             )
 
         def entry(instance: Tensor) -> Entry:
@@ -203,12 +246,12 @@ class Capture:
                 inputs = tuple(x.expand(size, *x.shape[1:]) for x in saved)
             else:
                 inputs = tuple(x.expand(size, *x.shape) for x in saved)
-            return layer.rule.entry(layer, inputs, instance, self._options)
+            return layer.rule.entry(replace(layer, layout="first"), inputs, instance, self._options)
 
-        return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry))
+        return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry, layer))
 
     def _before_bare(self, layer: Layer) -> None:
-        self._meeting.enter()
+        self._meeting.enter(layer)
         self._swap(layer, {name: self._meeting.track(self._bare_source(layer, name)) for name in layer.trainable})
 
     def _bare_source(self, layer: Layer, name: str) -> Source:
@@ -216,24 +259,39 @@ class Capture:
         leaf = layer.module.get_parameter(name).detach().requires_grad_()
         dims = Dimensions(1, leaf.numel(), leaf.numel(), "direct")
         key = f"{layer.name}.{name}" if layer.name else name
-        return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims))
+        return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims), layer, canonical)
 
     def _after_bare(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
-        self._meeting.leave()
+        self._meeting.leave(layer)
 
-    def _source_arrival(self) -> Arrive:
-        source_pass = self._pass()
+    def _before_whole(self, layer: Layer) -> None:
+        self._swap(layer, self._detached(layer))
+        self._random.append(Randomness(next(layer.module.parameters()).device))
 
-        def arrive(source: Source, instance: Tensor) -> None:
-            layer = self._owner(source.key)
+    def _after_whole(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Any:
+        randomness = self._random.pop()
+        if output is None:
+            return None
+        source_pass, from_batch = self.passes.running(), self._meeting.from_batch
+        call = WholeCall.of(layer, (args, kwargs), source_pass.batch_size, from_batch, randomness.drawn())
+
+        def deliver(make: Callable[[], Entry]) -> None:
+            self._arrive(Arrival(layer.name, layer, "function", make, source_pass))
+
+        return call.await_gradients(output, lambda saved: self._meeting.during(saved.take), deliver)
+
+    def _site_arrival(self) -> Arrive:
+        source_pass = self.passes.running()
+
+        def arrive(key: str, make: Callable[[], Entry]) -> None:
+            layer = self._owner(key)
             kind = layer.rule.kind if layer.rule else "parameter"
-            self._arrive(Arrival(source.key, layer, kind, lambda: source.entry(instance), source_pass))
+            self._arrive(Arrival(key, layer, kind, make, source_pass))
 
         return arrive
 
     def _owner(self, key: str) -> Layer:
-        return next(x for x in self.layers if x.name == key or (not x.rule and key.rpartition(".")[0] == x.name))
+        return next(x for x in self.layers if key == x.name or (x.rule is None and key in self._keys(x)))
 
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    def _keys(self, layer: Layer) -> set[str]:
+        return {f"{layer.name}.{name}" if layer.name else name for name in layer.trainable}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,7 +24,9 @@ from groupsearch.engine.entries import (
     matrix_instances,
 )
 from groupsearch.engine.grads import embedding_instance
+from groupsearch.engine.recompute import RecomputeEntry
 from groupsearch.engine.unfold import unfold_input
+from groupsearch.engine.widening import accumulator, widened
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 
@@ -37,17 +40,22 @@ class Layer:
         module: itself.
         trainable: canonical name of every trainable parameter it owns, by its own name for it.
         rule: how its gradients are formed; None where it is handled operation by operation.
+        layout: where it keeps the examples of a batch, see :mod:`groupsearch.engine.layout`.
     """
 
     name: str
     module: nn.Module
     trainable: Mapping[str, str]
     rule: Rule | None
+    layout: str = "first"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """kind of the site; saved(layer, input) -> tensors; entry(layer, saved, g, options) -> Entry."""
+    """kind of the site; saved(layer, input) -> tensors; entry(layer, saved, g, options) -> Entry.
+
+    ``entry`` is given its tensors with the examples first, (B, ...), or (B, k, ...) where they are folded.
+    """
 
     kind: str
     saved: Callable[[Layer, Tensor], tuple[Tensor, ...]]
@@ -78,9 +86,19 @@ def _saved_input(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if "weight" in layer.trainable else ()  # a bias alone needs the output gradient only
 
 
+def _channels_second(layer: Layer, x: Tensor) -> Tensor:
+    """(B, C, ...), also where the layer sees images folded with their examples: (B, k, C, ...)."""
+    return x.transpose(1, 2) if layer.layout == "folded" else x
+
+
+def _channel_sum(layer: Layer, x: Tensor) -> Tensor:
+    x = _channels_second(layer, x)
+    return x.flatten(2).sum(2, dtype=accumulator(x.dtype)) if x.dim() > 2 else x
+
+
 def _no_weight(layer: Layer, g: Tensor, features_last: bool) -> Entry:
     # bias-only tuning: the weight is frozen, only the bias (B, p) is left
-    bias_Bp = g.reshape(g.shape[0], -1, g.shape[-1]).sum(1) if features_last else g.flatten(2).sum(2)
+    bias_Bp = g.reshape(g.shape[0], -1, g.shape[-1]).sum(1) if features_last else _channel_sum(layer, g)
     dims = Dimensions(g[0].numel() // bias_Bp.shape[1], 0, bias_Bp.shape[1], "direct")
     return InstanceEntry({layer.trainable["bias"]: bias_Bp}, dims)
 
@@ -88,23 +106,36 @@ def _no_weight(layer: Layer, g: Tensor, features_last: bool) -> Entry:
 def _matrix(layer: Layer, a: Tensor, g: Tensor, operands: Operands, options: EngineOptions) -> Entry:
     weight = layer.module.get_parameter("weight")
     transposed = not isinstance(layer.module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)  # transformers' Conv1D
-    outputs = weight.shape[1] if transposed else weight.shape[0]
-    positions, inputs = g[0].numel() // outputs, weight.numel() // outputs
-    ghost = options.use_ghost(positions, inputs, outputs // getattr(layer.module, "groups", 1))
-    entry = MatrixEntry(
-        layer.trainable["weight"],
-        layer.trainable.get("bias"),
-        weight.shape,
-        transposed,
-        a,
-        g,
-        operands,
-        Dimensions(positions, inputs, outputs, "ghost" if ghost else "instantiate"),
-    )
-    return entry if ghost else InstanceEntry(matrix_instances(entry), entry.dimensions)
+    names = layer.trainable["weight"], layer.trainable.get("bias")
+    matrix = Matrix(*names, weight.shape, transposed, getattr(layer.module, "groups", 1))
+    return matrix_entry(matrix, a, g, operands, options)
 
 
-def _linear_operands(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Matrix:
+    """A weight used as a matrix, and its bias: canonical names, shape, and how it lies."""
+
+    weight: str
+    bias: str | None
+    shape: torch.Size
+    transposed: bool = False
+    groups: int = 1
+
+
+def matrix_entry(matrix: Matrix, a: Tensor, g: Tensor, operands: Operands, options: EngineOptions) -> Entry:
+    """The entry of a matrix site from its input and output gradient, by the norm method of the options."""
+    outputs = matrix.shape[1] if matrix.transposed else matrix.shape[0]
+    positions, inputs = g[0].numel() // outputs if len(g) else 0, matrix.shape.numel() // outputs
+    method = options.method_of(matrix.weight, positions, inputs, outputs // matrix.groups)
+    dims = Dimensions(positions, inputs, outputs, method, matrix.groups)
+    form = RecomputeEntry if method == "recompute" else MatrixEntry
+    entry = form(matrix.weight, matrix.bias, matrix.shape, matrix.transposed, a, g, operands, dims)
+    return InstanceEntry(matrix_instances(entry), dims) if method == "instantiate" else entry
+
+
+def linear_operands(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Input (B, ..., d) and output gradient (B, ..., p) as (B, 1, T, d) and (B, 1, T, p)."""
+
     def canonical(x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], 1, -1, x.shape[-1])
 
@@ -114,7 +145,7 @@ def _linear_operands(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def _linear(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: EngineOptions) -> Entry:
     if "weight" not in layer.trainable:
         return _no_weight(layer, g, features_last=True)
-    return _matrix(layer, saved[0], g, _linear_operands, options)
+    return _matrix(layer, saved[0], g, linear_operands, options)
 
 
 def _convolution(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: EngineOptions) -> Entry:
@@ -124,7 +155,11 @@ def _convolution(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: En
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
     def operands(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return unfold_input(module, a.to(g.dtype)), g.flatten(2).unflatten(1, (module.groups, -1)).mT
+        g_BGTp = _channels_second(layer, g).flatten(2).unflatten(1, (module.groups, -1)).mT
+        if layer.layout != "folded":
+            return unfold_input(module, a.to(g.dtype)), g_BGTp
+        a_BkGTd = unfold_input(module, a.to(g.dtype).flatten(0, 1)).unflatten(0, a.shape[:2])
+        return a_BkGTd.transpose(1, 2).flatten(2, 3), g_BGTp
 
     return _matrix(layer, saved[0], g, operands, options)
 
@@ -147,7 +182,7 @@ def _embedding(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: Engi
 
 
 def _normalised(
-    kind_of_sum: Callable[[nn.Module, Tensor], Tensor],
+    sum_of: Callable[[Layer, Tensor], Tensor],
     normalise: Callable[..., Tensor],
     check: Callable[[str, nn.Module], None] = lambda name, module: None,
 ) -> Rule:
@@ -156,23 +191,23 @@ def _normalised(
     def entry(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: EngineOptions) -> Entry:
         instances = {}
         if "weight" in layer.trainable:
-            scaled = normalise(layer.module, saved[0]).mul_(g)
-            instances[layer.trainable["weight"]] = kind_of_sum(layer.module, scaled)
+            x = widened(saved[0])
+            folded = layer.layout == "folded"
+            scaled = normalise(layer.module, x.flatten(0, 1) if folded else x)
+            scaled = (scaled.unflatten(0, x.shape[:2]) if folded else scaled).mul_(g)
+            instances[layer.trainable["weight"]] = sum_of(layer, scaled)
         if "bias" in layer.trainable:
-            instances[layer.trainable["bias"]] = kind_of_sum(layer.module, g)
-        features = next(iter(instances.values()))[0].numel()
-        return InstanceEntry(instances, Dimensions(g[0].numel() // features, features, features, "direct"))
+            instances[layer.trainable["bias"]] = sum_of(layer, g)
+        features = next(iter(instances.values())).shape[1:].numel()
+        positions = g[0].numel() // features if len(g) else 0
+        return InstanceEntry(instances, Dimensions(positions, features, features, "direct"))
 
     return Rule("norm", _saved_input, entry, check)
 
 
-def _sum_before_features(module: nn.Module, x: Tensor) -> Tensor:
-    shape: tuple[int, ...] = module.normalized_shape  # type: ignore[assignment]
-    return x.reshape(x.shape[0], -1, *shape).sum(1)
-
-
-def _sum_after_channels(module: nn.Module, x: Tensor) -> Tensor:
-    return x.flatten(2).sum(2) if x.dim() > 2 else x
+def _sum_before_features(layer: Layer, x: Tensor) -> Tensor:
+    shape: tuple[int, ...] = layer.module.normalized_shape  # type: ignore[assignment]
+    return x.reshape(x.shape[0], -1, *shape).sum(1, dtype=accumulator(x.dtype))
 
 
 def _check_embedding(name: str, module: nn.Module) -> None:
@@ -207,10 +242,10 @@ _RULES: dict[str, Rule] = {
         _sum_before_features, lambda m, x: functional.rms_norm(x, m.normalized_shape, eps=m.eps)
     ),
     "torch.nn.modules.normalization.GroupNorm": _normalised(
-        _sum_after_channels, lambda m, x: functional.group_norm(x, m.num_groups, eps=m.eps)
+        _channel_sum, lambda m, x: functional.group_norm(x, m.num_groups, eps=m.eps)
     ),
     **dict.fromkeys(
         (f"torch.nn.modules.instancenorm.InstanceNorm{n}d" for n in (1, 2, 3)),
-        _normalised(_sum_after_channels, lambda m, x: functional.instance_norm(x, eps=m.eps), _check_instance_norm),
+        _normalised(_channel_sum, lambda m, x: functional.instance_norm(x, eps=m.eps), _check_instance_norm),
     ),
 }

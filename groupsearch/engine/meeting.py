@@ -6,27 +6,33 @@ gradient *is* the per-example gradient; any other operation is differentiated ex
 example through ``torch.func``. Both are then taken back to the parameter. Whatever reaches the
 parameter by another way raises: nothing is left out in silence.
 
-Whether a tensor's first dimension is the batch is not read from its size alone, for another
-dimension may have that size. Every layer's output asks for gradients, so what asks for them comes
-from the batch; what comes from it without gradients (ids, masks) is marked as it is made.
+Whether a tensor keeps the examples where the layer that is running keeps them is not read from
+its size alone, for another dimension may have that size. Every layer's output asks for gradients,
+so what asks for them comes from the batch; what comes from it without gradients (ids, masks) is
+marked as it is made.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from groupsearch.engine.entries import Entry
-from groupsearch.engine.taps import Saved, with_gradient
+from groupsearch.engine.layers import Layer, Matrix, linear_operands, matrix_entry
+from groupsearch.engine.layout import by_example, rows_per_example, unfold_rows
+from groupsearch.engine.sources import Arrive, Source, Sources, Tracked
+from groupsearch.engine.substitutes import SUBSTITUTES
+from groupsearch.engine.taps import Autocast, Saved, with_gradient
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.options import EngineOptions
 
 _ELEMENTWISE = {
     stem.format(name)
@@ -39,29 +45,6 @@ _CASTING = {"to", "type_as"}
 _MARK = "_groupsearch_rows_of"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A leaf of a function of parameters: a bare parameter, or the output of a layer that saw no batch.
-
-    Attributes:
-        key: name of the site.
-        entry: turns the per-example gradient (B, *leaf.shape) of the leaf into a book entry.
-    """
-
-    key: str
-    leaf: Tensor
-    entry: Callable[[Tensor], Entry]
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """A tensor that is a function of sources alone."""
-
-    tensor: Tensor
-    sources: tuple[Source, ...]
-
-
-Arrive = Callable[[Source, Tensor], None]
 T = TypeVar("T")
 
 
@@ -70,54 +53,79 @@ class Meeting(TorchFunctionMode):
 
     Args:
         batch_size: gives B of the pass that is under way.
-        arrive: called in backward with a source and its per-example gradient (B, *shape).
+        arrive: gives what is called in backward with the key of a site and a maker of its book entry.
+        options: decides the norm method of matrix sites.
     """
 
-    def __init__(self, batch_size: Callable[[], int], arrive: Callable[[], Arrive]) -> None:
+    def __init__(
+        self, batch_size: Callable[[], int], arrive: Callable[[], Arrive], options: EngineOptions | None = None
+    ) -> None:
         super().__init__()
         self._batch_size = batch_size
-        self._arrival = arrive
-        self._tracked: dict[int, Tracked] = {}
-        self._expanded: dict[tuple[int, int], Tensor] = {}
-        self._chaining = False
+        self.arrival = arrive
+        self.options = options or EngineOptions()
+        self._tracked = Sources()
+        self._expanded: dict[tuple[int, int, int], Tensor] = {}
+        self._running: list[Layer] = []
+        self._seen_as: str | None = None
         self._depth = 0
 
     def track(self, source: Source) -> Tensor:
         """Begin to watch a source; its leaf is what the model should use."""
-        key = source.key  # and not the source in the hook: its leaf would keep itself alive
-
-        def stray(g: Tensor) -> None:
-            if not self._chaining:
-                raise UnsupportedModelError(
-                    f"Parameter {key!r} reached the loss through an operation that cannot be followed example "
-                    "by example. Use it in elementwise operations, expand, matrix products or a torch.nn layer of its "
-                    "own, or freeze it with requires_grad_(False)."
-                )
-
-        source.leaf.register_hook(stray)
-        self._tracked[id(source.leaf)] = Tracked(source.leaf, (source,))
+        self._tracked.begin(source)
         return source.leaf
 
     def is_tracked(self, tensor: object) -> bool:
         """Whether a tensor is a function of parameters alone."""
-        return id(tensor) in self._tracked
+        return tensor in self._tracked
 
     @property
     def watching(self) -> bool:
         """Whether operations are watched now."""
         return self._depth > 0
 
-    def enter(self) -> None:
-        """Watch operations until :meth:`leave` was called as often."""
+    @property
+    def batch_size(self) -> int:
+        """B of the pass that is under way."""
+        return self._batch_size()
+
+    @property
+    def layer(self) -> Layer | None:
+        """The layer without a rule that is running."""
+        return self._running[-1] if self._running else None
+
+    def enter(self, layer: Layer | None = None) -> None:
+        """Watch operations, those of a layer if it is given, until :meth:`leave` was called as often."""
         if not self._depth:
             self.__enter__()
         self._depth += 1
+        if layer is not None:
+            self._running.append(layer)
 
-    def leave(self) -> None:
+    def leave(self, layer: Layer | None = None) -> None:
         """Undo one :meth:`enter`."""
         self._depth -= 1
+        if layer is not None and layer in self._running:
+            self._running.remove(layer)
         if not self._depth:
+            self._running.clear()
             self.__exit__(None, None, None)
+
+    @contextmanager
+    def seeing(self, layout: str, *tensors: Tensor) -> Iterator[None]:
+        """For a while parameters meet examples in this layout, which these tensors are known to have."""
+        for tensor in tensors:
+            if not tensor.requires_grad:
+                self.mark(tensor, (layout,))
+        before, self._seen_as = self._seen_as, layout
+        try:
+            yield
+        finally:
+            self._seen_as = before
+
+    def apply(self, func: Callable[..., Any], *args: Any) -> Any:
+        """An operation, followed if it uses something that is watched."""
+        return self._follow(func, args, {}) if any(self.is_tracked(t) for t in args) else func(*args)
 
     def during(self, work: Callable[[], T]) -> T:
         """Watch while backward does some work: a checkpointed block may run again in it, as it ran before."""
@@ -132,22 +140,29 @@ class Meeting(TorchFunctionMode):
         self._tracked.clear()
         self._expanded.clear()
 
-    def mark(self, value: Any) -> None:
-        """Note that tensors come from the batch although they ask for no gradients."""
+    def mark(self, value: Any, layouts: tuple[str, ...] = ("first",)) -> None:
+        """Note that tensors come from the batch, in one of these layouts, although they ask for no gradients."""
         size = self._batch_size()
         for part in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(part, Tensor) and not part.requires_grad and part.dim() and part.shape[0] == size:
+            if (
+                isinstance(part, Tensor)
+                and not part.requires_grad
+                and any(rows_per_example(part, layout, size) is not None for layout in layouts)
+            ):
                 setattr(part, _MARK, size)
 
     def from_batch(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from the batch (and is no function of parameters alone)."""
-        return (tensor.requires_grad or hasattr(tensor, _MARK)) and id(tensor) not in self._tracked
+        return (tensor.requires_grad or hasattr(tensor, _MARK)) and tensor not in self._tracked
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._tracked and any(id(t) in self._tracked for t in _tensors(args, kwargs)):
+        if func in SUBSTITUTES and self._running:
+            return SUBSTITUTES[func](self, *args, **kwargs)
+        if self._tracked and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -157,71 +172,137 @@ class Meeting(TorchFunctionMode):
         # a tensor cast like another one, or expanded to its size, takes no values from it
         tensors = _tensors(args, kwargs)
         deciding = tensors[:1] if name in _CASTING else tensors
-        if name in _FILLING or name in _EXPANDING or any(self.from_batch(t) for t in deciding):
+        if any(self.from_batch(t) for t in deciding):
+            self.mark(out, ("first", "folded", "second"))
+        elif name in _FILLING or name in _EXPANDING:
             self.mark(out)
         return out
 
-    def _is_row(self, value: Any) -> bool:
-        rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self._batch_size()
+    def _layout(self, tracked: Tracked) -> str:
+        """Where a function of parameters will meet the examples: where the layer of the first one keeps them."""
+        return self._seen_as or tracked.sources[0].layer.layout
+
+    def _is_row(self, value: Any, layout: str) -> bool:
+        rows = isinstance(value, Tensor) and rows_per_example(value, layout, self._batch_size()) is not None
         return rows and self.from_batch(value)
+
+    def _split(self, layout: str) -> Callable[[Tensor], Tensor]:
+        """Turns tensors in a layout into (B, rows of an example, ...)."""
+        size = self._batch_size()
+        if layout == "second":
+            return lambda x: x.transpose(0, 1).unsqueeze(2)
+        return lambda x: unfold_rows(x, size)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
-        tracked = [self._tracked[id(t)] for t in tensors if id(t) in self._tracked]
-        rank = max(t.dim() for t in tensors)
-        rows = [t for t in tensors if self._is_row(t)]
+        tracked = self._tracked.of(tensors)
+        rank, layout = max(t.dim() for t in tensors), self._layout(tracked[0])
+        rows = [t for t in tensors if self._is_row(t, layout)]
         name = getattr(func, "__name__", "")
         if name in _ELEMENTWISE and any(t.dim() == rank for t in rows):
-            swap = {id(t.tensor): self._expand(t, rank) for t in tracked}
+            longest = max(t.shape[0] for t in rows if t.dim() == rank)
+            swap = {id(t.tensor): self._expand(t, layout, rank, longest) for t in tracked}
             args, kwargs = pytree.tree_map(lambda x: swap.get(id(x), x), (tuple(args), dict(kwargs)))
             return func(*args, **kwargs)
         if any(self.from_batch(t) for t in tensors):
-            return self._function_site(func, args, kwargs)
+            if func is functional.linear and self._is_matrix_site(layout, *args, **kwargs):
+                return self._matrix_site(layout, *args, **kwargs)
+            return self._function_site(func, args, kwargs, layout)
         with saved_tensors_hooks(_as_it_is, _as_it_is):  # small, and not to be recomputed by activation checkpointing
             out = func(*args, **kwargs)
-        sources = tuple({id(s): s for t in tracked for s in t.sources}.values())
-        if name in _EXPANDING and out.shape[0] == self._batch_size() and _leads_free(tracked[0].tensor, out.dim()):
-            return self._meet(tracked[0], out.detach())
+        if name in _EXPANDING and self._expands(tracked[0].tensor, out, layout):
+            return self._meet(tracked[0], out.detach(), layout)
         for part in pytree.tree_leaves(out):
             if isinstance(part, Tensor) and part.requires_grad:
-                self._tracked[id(part)] = Tracked(part, sources)
+                self._tracked.add(part, tracked)
         return out
 
-    def _expand(self, tracked: Tracked, rank: int) -> Tensor:
-        key = (id(tracked.tensor), rank)
-        if key not in self._expanded:
-            tensor = tracked.tensor.detach()
-            if not _leads_free(tensor, rank):
-                raise UnsupportedModelError(
-                    f"Parameter {tracked.sources[0].key!r} of shape {tuple(tensor.shape)} meets the batch in its first "
-                    "dimension, so that each example has a parameter of its own. Give it a first dimension of 1."
-                )
-            aligned = tensor.reshape(*[1] * (rank - tensor.dim()), *tensor.shape)
-            self._expanded[key] = self._meet(tracked, aligned.expand(self._batch_size(), *aligned.shape[1:]))
-        return self._expanded[key]
+    def _expands(self, tensor: Tensor, out: Tensor, layout: str) -> bool:
+        """Whether an expansion gave every example its own copy."""
+        if rows_per_example(out, layout, self._batch_size()) is None:
+            return False
+        if layout == "second":
+            return tensor.dim() < out.dim() - 1 or (tensor.dim() == out.dim() and tensor.shape[1] == 1)
+        return _leads_free(tensor, out.dim())
 
-    def _meet(self, tracked: Tracked, expanded: Tensor) -> Tensor:
-        shape, arrive = tracked.tensor.shape, self._arrival()
-        return with_gradient(expanded, lambda g: self._arrive(tracked, _sum_to(g, shape), arrive))
+    def _expand(self, tracked: Tracked, layout: str, rank: int, longest: int) -> Tensor:
+        size = self._batch_size()
+        key = (id(tracked.tensor), rank, longest)
+        if key in self._expanded:
+            return self._expanded[key]
+        tensor = tracked.tensor.detach()
+        aligned = tensor.reshape(*[1] * (rank - tensor.dim()), *tensor.shape)
+        second = layout == "second"
+        if aligned.shape[1 if second else 0] != 1:
+            raise UnsupportedModelError(
+                f"Parameter {tracked.sources[0].key!r} of shape {tuple(tensor.shape)} meets the batch in its "
+                f"{'second' if second else 'first'} dimension, so that each example has a parameter of its own. Give "
+                "it a size of 1 there.",
+                tracked.sources[0].layer.name,
+            )
+        if second:
+            met = self._meet(tracked, aligned.expand(aligned.shape[0], size, *aligned.shape[2:]), layout)
+        elif longest == size or rank < 1:
+            met = self._meet(tracked, aligned.expand(size, *aligned.shape[1:]), layout)
+        else:  # rows folded with the examples: each row sees a copy
+            rows = aligned.expand(size, longest // size, *aligned.shape[1:]).flatten(0, 1)
+            met = self._meet(tracked, rows, layout)
+        self._expanded[key] = met
+        return met
 
-    def _function_site(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _meet(self, tracked: Tracked, expanded: Tensor, layout: str) -> Tensor:
+        shape, arrive, split = tracked.tensor.shape, self.arrival(), self._split(layout)
+        return with_gradient(expanded, lambda g: self._tracked.deliver(tracked, _sum_to(split(g), shape), arrive))
+
+    def _is_matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+        own = self._tracked.of([x for x in (weight, bias) if x is not None])
+        return self._is_row(input, layout) and all(
+            x.sources[0].leaf is x.tensor and x.sources[0].parameter is not None for x in own
+        )
+
+    def _matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``functional.linear`` with parameters as weight and bias, of an input that keeps the examples."""
+        size, arrive, options = self._batch_size(), self.arrival(), self.options
+        by_weight, by_bias = (
+            self._tracked[x].sources[0] if x is not None and x in self._tracked else None for x in (weight, bias)
+        )
+        out = functional.linear(input, weight.detach(), None if bias is None else bias.detach())
+        matrix = (
+            Matrix(by_weight.parameter or "", by_bias.parameter if by_bias else None, weight.shape)
+            if by_weight
+            else None
+        )
+        saved = Saved((input,) if matrix else ())
+
+        def pull(g: Tensor) -> None:
+            g = by_example(g, layout, size)
+            if matrix is not None and by_weight is not None:
+                x = by_example(self.during(saved.take)[0], layout, size)
+                arrive(by_weight.key, lambda: matrix_entry(matrix, x, g, linear_operands, options))
+            elif by_bias is not None:
+                arrive(by_bias.key, lambda: by_bias.entry(g.flatten(1, -2).sum(1) if g.dim() > 2 else g))
+
+        return with_gradient(out, pull) if by_weight or by_bias else out
+
+    def _function_site(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layout: str) -> Any:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        size, arrive = self._batch_size(), self._arrival()
-        shared = [i for i, x in enumerate(leaves) if id(x) in self._tracked]
-        tracked = [self._tracked[id(leaves[i])] for i in shared]
-        rows = [i for i, x in enumerate(leaves) if self._is_row(x)]
+        arrive, split = self.arrival(), self._split(layout)
+        shared = [i for i, x in enumerate(leaves) if x in self._tracked]
+        tracked = [self._tracked[leaves[i]] for i in shared]
+        rows = [i for i, x in enumerate(leaves) if self._is_row(x, layout)]
         for i in shared:
             leaves[i] = leaves[i].detach()
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         out = func(*args, **kwargs)
-        folded = any(isinstance(x, Tensor) and self.from_batch(x) and not self._is_row(x) for x in leaves)
-        if folded or not isinstance(out, Tensor) or not out.dim() or out.shape[0] != size:
+        left = any(isinstance(x, Tensor) and self.from_batch(x) and not self._is_row(x, layout) for x in leaves)
+        if left or not isinstance(out, Tensor) or rows_per_example(out, layout, self._batch_size()) is None:
             raise UnsupportedModelError(
                 f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, "
-                f"where its operands or its result do not lead with the batch of {size} examples. Use a torch.nn layer "
-                "that does, batch first, or freeze the parameter with requires_grad_(False)."
+                f"where its operands or its result do not lead with the batch of {self._batch_size()} examples. Use a "
+                "torch.nn layer that does, batch first, or freeze the parameter with requires_grad_(False).",
+                tracked[0].sources[0].layer.name,
             )
-        saved = Saved(tuple(leaves[i] for i in rows))
+        saved, autocast = Saved(tuple(leaves[i] for i in rows)), Autocast.now(out.device.type)
         constants = [None if i in rows else x for i, x in enumerate(leaves)]
 
         def pull(g: Tensor) -> None:
@@ -230,37 +311,31 @@ class Meeting(TorchFunctionMode):
             def example(g_i: Tensor, *xs_i: Tensor) -> Any:
                 def value(*parameters: Tensor) -> Any:
                     filled = list(constants)
-                    for i, x in (
-                        *zip(shared, parameters, strict=True),
-                        *zip(rows, [x[None] for x in xs_i], strict=True),
-                    ):
+                    for i, x in (*zip(shared, parameters, strict=True), *zip(rows, xs_i, strict=True)):
                         filled[i] = x
                     call_args, call_kwargs = pytree.tree_unflatten(filled, spec)
                     return func(*call_args, **call_kwargs)
 
-                return torch.func.vjp(value, *[t.tensor.detach() for t in tracked])[1](g_i[None])
+                return torch.func.vjp(value, *[t.tensor.detach() for t in tracked])[1](g_i)
 
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _one_by_one(tracked[0].sources[0]), autocast.again():
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                instances = torch.func.vmap(example)(g, *[x.detach() for x in xs])
+                instances = torch.func.vmap(example)(split(g), *[split(x.detach()) for x in xs])
             for t, instance in zip(tracked, instances, strict=True):
-                self._arrive(t, instance, arrive)
+                self._tracked.deliver(t, instance, arrive)
 
         return with_gradient(out, pull)
 
-    def _arrive(self, tracked: Tracked, instance: Tensor, arrive: Arrive) -> None:
-        for source in tracked.sources:
-            if source.leaf is tracked.tensor:
-                arrive(source, instance)
-                continue
-            self._chaining = True
-            try:
-                (chained,) = torch.autograd.grad(
-                    tracked.tensor, source.leaf, instance, is_grads_batched=True, retain_graph=True
-                )
-            finally:
-                self._chaining = False
-            arrive(source, chained)
+
+@contextmanager
+def _one_by_one(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"Parameter {source.key!r} meets the batch in an operation that does not run on one example alone: {error}",
+            source.layer.name,
+        ) from error
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -9,25 +11,61 @@ from groupsearch.engine.layers import Layer, rule_for
 from groupsearch.errors import UnsupportedModelError
 
 
-def owned_layers(model: nn.Module) -> tuple[Layer, ...]:
+def owned_layers(model: nn.Module, layouts: Mapping[str, str] | None = None) -> tuple[Layer, ...]:
     """The modules of a model that own trainable parameters, with their rules.
+
+    Args:
+        model: the model.
+        layouts: where a layer keeps the examples, by name, if not in the first dimension; a module
+            with layout ``whole`` owns every parameter inside.
 
     Raises:
         UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, and
             when nothing is trainable.
     """
+    layouts = layouts or {}
     canonical = {id(p): name for name, p in model.named_parameters()}
-    layers = []
+    layers: list[Layer] = []
+    inside: list[str] = []
     for name, module in model.named_modules():
         refuse_mixing(name, module)
-        trainable = {k: canonical[id(p)] for k, p in module._parameters.items() if p is not None and p.requires_grad}
+        if any(not outer or name.startswith(outer + ".") for outer in inside):
+            continue
+        whole = layouts.get(name) == "whole"
+        owner = whole or isinstance(module, _OWNERS)
+        trainable = {
+            local: canonical[id(p)]
+            for local, p in module.named_parameters(recurse=owner, remove_duplicate=False)
+            if p.requires_grad
+        }
+        if owner:
+            inside.append(name)
         if trainable:
-            layers.append(Layer(name, module, trainable, rule_for(name, module)))
+            rule = None if owner else rule_for(name, module)
+            layers.append(Layer(name, module, trainable, rule, layouts.get(name, "first")))
+            if rule is None:
+                _refuse_own_checkpoint(name, module, whole)
     if not layers:
         raise UnsupportedModelError(
             f"Found no trainable parameter in {type(model).__name__}. Set requires_grad on what is to be trained."
         )
     return tuple(layers)
+
+
+def _refuse_own_checkpoint(name: str, module: nn.Module, whole: bool) -> None:
+    """The hooks of transformers' checkpointed modules lie outside of the checkpoint: the engine sees one run of two."""
+    inside = module.modules() if whole else [module]
+    hidden = [m for m in inside if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in hidden):
+        raise UnsupportedModelError(
+            f"Module {name!r} or a part of it runs again in backward (transformers' gradient checkpointing), where the "
+            "parameters that it holds itself cannot be followed. Call model.gradient_checkpointing_disable(); where "
+            "blocks only hold parameters of their own, groupsearch.workloads.blocks.checkpoint_blocks(model) works."
+        )
+
+
+# reads the parameters of a module inside without calling it
+_OWNERS = (nn.MultiheadAttention,)
 
 
 def may_mix(module: nn.Module) -> bool:
@@ -60,7 +98,8 @@ def refuse_gradient(layer: Layer, name: str) -> RemovableHandle:
         raise UnsupportedModelError(
             f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the "
             f"forward of its layer {layer.name!r} (a penalty in the loss, functional use of another's weight, or a "
-            "layer torch.nn calls without its forward). Call the layer itself, or freeze the parameter."
+            "layer torch.nn calls without its forward). Call the layer itself, or freeze the parameter.",
+            layer.name,
         )
 
     return layer.module.get_parameter(name).register_post_accumulate_grad_hook(refuse)

@@ -1,4 +1,4 @@
-"""Two autograd functions that make a forward pass observable and leave its values alone.
+"""What makes a forward pass observable and leaves its values alone.
 
 Inputs are saved *through autograd*, so that activation checkpointing, saved-tensor hooks and
 offloading apply to them as to any saved tensor, and none is held twice.
@@ -7,6 +7,8 @@ offloading apply to them as to any saved tensor, and none is held twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +48,26 @@ class Saved:
         tensors = () if self._node is None else self._node.saved_tensors
         self._node = None
         return tensors
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """What autocast was set to at some moment, to be set again when an operation is repeated."""
+
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+
+    @classmethod
+    def now(cls, device_type: str) -> Autocast:
+        """The present setting of a kind of device."""
+        return cls(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
+
+    def again(self) -> AbstractContextManager[Any]:
+        """That setting for a while."""
+        if torch.is_autocast_enabled(self.device_type) == self.enabled and not self.enabled:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype, self.enabled)
 
 
 def with_gradient(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,13 +18,14 @@ from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Dimensions
 from groupsearch.engine.ownership import owned_layers
+from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Site
-from groupsearch.workloads.batches import count_examples, first_examples
+from groupsearch.tracer.discovery import Loss, find_layouts
+from groupsearch.tracer.fake import NEEDS_VALUES
+from groupsearch.workloads.batches import count_examples, first_examples, varied_examples
 from groupsearch.workloads.blocks import find_blocks
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Observed:
     key: str
     layer: str
     kind: str
+    layout: str
     parameters: tuple[str, ...]
     parameter_count: int
     dimensions: Dimensions
@@ -61,6 +63,7 @@ def as_sites(arrivals: Sequence[Observed], model: nn.Module) -> tuple[Site, ...]
                 outputs=dims.outputs,
                 parameters=seen.parameters,
                 parameter_count=seen.parameter_count,
+                layout=seen.layout,
             )
         )
     return tuple(sites)
@@ -71,8 +74,8 @@ def observe_sites(
 ) -> tuple[Site, ...]:
     """The sites of a model, from forward and backward passes over a few examples of a batch.
 
-    The model runs in evaluation mode on three examples, on the same with the third replaced, and on
-    two: the sites must be the same and, on real tensors, replacing the third must change no gradient
+    The model runs in evaluation mode on three examples, twice on the same with the third replaced, and
+    on two: the sites must be the same and, on real tensors, replacing the third must change no gradient
     norm of the others at any site. Fake tensors show only the former. Random numbers are drawn from
     one seed; gradients, parameters, modes and generators are left as they are.
 
@@ -81,23 +84,62 @@ def observe_sites(
             example's gradient depends on the other examples of its batch.
     """
     owned_layers(model)  # refuses in the mode the model is trained in
-    two = first_examples(batch, 2)
+    several = varied_examples(batch, 5)
     with _evaluating(model):
-        arrivals, norms_LB = observe_pass(model, first_examples(batch, 3), loss, options)
-        replaced, replaced_LB = observe_pass(
-            model, _with_third(two, 1 if count_examples(batch) == 2 else 0), loss, options
-        )
-        fewer, _ = observe_pass(model, two, loss, options)
+        layouts, arrivals, norms_LB = settle(model, several, loss, options)
+        passes = [observe_pass(model, _taken(several, (0, 1, k)), loss, options, layouts) for k in (3, 4)]
+        fewer, _ = observe_pass(model, first_examples(several, 2), loss, options, layouts)
     check_all_seen(model, arrivals)
     check_same_sites(arrivals, fewer)
-    check_same_sites(arrivals, replaced)
-    if not isinstance(norms_LB, FakeTensor):
-        _check_separate(arrivals, norms_LB[:, :2], replaced_LB[:, :2])
+    for replaced, replaced_LB in passes:
+        check_same_sites(arrivals, replaced)
+        if not isinstance(norms_LB, FakeTensor):
+            _check_separate(arrivals, norms_LB[:, :2], replaced_LB[:, :2])
     return as_sites(arrivals, model)
 
 
-def observe_pass(
+def check_examples(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None) -> None:
+    """Raise when examples cannot be told apart, as far as that can be seen: only weights that are there show it.
+
+    Raises:
+        UnsupportedModelError: see :func:`observe_sites`.
+    """
+    tensors = [*model.parameters(), *(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))]
+    if any(isinstance(x, FakeTensor) or x.is_meta for x in tensors):
+        return
+    device = next(model.parameters()).device
+    few = pytree.tree_map_only(Tensor, lambda x: x.to(device), varied_examples(batch, 5))
+    observe_sites(model, few, loss, options=options)
+
+
+def settle(
     model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None
+) -> tuple[Mapping[str, str], list[Observed], Tensor]:
+    """Where the layers keep the examples, and what arrives in a pass over three of them, see :func:`observe_pass`.
+
+    A layer that cannot be followed inside is differentiated as one, together with as few modules
+    around it as keep the examples together.
+
+    Raises:
+        UnsupportedModelError: when that is the whole model, or something else cannot be covered.
+    """
+    three = first_examples(batch, 3)
+    usage = find_layouts(model, three, loss)
+    while True:
+        try:
+            arrivals, norms_LB = observe_pass(model, three, loss, options, usage.layouts)
+            return usage.layouts, arrivals, norms_LB
+        except UnsupportedModelError as error:
+            if error.layer is None or not usage.make_whole(error.layer):
+                raise
+
+
+def observe_pass(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    options: EngineOptions | None = None,
+    layouts: Mapping[str, str] | None = None,
 ) -> tuple[list[Observed], Tensor]:
     """What arrives in one backward pass, in that order, and every example's gradient norm, (L, B)."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -108,12 +150,17 @@ def observe_pass(
         entry = arrival.make_entry()
         arrivals.append(observed(arrival, entry.parameters, entry.dimensions, sizes))
         sqnorms.append(entry.sqnorm().float())
+        if isinstance(entry, WholeEntry) and not isinstance(sqnorms[-1], FakeTensor):
+            _check_adds_up(arrival.key, entry)
 
-    capture = Capture(model, receive, options or EngineOptions())
+    capture = Capture(model, receive, options or EngineOptions(), layouts)
+    capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             loss(model, batch).sum().backward()
+    except NEEDS_VALUES:
+        raise
     except RuntimeError as error:
         raise UnsupportedModelError(
             f"A step on {count_examples(batch)} examples failed: {error}. Poisson sampling draws batches of any size; "
@@ -122,6 +169,18 @@ def observe_pass(
     finally:
         capture.remove()
     return arrivals, torch.stack(sqnorms).clamp(min=0).sqrt()
+
+
+def _check_adds_up(key: str, entry: WholeEntry) -> None:
+    together = entry.clipped_sums(torch.ones_like(entry.sqnorm()))
+    alone = {name: entry.instance(name) for name in together}
+    scale = max(float(instance.abs().max()) for instance in alone.values())
+    if any(float((alone[name].sum(0) - total).abs().max()) > 1e-3 * scale for name, total in together.items()):
+        raise UnsupportedModelError(
+            f"Module {key!r} gives other gradients when its examples run one by one than when they run together: an "
+            "example's gradient depends on the others (batch statistics, capacity limits of experts). Remove what "
+            "mixes the examples, or freeze it with requires_grad_(False)."
+        )
 
 
 def check_same_sites(arrivals: Sequence[Observed], others: Sequence[Observed]) -> None:
@@ -139,10 +198,9 @@ def check_same_sites(arrivals: Sequence[Observed], others: Sequence[Observed]) -
             )
 
 
-def _with_third(two: Any, repeated: int) -> Any:
-    """Three examples: the two and one of them again."""
-    index = torch.tensor([0, 1, repeated])
-    return pytree.tree_map_only(Tensor, lambda t: t[index.to(t.device)], two)
+def _taken(batch: Any, examples: tuple[int, ...]) -> Any:
+    index = torch.tensor(examples)
+    return pytree.tree_map_only(Tensor, lambda t: t[index.to(t.device)], batch)
 
 
 def _check_separate(arrivals: Sequence[Observed], norms_LB: Tensor, others_LB: Tensor) -> None:
@@ -170,7 +228,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def observed(arrival: Arrival, parameters: tuple[str, ...], dims: Dimensions, sizes: dict[str, int]) -> Observed:
     """What an arrival says about its site."""
     count = sum(sizes[name] for name in parameters)
-    return Observed(arrival.key, arrival.layer.name, arrival.kind, parameters, count, dims)
+    layer = arrival.layer
+    return Observed(arrival.key, layer.name, arrival.kind, layer.layout, parameters, count, dims)
 
 
 def check_all_seen(model: nn.Module, arrivals: Sequence[Observed]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
@@ -39,6 +40,33 @@ def first_examples(batch: Any, batch_size: int) -> Any:
     """
     index = torch.arange(batch_size, device="cpu") % count_examples(batch)
     return tree_map(lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, _plain(batch))
+
+
+def varied_examples(batch: Any, batch_size: int) -> Any:
+    """A batch of ``batch_size`` examples in the range of the given ones, but not alike as those may be.
+
+    The first is the first; of the others the floating numbers are shuffled among all, and an example
+    that equals an earlier one in something whole (ids, masks) has that rolled along its second dimension.
+    Vectors of one number per example stay. Fake tensors are only repeated.
+
+    >>> varied_examples({"ids": torch.tensor([[5, 6]]), "label": torch.tensor([1])}, 2)
+    {'ids': tensor([[5, 6],
+            [6, 5]]), 'label': tensor([1, 1])}
+    """
+
+    def vary(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.is_meta or isinstance(leaf, FakeTensor):
+            return leaf
+        if leaf.is_floating_point():
+            order = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(0)).to(leaf.device)
+            return torch.cat([leaf[:1], leaf.flatten()[order].view(leaf.shape)[1:]])
+        rows = list(leaf)
+        for i, row in enumerate(rows):
+            if any(torch.equal(row, earlier) for earlier in rows[:i]):
+                rows[i] = row.roll(i, 0)
+        return torch.stack(rows)
+
+    return tree_map(vary, first_examples(batch, batch_size))
 
 
 def check_loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:

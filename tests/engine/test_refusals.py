@@ -201,12 +201,15 @@ def test_fewer_uses_of_a_layer_than_planned_are_exact_or_refused() -> None:
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
-        (lambda: Wrap(lambda m, x: m.a(x.flatten(0, 1)).view(len(x), -1), a=nn.Linear(6, 5)), (3, 6)),
-        (lambda: Wrap(lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1), a=nn.Linear(6, 5)), (3, 6)),
-        (lambda: Wrap(lambda m, x: m.a(x.view(2, -1, 6)).view(len(x), -1), a=nn.Linear(6, 5)), (6,)),
+        (lambda: Wrap(lambda m, x: m.a(x.transpose(0, 2)).transpose(0, 2), a=nn.Linear(4, 4)), (3, 6)),
+        (lambda: Wrap(lambda m, x: m.a(x.reshape(2, -1, 6)).view(len(x), -1), a=nn.Linear(6, 5)), (6,)),
+        (
+            lambda: Wrap(lambda m, x: m.a(x.transpose(0, 1).flatten(0, 1)).view(3, len(x), -1)[0], a=nn.Linear(6, 5)),
+            (3, 6),
+        ),
         (lambda: Wrap(lambda m, x: m.p * x, p=nn.Parameter(torch.randn(BATCH_SIZE, 6))), (6,)),
     ],
-    ids=["flattened", "batch second", "folded", "parameter per example"],
+    ids=["batch last", "in halves", "folded the other way", "parameter per example"],
 )
 def test_a_batch_that_is_not_first_is_refused(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model, batch = example_of(build, shape)

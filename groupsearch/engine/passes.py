@@ -1,0 +1,106 @@
+"""The forward passes that wait for backward, and what several of them at once may mean."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from groupsearch.engine.arrival import Pass
+from groupsearch.errors import UnsupportedModelError
+
+
+class Passes:
+    """Knows the pass that runs, and the open ones.
+
+    Attributes:
+        current: the forward pass that began last.
+        policy: what several forward passes before one backward are: refused (``one``), of the ``same``
+            examples in the same order, or of ``different`` ones.
+        on_begin: called before a forward pass begins.
+    """
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self.policy = "one"
+        self.on_begin: Callable[[], None] = lambda: None
+        self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
+
+    @property
+    def open(self) -> tuple[Pass, ...]:
+        """The passes that still wait for backward, or for its end."""
+        return tuple(p for p in self._open if not p.finished)
+
+    def begin(self, batch_size: int) -> bool:
+        """A forward pass of so many examples; False where it goes on with the one before.
+
+        Raises:
+            UnsupportedModelError: when passes of the same examples have another number of them.
+        """
+        current = self.current
+        if self.policy == "same" and current is not None and not current.arrivals and not current.finished:
+            if current.batch_size != batch_size:
+                raise UnsupportedModelError(
+                    f"Forward passes of the same examples were announced, but one had {current.batch_size} and the "
+                    f"next {batch_size}. Give row i of every pass to example i."
+                )
+            return False
+        self.on_begin()
+        self.current = Pass(batch_size)
+        self._open.add(self.current)
+        return True
+
+    def fail(self) -> None:
+        """The running forward pass raised: nothing will come of it, unless something has already."""
+        if self.current is not None and not self.current.arrivals:
+            self.current.finished = True
+
+    def running(self) -> Pass:
+        """The pass that a layer is run in, by forward or again in backward.
+
+        Raises:
+            UnsupportedModelError: when there is none, or it cannot be told which.
+        """
+        if self.current is None:
+            raise UnsupportedModelError(
+                "A layer ran with gradients before the model itself was called. Call the model that was given to "
+                "the engine, not one of its parts, or use torch.no_grad()."
+            )
+        if in_backward() and self.policy == "different" and len(self.open) > 1:
+            raise UnsupportedModelError(
+                "A part of the model runs again in backward (activation checkpointing) while several forward passes "
+                "are open, so that it cannot be told whose examples it has. Run backward after each forward pass."
+            )
+        return self.current
+
+    def arrive(self, source: Pass, at_end: Callable[[], None]) -> None:
+        """Backward has reached a site of a pass; ``at_end`` is called when this backward ends.
+
+        Raises:
+            UnsupportedModelError: when an example could take part in two passes, or twice in one.
+        """
+        others = [p for p in self.open if p is not source]
+        if (others and self.policy != "different") or source.finished:
+            raise UnsupportedModelError(
+                "Backward reached a forward pass while another one is still open (or ran twice through the same one): "
+                "an example that takes part in both would be clipped twice and exceed the sensitivity. Run forward "
+                "and backward of one micro-batch before the next forward, evaluate under torch.no_grad(), or say "
+                "which examples the passes have: `with engine.same_examples():` where row i of every pass is the "
+                "same example, `with engine.different_examples():` where no example is in two of them."
+            )
+        source.arrivals += 1
+        if source.in_backward:
+            return
+        source.in_backward = True
+
+        def end() -> None:
+            source.in_backward = False
+            at_end()
+
+        torch.autograd.Variable._execution_engine.queue_callback(end)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs backward in this thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,287 @@
+"""A module differentiated as one: run again for each example alone.
+
+Where rows leave their examples inside a module (tokens routed to experts), no operation inside can
+be followed. What goes in and comes out still belongs to examples, so each example's gradient is
+that of the module run again on this example's rows; the clipped sum is that of one run on all of
+them. Nothing is kept but inputs and output gradients. A module that draws random numbers is run
+again on the whole batch, with the same draws, and differentiated for one example after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils import _pytree as pytree
+
+from groupsearch.engine.entries import Dimensions, InstanceEntry
+from groupsearch.engine.layers import Layer
+from groupsearch.engine.layout import rows_per_example, unfold_rows
+from groupsearch.engine.norms import instance_sqnorm
+from groupsearch.engine.taps import Autocast, Saved, with_gradient
+from groupsearch.engine.widening import is_half
+from groupsearch.errors import UnsupportedModelError
+
+Rows = Mapping[int, Tensor]
+
+
+class Randomness:
+    """The state of the random generators as a module begins to run, if it draws from them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = [device] if device.type == "cuda" else []
+        self._before = self._states()
+
+    def drawn(self) -> States | None:
+        """The states from before, where random numbers have been drawn since; None where none were."""
+        changed = any(not torch.equal(one, other) for one, other in zip(self._before, self._states(), strict=True))
+        return States(tuple(self._devices), tuple(self._before)) if changed else None
+
+    def _states(self) -> list[Tensor]:
+        if torch._guards.detect_fake_mode() is not None:
+            return []
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+
+
+@dataclass(frozen=True)
+class States:
+    """States of the CPU's generator and of those of some CUDA devices."""
+
+    devices: tuple[torch.device, ...]
+    states: tuple[Tensor, ...]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw for a while what was drawn from here."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: where the examples' rows were in its arguments, and everything else.
+
+    Attributes:
+        name: of the module.
+        module: itself.
+        trainable: canonical name of every trainable parameter inside, by its name in the module.
+        leaves: of the arguments, None where an example's rows belong.
+        spec: how the leaves make up (args, kwargs).
+        autocast: what autocast was set to.
+        states: of the random generators, where the module draws; it is then run again on the whole batch only.
+    """
+
+    name: str
+    module: nn.Module
+    trainable: Mapping[str, str]
+    leaves: tuple[Any, ...]
+    spec: Any
+    autocast: Autocast
+    states: States | None
+
+    def gradients(self, rows: Rows, grads: Iterable[Rows]) -> Iterator[dict[str, Tensor]]:
+        """Run again on rows (b, k, ...); the gradient of every parameter for each of some output gradients (b, k, ...).
+
+        Raises:
+            UnsupportedModelError: when the module does not run on these examples alone.
+        """
+        leaves = list(self.leaves)
+        for index, x in rows.items():
+            leaves[index] = x.detach().flatten(0, 1)
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with torch.enable_grad(), _fresh(self.module, self.trainable) as fresh:
+            outputs = pytree.tree_leaves(self._run(args, kwargs))
+        for wanted in grads:
+            reached = [i for i in wanted if outputs[i].requires_grad]
+            found = torch.autograd.grad(
+                [outputs[i] for i in reached],
+                list(fresh.values()),
+                [wanted[i].flatten(0, 1) for i in reached],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            yield {
+                name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(fresh.items(), found, strict=True)
+            }
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(self.autocast.again())
+            if self.states is not None:
+                stack.enter_context(self.states.again())
+            try:
+                return self.module.forward(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                raise UnsupportedModelError(
+                    f"Module {self.name!r} is differentiated as one, and does not run on part of its batch: {error}. "
+                    "Make everything that grows with the batch inside the module.",
+                    self.name,
+                ) from error
+
+
+@dataclass(frozen=True)
+class WholeEntry:
+    """A module's call, the rows that went in (B, k, ...) and the gradients of what came out (B, k, ...)."""
+
+    call: Call
+    rows: Rows
+    grads: Rows
+    dimensions: Dimensions
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Canonical names, each once."""
+        return tuple(dict.fromkeys(self.call.trainable.values()))
+
+    @property
+    def booked(self) -> tuple[Tensor, ...]:
+        """Inputs and output gradients."""
+        return (*self.rows.values(), *self.grads.values())
+
+    def sqnorm(self) -> Tensor:
+        """Squared gradient norm per example, (B,), one example at a time."""
+        squares = [[instance_sqnorm(g[None]) for g in gradient.values()] for gradient in self._examples()]
+        return torch.stack([torch.cat(parts).sum() for parts in squares])
+
+    def instance(self, name: str) -> Tensor:
+        """Per-example gradient of one parameter, (B, *shape)."""
+        return torch.stack([gradient[name] for gradient in self._examples()])
+
+    def clipped_sums(self, factor_B: Tensor) -> Mapping[str, Tensor]:
+        """Sum over examples of factor times gradient, from one run on all examples.
+
+        In half precision that run would round otherwise than those that the norms were taken of; these are summed then.
+        """
+        if is_half(*self.grads.values(), *(self.call.module.get_parameter(n) for n in self.call.trainable)):
+            return self.alone(slice(None)).clipped_sums(factor_B)
+        scaled = {i: g * factor_B.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for i, g in self.grads.items()}
+        return next(self.call.gradients(self.rows, [scaled]))
+
+    def alone(self, kept_B: Tensor | slice) -> InstanceEntry:
+        """The gradients of some examples, (B, *shape) each, as they come from the runs that the norms were taken of."""
+        return InstanceEntry({name: self.instance(name)[kept_B] for name in self.parameters}, self.dimensions)
+
+    def _examples(self) -> Iterator[dict[str, Tensor]]:
+        size = len(next(iter(self.grads.values())))
+        ones = [slice(i, i + 1) for i in range(size)]
+        if self.call.states is not None:  # what an example draws depends on its place in the batch
+            yield from self.call.gradients(self.rows, (self._only(i) for i in range(size)))
+            return
+        for one in ones:
+            rows = {k: x[one] for k, x in self.rows.items()}
+            yield next(self.call.gradients(rows, [{k: g[one] for k, g in self.grads.items()}]))
+
+    def _only(self, example: int) -> Rows:
+        alone = {i: torch.zeros_like(g) for i, g in self.grads.items()}
+        for i, g in self.grads.items():
+            alone[i][example] = g[example]
+        return alone
+
+
+Deliver = Callable[[Callable[[], WholeEntry]], None]
+Take = Callable[[Saved], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class WholeCall:
+    """A call that has just returned: its call, and its rows saved for backward.
+
+    Attributes:
+        call: the call.
+        indices: of the leaves that are rows.
+        saved: those leaves.
+        batch_size: B.
+    """
+
+    call: Call
+    indices: tuple[int, ...]
+    saved: Saved
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        arguments: tuple[Any, Any],
+        batch_size: int,
+        from_batch: Callable[[Tensor], bool],
+        states: States | None,
+    ) -> WholeCall:
+        """The call of a layer with (args, kwargs).
+
+        Raises:
+            UnsupportedModelError: when an argument comes from the batch and does not lead with it.
+        """
+        leaves, spec = pytree.tree_flatten(arguments)
+        indices = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and from_batch(x))
+        for i in indices:
+            _check_rows(layer.name, leaves[i], batch_size)
+        saved = Saved(tuple(leaves[i] for i in indices))
+        kept = tuple(None if i in indices else x for i, x in enumerate(leaves))
+        autocast = Autocast.now(next(layer.module.parameters()).device.type)
+        call = Call(layer.name, layer.module, layer.trainable, kept, spec, autocast, states)
+        return cls(call, indices, saved, batch_size)
+
+    def await_gradients(self, output: Any, take: Take, deliver: Deliver) -> Any:
+        """The output, with an entry delivered when backward has the gradients of all that backward reaches of it."""
+        leaves, spec = pytree.tree_flatten(output)
+        floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        for i in floating:
+            _check_rows(self.call.name, leaves[i], self.batch_size)
+
+        def arrive(found: Mapping[int, Tensor | None]) -> None:
+            grads = {i: unfold_rows(g, self.batch_size) for i, g in found.items() if g is not None}
+            rows = take(self.saved)
+            by_index = {i: unfold_rows(x, self.batch_size) for i, x in zip(self.indices, rows, strict=True)}
+            count = sum(p.numel() for p in self.call.module.parameters() if p.requires_grad)
+            positions = next(iter(grads.values())).shape[1] if grads else 0
+            dims = Dimensions(positions, count, count, "recompute")
+            deliver(lambda: WholeEntry(self.call, by_index, grads, dims))
+
+        if len(floating) == 1:
+            (only,) = floating
+            leaves[only] = with_gradient(leaves[only], lambda g: arrive({only: g}))
+        else:
+            for i in floating:  # an output may be made from another one: each counts what reaches it from outside
+                leaves[i] = with_gradient(leaves[i].view_as(leaves[i]), lambda g: None)
+            register_multi_grad_hook(
+                [leaves[i] for i in floating], lambda gs: arrive(dict(zip(floating, gs, strict=True)))
+            )
+        return pytree.tree_unflatten(leaves, spec)
+
+
+def _check_rows(name: str, tensor: Tensor, batch_size: int) -> None:
+    if rows_per_example(tensor, "folded", batch_size) is None:
+        raise UnsupportedModelError(
+            f"Module {name!r} is differentiated as one, and was given or returned a tensor of shape "
+            f"{tuple(tensor.shape)}, which does not lead with the batch of {batch_size} examples. Keep the batch "
+            "first.",
+            name,
+        )
+
+
+@contextmanager
+def _fresh(module: nn.Module, trainable: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """The module with leaves of their own as parameters, by canonical name; a tied parameter has one."""
+    fresh: dict[str, Tensor] = {}
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    for local, canonical in trainable.items():
+        path, _, name = local.rpartition(".")
+        slots = module.get_submodule(path)._parameters
+        original = slots[name]
+        assert original is not None
+        replaced.append((slots, name, original))
+        slots[name] = fresh.setdefault(canonical, original.detach().requires_grad_())  # type: ignore[assignment]
+    try:
+        yield fresh
+    finally:
+        for slots, name, original in replaced:
+            slots[name] = original

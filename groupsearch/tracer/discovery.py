@@ -1,0 +1,220 @@
+"""Where each layer keeps the examples of a batch: found by running two and three of them.
+
+A dimension that grows with the number of examples is theirs. A layer whose rows grow in no fixed
+proportion, or are regrouped, has lost them (tokens routed to experts), and the smallest module
+around it that has not is then differentiated as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from groupsearch.engine.ownership import owned_layers
+from groupsearch.engine.substitutes import SUBSTITUTED
+from groupsearch.errors import UnsupportedModelError
+from groupsearch.tracer.fake import NEEDS_VALUES
+from groupsearch.workloads.batches import count_examples, first_examples
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Shapes = tuple[tuple[int, ...], ...]
+_CHOOSING = {"nonzero", "nonzero_static", "argwhere", "masked_select", "unique", "unique_consecutive"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a module: shapes of the tensors that went in and came out."""
+
+    inputs: Shapes
+    outputs: Shapes
+
+
+@dataclass
+class Usage:
+    """What two runs, of two and of three examples, did with every module.
+
+    Attributes:
+        layouts: of the layers that own trainable parameters, by name.
+        keeping: modules that are given and return whole examples, batch first.
+    """
+
+    layouts: dict[str, str]
+    keeping: frozenset[str]
+
+    def is_inside_whole(self, layer: str) -> bool:
+        """Whether a layer is, or lies in, a module that is differentiated as one."""
+        return any(layout == "whole" and (layer + ".").startswith(name + ".") for name, layout in self.layouts.items())
+
+    def make_whole(self, layer: str) -> bool:
+        """Have the smallest module around a layer differentiated as one; False where there is none but the model."""
+        name = layer
+        while name and (name not in self.keeping or self.layouts.get(name) == "whole"):
+            name = name.rpartition(".")[0]
+        if name:
+            self.layouts[name] = "whole"
+        return bool(name)
+
+
+def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
+    """Run a model on two and on three examples of a batch of at least three and see where its layers keep them.
+
+    Raises:
+        UnsupportedModelError: when a layer has lost the examples and nothing around it keeps them, or
+            when the model's path depends on values that fake tensors do not have.
+    """
+    layers = owned_layers(model)
+    runs = [_watched_run(model, first_examples(batch, examples), loss) for examples in (2, 3)]
+    two, three = runs
+    regrouping = two.regrouping | three.regrouping
+    calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
+    usage = Usage({}, frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs))))
+    for layer in layers:
+        if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
+            continue  # knows by itself, or is taken care of
+        around = [name for name in regrouping if (layer.name + ".").startswith(name + ".")]
+        layout = "mixed" if around else _layout_around(layer.name, calls)
+        if layout == "mixed" and not usage.make_whole(min((*around, layer.name), key=len)):
+            where = (
+                f"layer {layer.name!r}"
+                if layer.name
+                else f"the model itself, which holds {', '.join(layer.trainable)},"
+            )
+            raise UnsupportedModelError(
+                f"In {where} no dimension belongs to the examples of the batch, and no module around it "
+                "but the model itself takes and returns them batch first. Put it into a module of its own that does, "
+                "or freeze it with requires_grad_(False)."
+            )
+        if layout not in ("mixed", "first"):
+            usage.layouts[layer.name] = layout
+    return usage
+
+
+def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
+    watch = _Watch(model)
+    try:
+        with watch, torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss(model, examples)
+    except NEEDS_VALUES:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"A step on {count_examples(examples)} examples failed: {error}. Poisson sampling draws batches of any "
+            "size; make the model and the loss run on all of them."
+        ) from error
+    return watch
+
+
+Pairs = Sequence[tuple[Seen, Seen]] | None
+
+
+def _paired(two: list[Seen], three: list[Seen]) -> Pairs:
+    return list(zip(two, three, strict=True)) if len(two) == len(three) else None
+
+
+def _grown(two: tuple[int, ...], three: tuple[int, ...]) -> str:
+    """The layout of a tensor with these shapes for two and three examples; ``none`` where they are equal."""
+    if two == three:
+        return "none"
+    if len(two) == len(three):
+        if two[1:] == three[1:] and 3 * two[0] == 2 * three[0]:
+            return "first" if two[0] == 2 else "folded"
+        if two[0] == three[0] and two[2:] == three[2:] and (two[1], three[1]) == (2, 3):
+            return "second"
+    return "mixed"
+
+
+def _layout(pairs: Pairs) -> str:
+    if pairs is None:
+        return "mixed"
+    found = {_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)}
+    found -= {"none"}
+    if not found:
+        return "none"
+    if found <= {"first", "folded"}:
+        return "folded" if "folded" in found else "first"
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def _layout_around(name: str, calls: Mapping[str, Pairs]) -> str:
+    """The layout of a module, or of the module nearest around it that sees examples."""
+    while True:
+        layout = _layout(calls[name])
+        if layout != "none" or not name:
+            return "first" if layout == "none" else layout
+        name = name.rpartition(".")[0]
+
+
+def _keeps(pair: tuple[Seen, Seen]) -> bool:
+    two, three = pair
+    inputs = {_grown(*shapes) for shapes in zip(two.inputs, three.inputs, strict=False)}
+    outputs = {_grown(*shapes) for shapes in zip(two.outputs, three.outputs, strict=False)}
+    whole = {"first", "folded"}
+    return inputs <= whole | {"none"} and bool(inputs & whole) and bool(outputs) and outputs <= whole
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the shapes of every call of every module.
+
+    Attributes:
+        calls: by module, in order.
+        regrouping: modules, but not the model itself, that choose rows by their values.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Seen]] = {}
+        self.regrouping: set[str] = set()
+        self._model = model
+        self._running: list[str] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Watch:
+        for name, module in self._model.named_modules():
+            self._watch(name, module)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.close()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._running and self._running[-1] and _regroups(func, args):
+            self.regrouping.add(self._running[-1])
+        return func(*args, **(kwargs or {}))
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._running.append(name)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._running.pop()
+            self.calls.setdefault(name, []).append(Seen(_shapes((args, kwargs)), _shapes(output)))
+
+        handles = (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True, always_call=True),
+        )
+        for handle in handles:
+            self._stack.callback(handle.remove)
+
+
+def _regroups(func: Any, args: Any) -> bool:
+    """Whether an operation takes out as many rows as their values say."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        return isinstance(first, Tensor) and first.dtype == torch.bool
+    return name in _CHOOSING or (name == "where" and len(args) == 1)
+
+
+def _shapes(value: Any) -> Shapes:
+    return tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
