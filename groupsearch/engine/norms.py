@@ -1,7 +1,14 @@
 """Squared per-example gradient norms and inner products: pure functions on tensors.
 
 Shapes: B examples, G channel groups of a convolution (1 elsewhere), T positions, d inputs,
-p outputs, V rows of an embedding. Source: Book-Keeping, arXiv 2210.00038, section 3.
+p outputs, V rows of an embedding. Source: Book-Keeping, arXiv 2210.00038, section 3. Half-precision
+operands are widened (:mod:`~groupsearch.engine.widening`); results are float32 or float64.
+
+Inner products are rounded up. Where the gradients of positions (or of two uses of a weight) cancel,
+what is left of their sum may be smaller than the rounding of its terms, and a norm that is too short
+clips too little. So each inner product is enlarged by ``ROUNDING`` units of rounding of the sizes that
+were added, S = sum over positions of |a_t| |g_t|: the largest error seen, over random, cancelling and
+aligned operands up to 768 x 3072 and 512 positions, was 1.1 of these units.
 """
 
 from __future__ import annotations
@@ -9,7 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from groupsearch.engine.widening import accumulator, widening
 
+ROUNDING = 3
+
+
+@widening
 def matrix_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     """Ghost norm: squared norm per example of the weight gradient g^T a, without forming it.
 
@@ -25,6 +37,7 @@ def matrix_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     return matrix_inner(a_BGTd, g_BGTp, a_BGTd, g_BGTp, bias)
 
 
+@widening
 def matrix_inner(a_BGTd: Tensor, g_BGTp: Tensor, b_BGSd: Tensor, h_BGSp: Tensor, bias: bool) -> Tensor:
     """Inner product per example of the gradients g^T a and h^T b of one shared weight (and bias).
 
@@ -35,9 +48,14 @@ def matrix_inner(a_BGTd: Tensor, g_BGTp: Tensor, b_BGSd: Tensor, h_BGSp: Tensor,
     if bias:
         gram_BGTS += 1
     gram_BGTS *= g_BGTp @ h_BGSp.mT
-    return gram_BGTS.sum((1, 2, 3), dtype=_accumulator(gram_BGTS))
+    total_B = gram_BGTS.sum((1, 2, 3), dtype=accumulator(gram_BGTS.dtype))
+    del gram_BGTS
+    one_BG = matrix_size(a_BGTd, g_BGTp, bias)
+    other_BG = one_BG if a_BGTd is b_BGSd and g_BGTp is h_BGSp else matrix_size(b_BGSd, h_BGSp, bias)
+    return total_B.add_((one_BG * other_BG).sum(1), alpha=rounding_unit(g_BGTp))
 
 
+@widening
 def embedding_inner(ids_BT: Tensor, g_BTd: Tensor, ids_BS: Tensor, h_BSd: Tensor) -> Tensor:
     """Inner product per example of two embedding gradients: pairs of positions with the same row.
 
@@ -49,9 +67,13 @@ def embedding_inner(ids_BT: Tensor, g_BTd: Tensor, ids_BS: Tensor, h_BSd: Tensor
     gram_BTS = g_BTd @ h_BSd.mT
     other_row = (ids_BT.unsqueeze(2) != ids_BS.unsqueeze(1)) | (ids_BT < 0).unsqueeze(2)
     gram_BTS.masked_fill_(other_row, 0)
-    return gram_BTS.sum((1, 2), dtype=_accumulator(gram_BTS))
+    total_B = gram_BTS.sum((1, 2), dtype=accumulator(gram_BTS.dtype))
+    torch.mul(_lengths(g_BTd).unsqueeze(2), _lengths(h_BSd).unsqueeze(1), out=gram_BTS)
+    gram_BTS.masked_fill_(other_row, 0)
+    return total_B.add_(gram_BTS.sum((1, 2)), alpha=rounding_unit(g_BTd))
 
 
+@widening
 def embedding_matrix_inner(ids_BT: Tensor, g_BTd: Tensor, b_BSd: Tensor, h_BSV: Tensor) -> Tensor:
     """Inner product per example of an embedding gradient and the gradient h^T b of a tied output layer.
 
@@ -59,9 +81,23 @@ def embedding_matrix_inner(ids_BT: Tensor, g_BTd: Tensor, b_BSd: Tensor, h_BSV: 
         Tensor (B,).
     """
     gram_BST = b_BSd @ g_BTd.mT
-    gram_BST *= h_BSV.gather(2, ids_BT.clamp(min=0).unsqueeze(1).expand(-1, h_BSV.shape[1], -1))
-    gram_BST.masked_fill_((ids_BT < 0).unsqueeze(1), 0)
-    return gram_BST.sum((1, 2), dtype=_accumulator(gram_BST))
+    picked_BST = h_BSV.gather(2, ids_BT.clamp(min=0).unsqueeze(1).expand(-1, h_BSV.shape[1], -1))
+    picked_BST.masked_fill_((ids_BT < 0).unsqueeze(1), 0)
+    gram_BST *= picked_BST
+    total_B = gram_BST.sum((1, 2), dtype=accumulator(gram_BST.dtype))
+    size_BST = picked_BST.abs_().mul_(_lengths(b_BSd).unsqueeze(2)).mul_(_lengths(g_BTd).unsqueeze(1))
+    return total_B.add_(size_BST.sum((1, 2)), alpha=rounding_unit(g_BTd))
+
+
+@widening
+def instance_inner(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product per example of two per-example gradients (B, ...).
+
+    Returns:
+        Tensor (B,).
+    """
+    total_B = (one * other).unsqueeze(1).flatten(1).sum(1)
+    return total_B.add_((instance_sqnorm(one) * instance_sqnorm(other)).sqrt(), alpha=rounding_unit(one))
 
 
 def instance_sqnorm(instance: Tensor) -> Tensor:
@@ -71,12 +107,27 @@ def instance_sqnorm(instance: Tensor) -> Tensor:
         Tensor (B,).
     """
     flat = instance.unsqueeze(1).flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=_accumulator(flat)).square()
+    return torch.linalg.vector_norm(flat, dim=1, dtype=accumulator(flat.dtype)).square()
+
+
+def matrix_size(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
+    """S, the sum over positions of |a_t| |g_t|, (B, G); with ``bias`` the input has a further constant of one."""
+    lengths_BGT = _lengths(a_BGTd)
+    if bias:
+        lengths_BGT = torch.hypot(lengths_BGT, torch.ones_like(lengths_BGT))
+    return (lengths_BGT * _lengths(g_BGTp)).sum(2)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x.dtype))
+
+
+def rounding_unit(x: Tensor) -> float:
+    """What an inner product of such numbers is enlarged by, per unit of size."""
+    dtype = accumulator(x.dtype)
+    tensor_cores = x.is_cuda and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return ROUNDING * (2.0**-10 if tensor_cores else torch.finfo(dtype).eps)
 
 
 def _squares(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dim=dims, dtype=_accumulator(tensor)).square()
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dim=dims, dtype=accumulator(tensor.dtype)).square()
