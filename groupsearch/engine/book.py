@@ -1,14 +1,20 @@
-"""The book: what open groups keep, and how a group is closed."""
+"""The book: what open groups keep, and how a group is closed.
+
+``Groups`` is the plan's, ``Progress`` and ``Book`` are those of one forward pass and its backward: several
+passes may be open at the same time, and their sites arrive in any order.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from groupsearch.engine.entries import Entry, inner
+from groupsearch.engine.entries import Entry, inner, of_examples
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Site
 
@@ -27,21 +33,27 @@ class Observer(Protocol):
 
 
 class Groups:
-    """Assigns arrivals to the groups of a plan and knows when a group has all its sites."""
+    """Which group every use of every layer belongs to, by the plan."""
 
     def __init__(self, sites: Sequence[Site], group_of: Callable[[int], int], groups: int) -> None:
-        self._indices: dict[str, list[int]] = defaultdict(list)
+        self._groups_of: dict[str, list[int]] = defaultdict(list)
         for index, site in enumerate(sites):
-            self._indices[site.name.partition("#")[0]].append(index)
-        self._group_of = group_of
+            self._groups_of[site.name.partition("#")[0]].append(group_of(index))
         self._sizes = Counter(group_of(index) for index in range(len(sites)))
         self.count = groups
-        self.begin()
 
-    def begin(self) -> None:
-        """A new backward pass: nothing has arrived."""
+    def begin(self) -> Progress:
+        """A backward pass of which nothing has arrived."""
+        return Progress(self._groups_of, self._sizes)
+
+
+class Progress:
+    """Assigns the arrivals of one backward pass to groups and knows when a group has all its sites."""
+
+    def __init__(self, groups_of: Mapping[str, Sequence[int]], sizes: Mapping[int, int]) -> None:
+        self._groups_of = groups_of
         self._arrived: Counter[str] = Counter()
-        self._remaining = dict(self._sizes)
+        self._remaining = dict(sizes)
 
     def arrive(self, key: str) -> tuple[int, bool]:
         """Group of the next use of a layer, and whether it is the group's last site.
@@ -49,7 +61,7 @@ class Groups:
         Raises:
             UnsupportedModelError: when the layer is used more often than the plan knows.
         """
-        uses = self._indices.get(key, [])
+        uses = self._groups_of.get(key, ())
         seen = self._arrived[key]
         if seen >= len(uses):
             raise UnsupportedModelError(
@@ -57,22 +69,34 @@ class Groups:
                 "the model again with the batch, mode and settings it is trained with, and make the plan from that."
             )
         self._arrived[key] += 1
-        group = self._group_of(uses[-1 - seen])
+        group = uses[-1 - seen]
         self._remaining[group] -= 1
         return group, self._remaining[group] == 0
 
 
 class Book:
-    """Open groups of one backward pass and the clipped sums of the logical batch so far.
+    """Open groups of one backward pass, and the clipped sums they are added to.
 
     Args:
         clip: (group, norms (B,)) -> clipping factors (B,).
         observer: for tracing.
+        sums: what clipped sums are added to, by parameter name; by default a dictionary of its own.
+
+    Attributes:
+        sums: as given; in float32 at least, whatever the model's precision.
+        norms: of every closed group, (B,); infinite where an example's gradient was not finite.
+        overflowed: whether the gradient of an example was not finite.
     """
 
-    def __init__(self, clip: Callable[[int, Tensor], Tensor], observer: Observer | None = None) -> None:
-        self.sums: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        clip: Callable[[int, Tensor], Tensor],
+        observer: Observer | None = None,
+        sums: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.sums: dict[str, Tensor] = {} if sums is None else sums
         self.norms: dict[int, Tensor] = {}
+        self.overflowed = False
         self._clip = clip
         self._observer = observer
         self._entries: dict[int, list[Entry]] = defaultdict(list)
@@ -99,33 +123,34 @@ class Book:
     def close(self, group: int, scale: float) -> None:
         """Form the group's clipped sums, dropping each entry as it is consumed.
 
+        An example whose gradient in this group is not finite adds nothing at all: there is no
+        factor that would bound it, and infinity times zero is not zero.
+
         Args:
             group: the group.
             scale: what a booked gradient must be multiplied by to be the example's own
-                (B for a mean over the micro-batch, 1 for a sum).
+                (B for a mean over the micro-batch, 1 for a sum; over the loss scale).
         """
-        norm_B = self._sqnorms.pop(group).clamp_(min=0).sqrt_().mul_(scale)
+        norm_B = self._sqnorms.pop(group).clamp_(min=0).sqrt_().mul_(scale).nan_to_num_(nan=math.inf, posinf=math.inf)
         factor_B = self._clip(group, norm_B).mul_(scale)
+        kept_B = _finite_examples(norm_B)
         self.norms[group] = norm_B
         del self._users[group]
         entries = self._entries.pop(group)
         entries.reverse()
         if self._observer is not None:
             self._observer.closing(group)
+        if kept_B is not None:
+            self.overflowed, factor_B = True, factor_B[kept_B]
         while entries:
             entry = entries.pop()
-            self._add(entry.clipped_sums(factor_B))
+            if kept_B is None:
+                self._add(entry.clipped_sums(factor_B))
+            elif len(factor_B):
+                self._add(of_examples(entry, kept_B).clipped_sums(factor_B))
             if self._observer is not None:
                 self._observer.summed(entry)
             del entry
-
-    def abandon(self) -> None:
-        """Drop everything: open groups, sums and norms."""
-        self.sums.clear()
-        self.norms.clear()
-        self._entries.clear()
-        self._users.clear()
-        self._sqnorms.clear()
 
     def _sharing(self, group: int, entry: Entry) -> list[Entry]:
         """Entries of the group that use a parameter of this one's; it is listed for the next."""
@@ -141,3 +166,11 @@ class Book:
                 self.sums[name] += total
             else:
                 self.sums[name] = total
+
+
+def _finite_examples(norm_B: Tensor) -> Tensor | None:
+    """Which norms are finite, or None where all are: the usual case must not copy the book."""
+    if isinstance(norm_B, FakeTensor):  # no values to look at
+        return None
+    finite_B = norm_B.isfinite()
+    return None if finite_B.all() else finite_B

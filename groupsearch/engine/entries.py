@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from groupsearch.engine import grads, norms
+from groupsearch.engine.widening import accumulator
 
 Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """T positions, d inputs, p outputs of a site and the method its norm is taken by."""
+    """T positions, d inputs, p outputs of a site, the method its norm is taken by, and its channel groups."""
 
     positions: int
     inputs: int
     outputs: int
     method: str
+    groups: int = 1
 
 
 class Entry(Protocol):
@@ -84,7 +86,7 @@ class MatrixEntry:
         total_Gpd = grads.matrix_clipped_sum(a_BGTd, g_BGTp, factor_B)
         sums = {self.weight: _as_weight(total_Gpd.flatten(0, 1), self.shape, self.transposed)}
         if self.bias is not None:
-            sums[self.bias] = grads.instance_clipped_sum(g_BGTp.sum(2).flatten(1), factor_B)
+            sums[self.bias] = grads.instance_clipped_sum(_bias_instances(g_BGTp), factor_B)
         return sums
 
 
@@ -98,7 +100,7 @@ def matrix_instances(entry: MatrixEntry) -> dict[str, Tensor]:
         weight = instance_BGpd.view(len(instance_BGpd), *entry.shape)
     instances = {entry.weight: weight}
     if entry.bias is not None:
-        instances[entry.bias] = g_BGTp.sum(2).flatten(1)
+        instances[entry.bias] = _bias_instances(g_BGTp)
     return instances
 
 
@@ -172,13 +174,31 @@ def inner(one: Entry, other: Entry) -> Tensor:
         return norms.matrix_inner(
             *one.operands(one.a, one.g), *other.operands(other.a, other.g), bias=one.bias in shared
         )
-    products = [(one.instance(name) * other.instance(name)).unsqueeze(1).flatten(1).sum(1) for name in shared]
-    return torch.stack(products).sum(0)
+    return torch.stack([norms.instance_inner(one.instance(name), other.instance(name)) for name in shared]).sum(0)
+
+
+def of_examples(entry: Entry, kept_B: Tensor) -> Entry:
+    """The entry of some of its examples alone, those where ``kept_B`` is true; copies what it keeps."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: rows(x) for key, x in value.items()}
+        return value[kept_B] if isinstance(value, Tensor) else value
+
+    found: Any = entry
+    if hasattr(found, "alone"):  # cannot be run again on some examples only
+        return found.alone(kept_B)
+    # every other entry is a dataclass whose tensors lead with the examples
+    return replace(found, **{field.name: rows(getattr(entry, field.name)) for field in fields(found)})
 
 
 def _alike(one: MatrixEntry, other: MatrixEntry, shared: list[str]) -> bool:
     same_weight = one.weight == other.weight and one.transposed == other.transposed and one.shape == other.shape
     return same_weight and all(name in (one.weight, one.bias) for name in shared)
+
+
+def _bias_instances(g_BGTp: Tensor) -> Tensor:
+    return g_BGTp.sum(2, dtype=accumulator(g_BGTp.dtype)).flatten(1)
 
 
 def _as_weight(total_pd: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
