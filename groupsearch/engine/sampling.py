@@ -7,6 +7,7 @@ batch independently with the same probability, so batches vary in size and may b
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
 from groupsearch.errors import GroupSearchError
+
+Drawn = tuple[tuple[int, ...], Tensor]  # sizes of the physical batches, generator's state afterwards
 
 
 class PoissonSampler(Sampler[Tensor]):
@@ -44,12 +47,15 @@ class PoissonSampler(Sampler[Tensor]):
         self.steps = steps
         self.generator = generator
 
+    def draw(self) -> Tensor:
+        """The indices of one more batch."""
+        # float32 draws come in steps of 2^-24: too coarse for the rates of large data sets.
+        draws = torch.rand(self.size, dtype=torch.float64, device=self.generator.device, generator=self.generator)
+        return (draws < self.rate).nonzero().squeeze(1)
+
     def __iter__(self) -> Iterator[Tensor]:
-        device = self.generator.device
         for _ in range(self.steps):
-            # float32 draws come in steps of 2^-24: too coarse for the rates of large data sets.
-            draws = torch.rand(self.size, dtype=torch.float64, device=device, generator=self.generator)
-            yield (draws < self.rate).nonzero().squeeze(1)
+            yield self.draw()
 
     def __len__(self) -> int:
         return self.steps
@@ -81,6 +87,67 @@ def physical_chunks(indices: Tensor, limit: int | None) -> tuple[Tensor, ...]:
     if len(indices) == 0:
         return ()
     return torch.split(indices, limit or len(indices))
+
+
+class PhysicalDraws:
+    """Logical batches in physical chunks, in the order drawn; workers that load ahead have them drawn ahead.
+
+    Args:
+        sampler: draws a logical batch's indices.
+        limit: the most examples in a chunk; None for no limit.
+
+    Raises:
+        GroupSearchError: when the limit is less than one.
+    """
+
+    def __init__(self, sampler: PoissonSampler, limit: int | None) -> None:
+        physical_chunks(torch.empty(0), limit)  # refuses a limit below one
+        self.sampler = sampler
+        self._limit = limit
+        self._expected = sampler.generator.get_state()
+        self._left = 0
+        self._drawn: deque[Drawn] = deque()
+        self._unfed: deque[Tensor] = deque()
+
+    def rewind(self, state: Tensor, count: int) -> None:
+        """Begin ``count`` logical batches with the generator in this state.
+
+        Raises:
+            GroupSearchError: when somebody else drew from the generator since the last logical batch.
+        """
+        self._check_generator()
+        self.sampler.generator.set_state(state)
+        self._expected, self._left = state, count
+        self._drawn, self._unfed = deque(), deque()
+
+    def next(self) -> Drawn:
+        """Sizes of the next logical batch's chunks, and the generator's state after it, for the loop."""
+        if not self._drawn:
+            self._draw()
+        return self._drawn.popleft()
+
+    def fed(self) -> Iterator[list[int]]:
+        """The indices of one chunk after the other, for the loader; ends with the last logical batch."""
+        while self._unfed or self._left:
+            if self._unfed:
+                yield self._unfed.popleft().tolist()
+            else:
+                self._draw()
+
+    def _draw(self) -> None:
+        self._check_generator()
+        chunks = physical_chunks(self.sampler.draw().cpu(), self._limit)
+        self._left -= 1
+        self._expected = self.sampler.generator.get_state()
+        self._drawn.append((tuple(len(chunk) for chunk in chunks), self._expected))
+        self._unfed.extend(chunks)
+
+    def _check_generator(self) -> None:
+        if not torch.equal(self.sampler.generator.get_state(), self._expected):
+            raise GroupSearchError(
+                "The generator of the batches was used elsewhere. Sampling must be independent of the noise and of "
+                "everything else: give it a generator of its own."
+            )
 
 
 def batch_quantile(size: int, rate: float, q: float) -> int:

@@ -1,0 +1,247 @@
+"""Logical batches that come in physical ones: what a training loop iterates.
+
+A logical batch is one Poisson sample: the unit of an optimizer step and of accounting. A physical
+batch is a piece of it that fits into memory: the unit of a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from groupsearch.engine.sampling import PhysicalDraws, PoissonSampler
+from groupsearch.errors import GroupSearchError
+
+Examples = Mapping[str, Tensor] | Dataset[Any] | Sequence[Any]
+
+
+class LogicalBatch:
+    """One Poisson sample; iterating it yields its physical batches, none where no example was taken.
+
+    Attributes:
+        examples: how many examples it has, possibly 0.
+        stage: ``new``; ``begun`` from its first physical batch on; ``finished`` when it was iterated
+            to its end; ``stepped`` after :meth:`PoissonBatches.check_step`.
+    """
+
+    def __init__(self, sizes: Sequence[int], pieces: Iterator[Any], on_end: Callable[[LogicalBatch], None]) -> None:
+        self.examples = sum(sizes)
+        self.stage = "new"
+        self._length = self._left = len(sizes)
+        self._pieces = pieces
+        self._on_end = on_end
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, item: object) -> bool:
+        return False  # it is no mapping; without this method `"labels" in batch` would load it and lose it
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.stage in ("finished", "stepped") and self.examples:
+            raise GroupSearchError(
+                "A logical batch was iterated a second time; its examples have been handed out. Take the next one, or "
+                "keep this one's physical batches in a list."
+            )
+        while self._left:
+            self._left -= 1
+            self.stage = "begun"
+            yield next(self._pieces)
+        if self.stage in ("new", "begun"):
+            self.stage = "finished"
+            self._on_end(self)
+
+
+class PoissonBatches:
+    """Poisson samples of a data set, each cut into physical batches that fit into memory.
+
+    ``for logical in batches: for batch in logical: ...`` takes one optimizer step per ``logical`` and
+    one backward per ``batch``. Every example enters a logical batch independently with the same
+    probability, and the physical batches of a logical one are together exactly its examples, each once,
+    whatever the number of workers. Iterating again after a break goes on with the first logical batch
+    that was not finished; iterating again after the end goes on with fresh ones.
+
+    Args:
+        dataset: a mapping of tensors that lead with the examples, or a map-style data set.
+        expected_batch_size: sampling rate times number of examples; a logical batch's mean size.
+        steps: logical batches per iteration.
+        physical_batch: the most examples in a physical batch; None for no limit.
+        generator: draws the batches and nothing else; by default one seeded from the operating system.
+            Seed it apart from the noise's: sampling and noise must be independent.
+        collate_fn: makes a physical batch of a list of elements; torch's default if None.
+        num_workers: processes that load; 0 for none.
+        pin_memory: whether to load into page-locked memory.
+
+    Attributes:
+        taken: logical batches finished so far, over all iterations.
+
+    Raises:
+        GroupSearchError: for a number outside its range, or a data set without length and elements.
+    """
+
+    def __init__(
+        self,
+        dataset: Examples,
+        *,
+        expected_batch_size: float,
+        steps: int,
+        physical_batch: int | None = None,
+        generator: torch.Generator | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self._collate = _map_style(dataset, collate_fn)
+        size = len(self.dataset)
+        if steps < 1:
+            raise GroupSearchError(f"Expected at least one step, found {steps}.")
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        self.expected_batch_size = float(expected_batch_size)
+        self.steps = steps
+        self.taken = 0
+        sampler = PoissonSampler(size, expected_batch_size / max(size, 1), steps, generator)
+        self._draws = PhysicalDraws(sampler, physical_batch)
+        self._next_state = generator.get_state()
+        self._loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._current: LogicalBatch | None = None
+
+    @property
+    def sampling_rate(self) -> float:
+        """Probability with which each example enters a logical batch."""
+        return self._draws.sampler.rate
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[LogicalBatch]:
+        left = self.steps - self.taken % self.steps
+        self._draws.rewind(self._next_state, left)
+        pieces = self._load()
+        for _ in range(left):
+            sizes, state = self._draws.next()
+            self._current = batch = LogicalBatch(sizes, pieces, partial(self._end, state))
+            yield batch
+            self._check_handed_out(batch)
+        next(pieces, None)  # there is none; asking lets the workers end
+
+    def check_step(self, examples: int) -> None:
+        """Check that an optimizer step is on one whole logical batch, for the first time.
+
+        Args:
+            examples: how many examples were clipped since the last step.
+
+        Raises:
+            GroupSearchError: when the logical batch at hand is not finished, has another number of
+                examples, or was stepped on already.
+        """
+        current = self._current
+        if current is None or current.stage != "finished" or examples != current.examples:
+            at_hand = f"one of {current.examples} that is {current.stage}" if current else "none yet"
+            raise GroupSearchError(
+                f"Expected an optimizer step on the examples of one finished logical batch, found a step on {examples} "
+                f"examples, and of logical batches {at_hand}. Epsilon is counted for Poisson samples, each used whole "
+                "and once: call backward on every physical batch, and step once after the last."
+            )
+        current.stage = "stepped"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next logical batch begins, between two of them; what was loaded ahead is drawn again.
+
+        Raises:
+            GroupSearchError: in the middle of a logical batch.
+        """
+        if self._current is not None and self._current.stage == "begun":
+            raise GroupSearchError(
+                "Expected to save between two logical batches, found one that is handed out in part. Save after the "
+                "optimizer step."
+            )
+        return {**self._population(), "taken": self.taken, "generator": self._next_state.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called, also in the middle of an iteration.
+
+        Raises:
+            GroupSearchError: when the state is of other data or another expected batch size.
+        """
+        own = self._population()
+        found = {key: state.get(key) for key in own}
+        if found != own or not {"taken", "generator"} <= state.keys():
+            raise GroupSearchError(
+                f"Expected what state_dict() returned of batches with {own}, found {found}. Resume with the same data "
+                "and the same expected batch size."
+            )
+        self.taken, self._next_state = int(state["taken"]), state["generator"].clone()
+        self._current = None
+
+    def _end(self, state: Tensor, batch: LogicalBatch) -> None:
+        if batch is self._current:
+            self.taken, self._next_state = self.taken + 1, state
+
+    def _population(self) -> dict[str, Any]:
+        return {"size": self._draws.sampler.size, "expected_batch_size": self.expected_batch_size}
+
+    def _load(self) -> Iterator[Any]:
+        # With a generator of its own: a loader draws its workers' seed from torch's global one otherwise, and
+        # a resumed run, which makes one loader more, would differ from then on.
+        seed = self._draws.sampler.generator.initial_seed() + self.taken  # workers augment differently every time
+        own = torch.Generator().manual_seed(seed % 2**63)
+        draws: Any = self._draws.fed()
+        return iter(
+            DataLoader(self.dataset, batch_sampler=draws, collate_fn=self._collate, generator=own, **self._loading)
+        )
+
+    def _check_handed_out(self, batch: LogicalBatch) -> None:
+        if batch is not self._current:
+            raise GroupSearchError(
+                "Found two iterations over the same batches at once. Let one end before the other begins."
+            )
+        if batch.stage in ("new", "begun") and batch.examples:
+            raise GroupSearchError(
+                f"The next logical batch was asked for while one of {batch.examples} examples was not finished: two "
+                "would go into one step, or examples be lost. Iterate every logical batch to its end, one per "
+                "optimizer step (with transformers' Trainer: gradient_accumulation_steps=1)."
+            )
+        if not batch.examples:
+            list(batch)  # one that nobody iterated is finished too
+
+
+class _Rows(Dataset[Any]):
+    """A mapping of tensors as a map-style data set that yields whole batches at once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._tensors.values())))
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return {name: tensor[indices] for name, tensor in self._tensors.items()}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _map_style(examples: Examples, collate_fn: Callable[[list[Any]], Any] | None) -> tuple[Any, Callable[..., Any]]:
+    if isinstance(examples, Mapping):
+        lengths = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in examples.values()}
+        if len(lengths) != 1 or None in lengths:
+            raise GroupSearchError(
+                f"Expected a mapping of tensors with the same number of examples, found lengths {lengths}. Let the "
+                "first dimension of every tensor be the examples."
+            )
+        return _Rows(examples), collate_fn or _as_it_is
+    sized = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
+    if isinstance(examples, (IterableDataset, tuple)) or not sized:
+        raise GroupSearchError(
+            f"Expected a mapping of tensors or a map-style data set, with a length and elements by number, found "
+            f"{type(examples).__name__}. Poisson sampling chooses among all examples; wrap tensors in a TensorDataset."
+        )
+    return examples, collate_fn or default_collate

@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from groupsearch.clipping import ClipPlan
+from groupsearch.engine import make_private
+from groupsearch.engine.loading import PoissonBatches
+from groupsearch.engine.sampling import PoissonSampler
+from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
+from groupsearch.tracer.sites import observe_sites
+
+SIZE = 40
+TABLE = {"x": torch.arange(SIZE * 3.0).reshape(SIZE, 3), "number": torch.arange(SIZE)}
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """The table as a map-style data set."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in TABLE.items()}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batches_of(dataset: Any = TABLE, seed: int = 0, **settings: Any) -> PoissonBatches:
+    settings = {"expected_batch_size": 6, "steps": 12, "physical_batch": 4, "generator": seeded(seed), **settings}
+    return PoissonBatches(dataset, **settings)
+
+
+def numbers(batches: PoissonBatches, count: int | None = None) -> list[list[list[int]]]:
+    """The examples' numbers, by logical and physical batch, of the next logical batches."""
+    return [[batch["number"].tolist() for batch in logical] for logical in islice(batches, count)]
+
+
+def joined(pieces: list[list[int]]) -> list[int]:
+    return [number for piece in pieces for number in piece]
+
+
+@pytest.mark.parametrize("dataset", [TABLE, Rows()], ids=["mapping", "map-style"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_physical_batches_are_together_the_poisson_sample(dataset: Any, workers: int) -> None:
+    drawn = list(PoissonSampler(SIZE, 2 / SIZE, 20, seeded()))
+    assert {0, 1} < {-(-len(indices) // 2) for indices in drawn}, "the seed should give empty and cut batches"
+    batches = batches_of(dataset, expected_batch_size=2, steps=20, physical_batch=2, num_workers=workers)
+    found = numbers(batches)
+    assert [joined(pieces) for pieces in found] == [indices.tolist() for indices in drawn]
+    assert all(len(piece) <= 2 for pieces in found for piece in pieces)
+
+
+def test_a_physical_batch_has_the_rows_of_its_examples() -> None:
+    for dataset in (TABLE, Rows()):
+        for logical in batches_of(dataset):
+            for batch in logical:
+                assert batch.keys() == TABLE.keys()
+                assert torch.equal(batch["x"], TABLE["x"][batch["number"]])
+
+
+def test_elements_of_a_tensor_data_set_are_collated() -> None:
+    data = TensorDataset(*TABLE.values())
+    found = [[row.tolist() for _, row in logical] for logical in batches_of(data)]
+    assert found == numbers(batches_of())
+
+
+def test_collate_fn_makes_the_physical_batches() -> None:
+    found = [list(logical) for logical in batches_of(Rows(), collate_fn=lambda rows: [int(r["number"]) for r in rows])]
+    assert found == numbers(batches_of())
+
+
+def test_without_a_limit_a_logical_batch_comes_in_one_piece() -> None:
+    found = numbers(batches_of(physical_batch=None))
+    assert all(len(pieces) <= 1 for pieces in found)
+    assert [joined(pieces) for pieces in found] == [joined(pieces) for pieces in numbers(batches_of())]
+
+
+def test_lengths_and_rate_are_stated() -> None:
+    batches = batches_of()
+    assert (len(batches), batches.sampling_rate, batches.expected_batch_size) == (12, 6 / SIZE, 6.0)
+    for logical in batches:
+        pieces = list(logical)
+        assert len(pieces) == len(logical)
+        assert sum(len(piece["number"]) for piece in pieces) == logical.examples
+
+
+def test_iterating_again_goes_on_with_fresh_batches() -> None:
+    whole = numbers(batches_of(steps=24))
+    batches = batches_of(steps=12)
+    assert [*numbers(batches), *numbers(batches)] == whole
+    assert batches.taken == 24
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("done", [0, 5, 12, 17])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_does(done: int, workers: int) -> None:
+    whole = numbers(batches_of(steps=24))
+    first = batches_of(num_workers=workers)
+    seen = []
+    while len(seen) < done:  # workers have loaded ahead of this
+        for logical in first:
+            seen.append([batch["number"].tolist() for batch in logical])
+            if len(seen) == done:
+                break
+    state = first.state_dict()
+    second = batches_of(seed=99, num_workers=workers)
+    second.load_state_dict(state)
+    rest = numbers(second)
+    assert seen + rest == whole[: done + len(rest)]
+    assert len(rest) == 12 - done % 12, "the iteration ends where it would have"
+
+
+def test_a_state_is_a_snapshot() -> None:
+    batches = batches_of()
+    numbers(batches, 3)
+    state = batches.state_dict()
+    rest = numbers(batches)
+    again = batches_of()
+    again.load_state_dict(state)
+    assert numbers(again) == rest
+
+
+def test_after_a_break_iteration_goes_on_with_the_first_unfinished_batch() -> None:
+    whole = numbers(batches_of())
+    batches = batches_of()
+    for step, logical in enumerate(batches):
+        pieces = iter(logical)
+        next(pieces, None)
+        if step == 4:
+            break
+        list(pieces)
+    assert batches.taken == 4
+    assert numbers(batches) == whole[4:]
+
+
+@given(st.integers(1, 60), st.floats(0.01, 1.0), st.integers(1, 9) | st.none(), st.integers(0, 10**6))
+def test_no_example_is_lost_or_doubled(size: int, rate: float, limit: int | None, seed: int) -> None:
+    table = {"number": torch.arange(size)}
+    expected = rate * size
+    batches = PoissonBatches(table, expected_batch_size=expected, steps=5, physical_batch=limit, generator=seeded(seed))
+    drawn = PoissonSampler(size, expected / size, 5, seeded(seed))
+    assert [joined(pieces) for pieces in numbers(batches)] == [indices.tolist() for indices in drawn]
+
+
+def test_saving_in_the_middle_of_a_logical_batch_is_refused() -> None:
+    batches = batches_of()
+    for logical in batches:
+        for _ in logical:
+            with pytest.raises(GroupSearchError, match="handed out in part"):
+                batches.state_dict()
+        batches.state_dict()
+
+
+def test_asking_for_the_next_batch_too_soon_is_refused() -> None:
+    with pytest.raises(GroupSearchError, match="one per optimizer step"):
+        list(batches_of())
+    unfinished = ([next(iter(logical), None)] for logical in batches_of())
+    with pytest.raises(GroupSearchError, match="not finished"):
+        list(unfinished)
+
+
+def test_an_empty_batch_may_be_passed_over() -> None:
+    batches = batches_of(expected_batch_size=1, steps=20)
+    sizes = []
+    for logical in batches:
+        sizes.append(logical.examples)
+        if logical.examples:
+            list(logical)
+    assert 0 in sizes
+    assert batches.taken == 20
+
+
+def test_a_logical_batch_is_iterated_once_and_contains_nothing() -> None:
+    logical = next(logical for logical in batches_of() if "labels" not in logical and len(list(logical)) > 1)
+    with pytest.raises(GroupSearchError, match="second time"):
+        list(logical)
+
+
+def test_two_iterations_at_once_are_refused() -> None:
+    batches = batches_of()
+    one = iter(batches)
+    list(next(one))
+    list(next(iter(batches)))
+    with pytest.raises(GroupSearchError, match="at once"):
+        next(one)
+
+
+def test_a_generator_that_is_used_elsewhere_is_refused() -> None:
+    generator = seeded()
+    noisy = ((list(logical), torch.randn(3, generator=generator)) for logical in batches_of(generator=generator))
+    with pytest.raises(GroupSearchError, match="generator of its own"):
+        list(noisy)
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    numbers(batches_of(num_workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_by_default_batches_are_random() -> None:
+    assert numbers(batches_of(generator=None)) != numbers(batches_of(generator=None))
+
+
+def test_a_step_takes_one_whole_logical_batch_once() -> None:
+    batches = batches_of()
+    with pytest.raises(GroupSearchError, match="none yet"):
+        batches.check_step(0)
+    for logical in batches:
+        for _ in logical:
+            with pytest.raises(GroupSearchError, match="that is begun"):
+                batches.check_step(logical.examples)
+        with pytest.raises(GroupSearchError, match="that is finished"):
+            batches.check_step(logical.examples + 1)
+        batches.check_step(logical.examples)
+        with pytest.raises(GroupSearchError, match="that is stepped"):
+            batches.check_step(logical.examples)
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    state = batches_of().state_dict()
+    for other in (batches_of(expected_batch_size=7), batches_of({"number": torch.arange(50)})):
+        with pytest.raises(GroupSearchError, match="same data"):
+            other.load_state_dict(state)
+    with pytest.raises(GroupSearchError, match="state_dict"):
+        batches_of().load_state_dict({"taken": 3})
+
+
+class Run:
+    """A model, its optimizer, its engine and its batches, in training."""
+
+    def __init__(self, physical_batch: int | None = 4, workers: int = 0) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.batches = batches_of(FLOATS, physical_batch=physical_batch, num_workers=workers)
+        sites = observe_sites(self.model, {"x": FLOATS["x"][:4]}, loss_of)
+        self.engine = make_private(
+            self.model,
+            self.optimizer,
+            ClipPlan(Grouping((1,), sites), max_grad_norm=0.1),
+            noise_multiplier=1.0,
+            batches=self.batches,
+            generator=seeded(1),
+        )
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        return self.model, self.optimizer, self.engine, self.batches
+
+    def train(self, steps: int) -> None:
+        for logical in islice(self.batches, steps):
+            for batch in logical:
+                loss_of(self.model, batch).mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+FLOATS = {"x": torch.randn(SIZE, 3, dtype=torch.float64, generator=seeded(5))}
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["x"]).flatten().square()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_private_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(workers: int, tmp_path: Path) -> None:
+    whole, first, second = Run(), Run(workers=workers), Run(workers=workers)
+    whole.train(12)
+    first.train(7)
+    torch.save([part.state_dict() for part in first.parts], tmp_path / "state.pt")
+    for part, state in zip(second.parts, torch.load(tmp_path / "state.pt"), strict=True):
+        part.load_state_dict(state)
+    second.train(12)
+    assert torch.equal(second.weights, whole.weights)
+    assert (second.engine.steps, second.batches.taken) == (12, 12)
+    assert second.engine.epsilon(1e-3) == whole.engine.epsilon(1e-3)
+
+
+def test_the_physical_limit_does_not_change_what_is_trained() -> None:
+    runs = [Run(limit) for limit in (None, 1, 4)]
+    for run in runs:
+        run.train(12)
+    assert not torch.equal(runs[0].weights, Run().weights)
+    for run in runs[1:]:
+        torch.testing.assert_close(run.weights, runs[0].weights, rtol=1e-12, atol=1e-12)
+
+
+def test_the_engine_refuses_a_step_that_is_not_on_one_whole_logical_batch() -> None:
+    run = Run(physical_batch=1)
+    with pytest.raises(GroupSearchError, match="none yet"):
+        run.optimizer.step()
+    pieces = iter(next(iter(run.batches)))
+    loss_of(run.model, next(pieces)).mean().backward()
+    with pytest.raises(GroupSearchError, match="that is begun"):
+        run.optimizer.step()
+    for batch in pieces:
+        loss_of(run.model, batch).mean().backward()
+    loss_of(run.model, {"x": FLOATS["x"][:1]}).mean().backward()
+    with pytest.raises(GroupSearchError, match="that is finished"):
+        run.optimizer.step()
+    assert run.engine.steps == 0
+
+
+def test_the_engine_refuses_a_second_step_on_one_logical_batch() -> None:
+    run = Run()
+    run.train(3)
+    with pytest.raises(GroupSearchError, match="that is stepped"):
+        run.optimizer.step()
+    assert run.engine.steps == 3
+
+
+def test_a_batch_given_up_is_not_stepped_on() -> None:
+    run = Run()
+    for batch in next(iter(run.batches)):
+        loss_of(run.model, batch).mean().backward()
+    run.optimizer.zero_grad()
+    with pytest.raises(GroupSearchError, match="found a step on 0 examples"):
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("twice", [{"expected_batch_size": 6.0}, {"sampling_rate": 0.15}])
+def test_what_the_batches_say_is_not_said_again(twice: dict[str, float]) -> None:
+    run = Run()
+    run.engine.detach()
+    with pytest.raises(GroupSearchError, match="batches' own"):
+        make_private(run.model, run.optimizer, run.engine.plan, noise_multiplier=1.0, batches=run.batches, **twice)
+
+
+class Stream(IterableDataset[int]):
+    """Has no elements by number."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(SIZE))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings"),
+    [
+        ({"x": torch.zeros(3), "y": torch.zeros(4)}, {}),
+        ({"x": torch.tensor(1.0)}, {}),
+        ({}, {}),
+        (tuple(TABLE.values()), {}),
+        (Stream(), {}),
+        (TABLE, {"expected_batch_size": SIZE + 1}),
+        (TABLE, {"expected_batch_size": 0}),
+        (TABLE, {"expected_batch_size": float("nan")}),
+        (TABLE, {"steps": 0}),
+        (TABLE, {"physical_batch": 0}),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(dataset: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(GroupSearchError, match="Expected"):
+        batches_of(dataset, **settings)

@@ -1,0 +1,67 @@
+"""Every Python snippet of the documentation runs, prints what the page says, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SNIPPET = re.compile(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+LANGUAGES = {"python", "text", "bash", "json"}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def snippets(page: Path) -> Iterator[tuple[str, str | None]]:
+    """Each snippet, where it stands in the page, and the output that follows it; ``...`` there is anything."""
+    text = page.read_text(encoding="utf-8")
+    for found in SNIPPET.finditer(text):
+        yield "\n" * text[: found.start(1)].count("\n") + found[1], found[2]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(snippets(page))], ids=relative)
+def test_snippets_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        for code, expected in snippets(page):
+            printed = StringIO()
+            with redirect_stdout(printed):
+                exec(compile(code, str(page), "exec"), names)
+            if expected is not None:
+                matches = doctest.OutputChecker().check_output(expected, printed.getvalue(), doctest.ELLIPSIS)
+                assert matches, f"{code.strip()}\nprinted:\n{printed.getvalue()}\nthe page says:\n{expected}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_output_belongs_to_a_snippet(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    languages = [language for language, _ in FENCE.findall(text)]
+    assert set(languages) <= LANGUAGES
+    assert languages.count("text") == sum(expected is not None for _, expected in snippets(page))
+    assert languages.count("python") == len(list(snippets(page)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.is_relative_to(ROOT), target
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, target

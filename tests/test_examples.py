@@ -1,0 +1,175 @@
+"""The examples run as they stand, train privately, and all three do the same."""
+
+from __future__ import annotations
+
+import ast
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from groupsearch import ClipPlan, Grouping, UnsupportedModelError, make_private, trace_model
+from groupsearch.engine.sampling import PoissonSampler
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"), key=lambda path: path.stem != "plain_loop")
+# Runs a script as ``python script seed`` would, then keeps what it trained, and what it began with.
+RUNNER = """
+import runpy, sys
+script, result, *sys.argv[1:] = sys.argv[1:]
+names = runpy.run_path(script, run_name="__main__")
+import torch
+model, engine = names["model"], names["engine"]
+torch.manual_seed(0)
+fresh = type(model)(model.config)
+torch.save({
+    "parameters": {name: p.detach() for name, p in model.named_parameters()},
+    "initial": {name: p.detach() for name, p in fresh.named_parameters()},
+    "steps": engine.steps, "noise_multiplier": engine.noise_multiplier, "planned": names["batches"].steps,
+}, result)
+"""
+
+
+def run(script: Path, folder: Path, result: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "error", "-c", RUNNER, str(script), str(folder / result), "0"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What every example printed, and what it trained."""
+    folder, found = tmp_path_factory.mktemp("examples"), {}
+    for path in EXAMPLES:
+        done = run(path, folder, f"{path.stem}.pt")
+        assert done.returncode == 0, done.stderr
+        found[path.stem] = done.stdout, torch.load(folder / f"{path.stem}.pt")
+    return found
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: not blank, no comment, no docstring."""
+    text = path.read_text(encoding="utf-8")
+    documented = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    strings = [node.body[0] for node in documented if ast.get_docstring(node) is not None]
+    empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in empty]
+    lines = {number for token in tokens for number in range(token.start[0], token.end[0] + 1)}
+    return len(lines - {number for node in strings for number in range(node.lineno, (node.end_lineno or 0) + 1)})
+
+
+def test_there_is_an_example_of_every_loop() -> None:
+    assert [path.stem for path in EXAMPLES] == ["plain_loop", "accelerate_loop", "trainer"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_has_fewer_than_40_lines(path: Path) -> None:
+    assert 20 < code_lines(path) < 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
+def test_an_example_trains_privately(trained: dict[str, tuple[str, dict[str, Any]]], name: str) -> None:
+    printed, result = trained[name]
+    assert result["steps"] == result["planned"] == 40
+    assert result["noise_multiplier"] > 0
+    last = re.search(r"^40 steps, epsilon ([\d.]+)", printed, re.MULTILINE)
+    assert last is not None
+    assert 7.5 < float(last[1]) <= 8.0, "the noise was chosen for 8"
+    for parameter, value in result["parameters"].items():
+        assert torch.isfinite(value).all()
+        assert not torch.equal(value, result["initial"][parameter]), f"{parameter} did not move"
+
+
+@pytest.mark.slow
+def test_the_plain_loop_learns(trained: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    accuracy = re.search(r"accuracy (\d+)%", trained["plain_loop"][0])
+    assert accuracy is not None
+    assert int(accuracy[1]) > 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES[1:]])
+def test_every_loop_trains_what_the_plain_loop_does(trained: dict[str, tuple[str, dict[str, Any]]], name: str) -> None:
+    plain, other = trained["plain_loop"][1]["parameters"], trained[name][1]["parameters"]
+    assert plain.keys() == other.keys()
+    assert all(torch.equal(plain[parameter], other[parameter]) for parameter in plain)
+
+
+@pytest.mark.slow
+def test_the_trainer_logs_a_growing_epsilon(trained: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    spent = [float(text) for text in re.findall(r"'loss'.*'epsilon': '([\d.]+)'", trained["trainer"][0])]
+    assert len(spent) == 4
+    assert spent == sorted(set(spent))
+
+
+def changed_trainer(folder: Path, before: str, after: str) -> subprocess.CompletedProcess[str]:
+    """A run of the example with the Trainer, with one thing changed in it."""
+    text = (ROOT / "examples" / "trainer.py").read_text(encoding="utf-8")
+    assert before in text
+    (folder / "changed.py").write_text(text.replace(before, after), encoding="utf-8")
+    return run(folder / "changed.py", folder, "changed.pt")
+
+
+@pytest.mark.slow
+def test_gradient_accumulation_of_the_trainer_is_refused(tmp_path: Path) -> None:
+    steps = "max_steps=batches.steps"
+    done = changed_trainer(tmp_path, steps, f"{steps}, gradient_accumulation_steps=2")
+    assert done.returncode != 0
+    assert "gradient_accumulation_steps=1" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_trainer_steps_on_empty_batches(tmp_path: Path) -> None:
+    done = changed_trainer(tmp_path, "expected_batch_size=256", "expected_batch_size=0.5")
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "changed.pt")["steps"] == 40
+    sampler = PoissonSampler(1437, 0.5 / 1437, 40, torch.Generator().manual_seed(0))  # the example's
+    assert 5 < sum(len(indices) == 0 for indices in sampler) < 40
+
+
+def pair() -> tuple[nn.Module, torch.optim.Optimizer, ClipPlan, dict[str, torch.Tensor]]:
+    """A model, its optimizer, a plan and a batch."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), {"x": torch.randn(5, 4)}
+    trace = trace_model(model, batch, lambda model, batch: model(batch["x"]).flatten())
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), ClipPlan(Grouping.layer_wise(trace), 0.1), batch
+
+
+def step_with_accelerate(attach: str) -> list[torch.Tensor]:
+    """Parameters after one step, with the engine attached before preparing, after it, or to what is inside."""
+    from accelerate import Accelerator
+
+    model, optimizer, plan, batch = pair()
+    settings = {"noise_multiplier": 0.0, "expected_batch_size": 5}
+    accelerator = Accelerator(cpu=True)
+    if attach == "before":
+        make_private(model, optimizer, plan, **settings)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if attach != "before":
+        make_private(model, optimizer if attach == "after" else optimizer.optimizer, plan, **settings)
+    accelerator.backward(model(batch["x"]).mean())
+    optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("attach", ["before", "inside"])
+def test_an_engine_attached_before_prepare_or_to_the_inner_optimizer_clips(attach: str) -> None:
+    before = [p.detach().clone() for p in pair()[0].parameters()]
+    after = step_with_accelerate(attach)
+    change = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True)))
+    assert 0 < change <= 0.1 * 0.1 * (1 + 1e-6), "lr times R, once per example, over the expected batch size"
+
+
+def test_an_engine_on_the_prepared_optimizer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="it wraps"):
+        step_with_accelerate("after")
