@@ -8,122 +8,19 @@ cases have T = 4 as well, so that a dimension that is not the batch looks like i
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-Batch = Mapping[str, Tensor]
-BATCH_SIZE = 4
-VOCABULARY = 11
-
-
-def readout(model: nn.Module, batch: Batch) -> Tensor:
-    """A loss (B,) that any output has: bounded, and larger by ``scale`` for some examples than for others."""
-    output = model(batch["x"])
-    flat = output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
-    weights = torch.cos(torch.arange(flat.shape[1], dtype=flat.dtype, device=flat.device))
-    return batch["scale"] * (flat.sin() * weights).sum(1)
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A model, the shape of one example and a loss.
-
-    Attributes:
-        build: makes the model; its parameters are then moved off their special initial values.
-        shape: shape of one example's ``x``.
-        tokens: whether ``x`` holds ids below ``VOCABULARY`` (with repeats) instead of numbers.
-        loss: one loss per example, shape (B,).
-        tolerance: the relative tolerance of each dtype; a model that computes in float32 whatever
-            it is given cannot keep the tighter one.
-        opacus: whether Opacus' per-example gradients cover the model.
-        whole: parameters used several times within one call of their owner, whose uses the
-            reference cannot tell apart; their sites are kept in one group.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    tokens: bool = False
-    loss: Callable[[nn.Module, Any], Tensor] = readout
-    tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-5, torch.float64: 1e-10})
-    opacus: bool = False
-    whole: tuple[str, ...] = ()
-
-    @property
-    def seed(self) -> int:
-        """The same for every run, another for every case."""
-        return zlib.crc32(self.name.encode())
-
-    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        """The model in training mode, with no parameter at 0 or 1 as initialisation leaves it."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            model = self.build().double()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        return model.to(dtype).train()
-
-    def batch(self, dtype: torch.dtype = torch.float64, batch_size: int = BATCH_SIZE) -> dict[str, Tensor]:
-        """``batch_size`` examples; the first ones are the same whatever the size."""
-        generator = torch.Generator().manual_seed(self.seed)
-        examples = []
-        for _ in range(batch_size):
-            if self.tokens:
-                examples.append(torch.randint(VOCABULARY, self.shape, generator=generator))
-            else:
-                examples.append(torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype))
-        scale = torch.linspace(0.5, 3.0, BATCH_SIZE, dtype=torch.float64)[torch.arange(batch_size) % BATCH_SIZE]
-        return {"x": torch.stack(examples), "scale": scale.to(dtype)}
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """A copy that recomputes nothing: activation checkpointing off."""
-    copy = deepcopy(model)
-    for module in copy.modules():
-        if isinstance(module, Checkpointed):
-            module.kind = "none"
-        elif hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
-    return copy
-
-
-class Wrap(nn.Module):
-    """Modules by name, and a forward given as a function of this module and x."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Tensor], **members: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-        self._function = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Whatever the function makes of x."""
-        return self._function(self, x)
-
-
-class Checkpointed(nn.Module):
-    """A module whose activations are kept (``none``) or recomputed (``reentrant``, ``non-reentrant``)."""
-
-    def __init__(self, module: nn.Module, kind: str) -> None:
-        super().__init__()
-        self.module = module
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The module's output."""
-        if self.kind == "none":
-            return self.module(x)
-        result: Tensor = checkpoint(self.module, x, use_reentrant=self.kind == "reentrant")
-        return result
+from tests.case import BATCH_SIZE as BATCH_SIZE
+from tests.case import VOCABULARY, Case, Checkpointed, Wrap
+from tests.case import plain as plain
+from tests.case import readout as readout
+from tests.zoo import MODEL_CASES as MODEL_CASES
 
 
 class Residual(nn.Module):
@@ -531,138 +428,87 @@ def _may_refuse() -> list[Case]:
     ]  # fmt: skip
 
 
+class Experts(nn.Module):
+    """Each position goes to one of several small networks, so that their rows have left the examples."""
+
+    def __init__(self, width: int, count: int = 3) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, count)
+        self.networks = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, d) to the experts' answers, and to those plus one, which are made from them."""
+        rows = x.flatten(0, 1)
+        weights, chosen = self.gate(rows).softmax(-1).max(-1)
+        out = torch.zeros_like(rows)
+        for index, network in enumerate(self.networks):
+            mine = (chosen == index).nonzero().squeeze(1)
+            out = out.index_add(0, mine, network(rows[mine]) * weights[mine, None])
+        out = out.view_as(x)
+        return out, out + 1
+
+
+def _layout_cases() -> list[Case]:
+    """The examples elsewhere than in the first dimension: folded into it, or in the second; or lost inside a module."""
+
+    def folded(*modules: nn.Module) -> Callable[[], nn.Module]:
+        """(B, 3, ...) seen by the modules as (B * 3, ...)."""
+        return lambda: Wrap(
+            lambda m, x: m.inner(x.flatten(0, 1)).unflatten(0, (len(x), 3)), inner=nn.Sequential(*deepcopy(modules))
+        )
+
+    def second(*modules: nn.Module) -> Callable[[], nn.Module]:
+        return lambda: Wrap(
+            lambda m, x: m.inner(x.transpose(0, 1)).transpose(0, 1), inner=nn.Sequential(*deepcopy(modules))
+        )
+
+    def bare(function: Callable[[Any, Tensor], Tensor], *shape: int) -> nn.Module:
+        return Wrap(function, p=nn.Parameter(torch.randn(shape)))
+
+    def routed(m: Any, x: Tensor) -> Tensor:
+        one, other = m.experts(m.a(x))
+        return m.b(one) * other.tanh()
+
+    def kept(x: Tensor, token: Tensor) -> Tensor:
+        return torch.cat([token.expand(len(x), -1, -1), x], 1)
+
+    linear, table, frames = nn.Linear(6, 6), nn.Embedding(VOCABULARY, 5), (3, 4, 8)
+    return [
+        Case("folded-linear", folded(linear, nn.Tanh(), nn.Linear(6, 5)), (3, 4, 6)),
+        Case("folded-linear-2d", folded(linear, nn.Tanh(), nn.Linear(6, 5, bias=False)), (3, 6)),
+        Case("folded-bitfit", _freeze(folded(linear, nn.LayerNorm(6), linear), "inner.0.weight", "inner.1.weight", "inner.2.weight"), (3, 4, 6)),
+        Case("folded-conv1d", folded(nn.Conv1d(4, 6, 3, groups=2, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv1d(6, 2, 2)), frames),
+        Case("folded-conv2d", folded(nn.Conv2d(2, 4, 2), nn.InstanceNorm2d(4, affine=True), nn.Tanh()), (3, 2, 4, 3)),
+        Case("folded-bitfit-conv", _freeze(folded(nn.Conv1d(4, 6, 3), nn.Tanh(), nn.Conv1d(6, 2, 2)), "inner.0.weight", "inner.2.weight"), frames),
+        Case("folded-norms", folded(linear, nn.LayerNorm(6), linear, nn.RMSNorm(6)), (3, 4, 6)),
+        Case("folded-embedding", folded(table, nn.Linear(5, 3)), (3, 4), tokens=True),
+        Case("folded-scale", folded(linear, bare(lambda m, x: x * m.p, 6), linear), (3, 4, 6)),
+        Case("folded-positions", folded(linear, bare(lambda m, x: x + m.p, 1, 4, 6), linear), (3, 4, 6)),
+        Case("folded-token", folded(linear, bare(lambda m, x: kept(x, m.p), 1, 1, 6), linear), (3, 4, 6)),
+        Case("folded-matmul", folded(linear, bare(lambda m, x: x @ m.p, 6, 3)), (3, 4, 6)),
+        Case("folded-functional-linear", folded(linear, bare(lambda m, x: F.linear(x, m.p), 3, 6)), (3, 4, 6)),
+        Case("second-linear", second(linear, nn.Tanh(), nn.Linear(6, 5)), (3, 6)),
+        Case("second-linear-square", second(linear, nn.Tanh(), nn.Linear(6, 5)), (4, 6)),
+        Case("second-linear-4d", second(linear, nn.Tanh(), nn.Linear(6, 5)), (3, 2, 6)),
+        Case("second-bitfit", _freeze(second(linear, nn.LayerNorm(6), linear), "inner.0.weight", "inner.1.weight", "inner.2.weight"), (3, 6)),
+        Case("second-norms", second(linear, nn.LayerNorm(6), linear, nn.RMSNorm(6)), (3, 6)),
+        Case("second-embedding", second(table, nn.Linear(5, 3)), (7,), tokens=True),
+        Case("second-scale", second(linear, bare(lambda m, x: x * m.p, 6), linear), (3, 6)),
+        Case("second-positions", second(linear, bare(lambda m, x: x + m.p, 3, 1, 6), linear), (3, 6)),
+        Case("second-positions-square", second(linear, bare(lambda m, x: x + m.p, 4, 1, 6), linear), (4, 6)),
+        Case("second-matmul", second(linear, bare(lambda m, x: x @ m.p, 6, 3)), (3, 6)),
+        Case("second-functional-linear", second(linear, bare(lambda m, x: F.linear(x, m.p), 3, 6)), (3, 6)),
+        Case("experts-of-linears", lambda: Wrap(routed, a=nn.Linear(6, 6), experts=Experts(6), b=nn.Linear(6, 6)), (5, 6)),
+        Case("experts-first", lambda: Wrap(lambda m, x: m.b(m.experts(x)[1]), experts=Experts(6), b=nn.Linear(6, 3)), (4, 6)),
+    ]  # fmt: skip
+
+
 LAYER_CASES: dict[str, Case] = {
     case.name: case
-    for cases in (_linear_cases, _convolution_cases, _embedding_cases, _norm_cases, _parameter_cases, _function_cases, _shared_cases, _network_cases)
+    for cases in (_linear_cases, _convolution_cases, _embedding_cases, _norm_cases, _parameter_cases, _function_cases, _shared_cases, _network_cases, _layout_cases)
     for case in cases()
 }  # fmt: skip
 
 
-def _config(**settings: Any) -> dict[str, Any]:
-    return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings}
-
-
-def _seeing(model: nn.Module, **forward: Any) -> Tensor:
-    return model(**forward, return_dict=True).logits
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of every next token, (B,)."""
-    logits = _seeing(model, input_ids=batch["x"], use_cache=False)[:, :-1]
-    return batch["scale"] * F.cross_entropy(logits.transpose(1, 2), batch["x"][:, 1:], reduction="none").mean(1)
-
-
-def masked_class_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a made-up class of each text, its last token masked, (B,)."""
-    mask = torch.ones_like(batch["x"])
-    mask[:, -1] = 0
-    logits = _seeing(model, input_ids=batch["x"], attention_mask=mask)
-    return batch["scale"] * F.cross_entropy(logits, batch["x"][:, 0] % logits.shape[1], reduction="none")
-
-
-def image_class_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a made-up class of each image, (B,)."""
-    logits = _seeing(model, pixel_values=batch["x"])
-    label = (batch["x"].flatten(1).sum(1) > 0).long()
-    return batch["scale"] * F.cross_entropy(logits, label, reduction="none")
-
-
-def translation_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the input's tokens, reversed, (B,)."""
-    target = batch["x"].flip(1)
-    logits = _seeing(model, input_ids=batch["x"], decoder_input_ids=target.roll(1, 1), use_cache=False)
-    return batch["scale"] * F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
-
-
-def _gpt2(checkpoint_kind: str = "none") -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2LMHeadModel(GPT2Config(**_config(n_positions=16, n_embd=8, n_layer=2, n_head=2, **dropout)))
-    if checkpoint_kind != "none":
-        model.activation_checkpointing_enable({"use_reentrant": checkpoint_kind == "reentrant"})
-    return model
-
-
-def _bert_settings(**settings: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
-    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-    return {**sizes, **dropout, **settings}
-
-
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(BertConfig(**_config(**_bert_settings(max_position_embeddings=16))))
-
-
-def _bert_without_use_of_pooler() -> nn.Module:
-    from transformers import BertConfig, BertForTokenClassification, BertModel
-
-    model = BertForTokenClassification(BertConfig(**_config(**_bert_settings(max_position_embeddings=16))))
-    model.bert = BertModel(model.config, add_pooling_layer=True)
-    return model
-
-
-def _roberta() -> nn.Module:
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    return RobertaForSequenceClassification(RobertaConfig(**_config(**_bert_settings(max_position_embeddings=20))))
-
-
-def _t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "relative_attention_num_buckets": 8}
-    settings = _config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(T5Config(**settings))
-
-
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**_config(**sizes, num_key_value_heads=1, max_position_embeddings=16)))
-
-
-def _vit(attention: str) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    settings = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 2, "attn_implementation": attention}
-    return ViTForImageClassification(ViTConfig(**_bert_settings(**settings)))
-
-
-def _token_class_loss(model: nn.Module, batch: Batch) -> Tensor:
-    logits = _seeing(model, input_ids=batch["x"])
-    return batch["scale"] * F.cross_entropy(logits.transpose(1, 2), batch["x"] % 2, reduction="none").mean(1)
-
-
-_T5_BIASES = tuple(
-    f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for part in ("encoder", "decoder")
-)
-_SINGLE = {torch.float32: 1e-5, torch.float64: 2e-6}
-MODEL_CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        Case("gpt2", _gpt2, (6,), tokens=True, loss=next_token_loss),
-        Case("gpt2-square", _gpt2, (BATCH_SIZE,), tokens=True, loss=next_token_loss),
-        Case("gpt2-reentrant", lambda: _gpt2("reentrant"), (6,), tokens=True, loss=next_token_loss),
-        Case("gpt2-non-reentrant", lambda: _gpt2("non-reentrant"), (6,), tokens=True, loss=next_token_loss),
-        Case("bert", _bert, (6,), tokens=True, loss=masked_class_loss),
-        Case("bert-square", _bert, (BATCH_SIZE,), tokens=True, loss=masked_class_loss),
-        Case("roberta", _roberta, (6,), tokens=True, loss=masked_class_loss, opacus=True),
-        Case("t5", _t5, (6,), tokens=True, loss=translation_loss, tolerance=_SINGLE, whole=_T5_BIASES),
-        Case("t5-square", _t5, (BATCH_SIZE,), tokens=True, loss=translation_loss, tolerance=_SINGLE, whole=_T5_BIASES),
-        Case("llama", _llama, (6,), tokens=True, loss=next_token_loss, tolerance=_SINGLE, opacus=True),
-        Case("vit-eager", lambda: _vit("eager"), (1, 4, 4), loss=image_class_loss, opacus=True),
-        Case("vit-sdpa", lambda: _vit("sdpa"), (1, 4, 4), loss=image_class_loss, opacus=True),
-    )
-}
 EVERY_CASE = {**LAYER_CASES, **MODEL_CASES}
-EXACT_OR_REFUSED: dict[str, Case] = {
-    case.name: case
-    for case in (
-        *_may_refuse(),
-        Case("bert-unused-pooler", _bert_without_use_of_pooler, (6,), tokens=True, loss=_token_class_loss),
-    )
-}
+EXACT_OR_REFUSED: dict[str, Case] = {case.name: case for case in (*_may_refuse(),)}
