@@ -1,0 +1,168 @@
+"""One setup at many sizes: the batch or the length of a sequence varies, every size is traced once."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
+from groupsearch.memory import peak_memory
+from groupsearch.partition import floor_bytes
+from groupsearch.trace import Trace
+from groupsearch.verify import Setup
+from groupsearch.workloads import load_workload
+from groupsearch.workloads.batches import count_examples
+
+NON_PRIVATE = "non-private"
+BEST = "best"
+BATCH = "batch_size"
+LENGTHS = ("sequence_length", "context")
+"""What workloads call the length of a sequence."""
+LIMIT = 2**16
+"""The largest size that is tried where nobody says otherwise."""
+BATCH_LIMIT_BYTES = 2 * 2**30
+"""A batch whose own tensors would take more than this is not made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """Traces of one setup at any batch size, or at any value of the setting that is its sequence length.
+
+    Attributes:
+        setup: the rest of what a step depends on, and the size to start from.
+        vary: ``batch_size``, or the name of the setting that varies.
+        refused: why a size cannot be had, by size: the model does not take it, or the device has no room to trace it.
+    """
+
+    setup: Setup
+    vary: str = BATCH
+    refused: dict[int, str] = field(default_factory=dict)
+    _traces: dict[int, Trace] = field(default_factory=dict)
+    _peaks: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        """The size of the setup itself."""
+        return self.setup.loaded.batch_size if self.vary == BATCH else int(self.setup.loaded.settings[self.vary])
+
+    @property
+    def first(self) -> Trace:
+        """The trace of the setup itself.
+
+        Raises:
+            GroupSearchError: when its step cannot be traced.
+        """
+        trace = self.at(self.start)
+        assert trace is not None, "a refusal at the start is raised"
+        return trace
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        """The sizes that were traced, in increasing order."""
+        return tuple(sorted(self._traces))
+
+    def setup_at(self, size: int) -> Setup:
+        """The setup with another size."""
+        return replace(self.setup, settings={**self.setup.settings, self.vary: size})
+
+    def limit(self, most: int) -> int:
+        """The largest size to try: ``most``, or fewer examples where their own tensors would take 2 GiB.
+
+        Raises:
+            GroupSearchError: when ``most`` is below the size to start from.
+        """
+        if self.vary == BATCH:
+            one = self.setup.loaded.make_batch(1)
+            example_bytes = sum(t.nbytes for t in pytree.tree_leaves(one) if isinstance(t, Tensor))
+            most = min(most, BATCH_LIMIT_BYTES // max(example_bytes, 1))
+        if most < self.start:
+            raise GroupSearchError(
+                f"Expected to start at no more than {most}, the limit of the search, found {self.vary} {self.start}. "
+                "Start lower, or raise --limit."
+            )
+        return most
+
+    def at(self, size: int) -> Trace | None:
+        """The trace at a size; None where the size cannot be had, and then ``refused`` says why.
+
+        Raises:
+            GroupSearchError: when the model cannot take a step at a size no larger than the start.
+        """
+        if size not in self._traces and size not in self.refused:
+            try:
+                self._traces[size] = self._trace(size)
+            except _Refusal as refusal:
+                if size <= self.start:
+                    raise GroupSearchError(str(refusal)) from refusal
+                self.refused[size] = str(refusal)
+        return self._traces.get(size)
+
+    def peak(self, text: str, size: int) -> float:
+        """Estimated peak bytes at a size; infinite where the size cannot be had.
+
+        Args:
+            text: a grouping, ``non-private``, or ``best`` for the least peak of any grouping.
+            size: batch or length.
+
+        Raises:
+            GroupSearchError: when the text is no grouping of this model.
+        """
+        key = (text, size)
+        if key not in self._peaks:
+            trace = self.at(size)
+            self._peaks[key] = math.inf if trace is None else _peak(trace, text)
+        return self._peaks[key]
+
+    def _trace(self, size: int) -> Trace:
+        """Load and trace as :mod:`groupsearch.measure` loads and measures: with the size as a setting."""
+        setup = self.setup_at(size)
+        try:
+            workload = setup.loaded
+        except GroupSearchError as error:
+            raise _Refusal(str(error)) from error
+        if self.vary == BATCH:
+            for found in (workload.batch_size, count_examples(workload.make_batch(size))):
+                if found != size:
+                    raise GroupSearchError(
+                        f"Expected {setup.workload} to make batches of any size, found {found} examples where {size} "
+                        "were asked for. Let batch_size, or make_batch's argument, decide how many there are."
+                    )
+        try:
+            return setup.trace()
+        except GroupSearchError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise _Refusal(f"{setup.device} has no room to trace {setup.workload} at {self.vary} {size}.") from error
+        except Exception as error:  # whatever a model raises on a batch that it was not written for
+            raise _Refusal(
+                f"{setup.workload} takes no step at {self.vary} {size} (where every model is also tried with 3 "
+                f"examples): {type(error).__name__}: {error}. Let it take batches of any size."
+            ) from error
+        finally:
+            if setup.device != "cpu":  # leave the device to what is traced or measured next
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+def _peak(trace: Trace, text: str) -> int:
+    if text == NON_PRIVATE:
+        return trace.nonprivate_peak_bytes
+    return floor_bytes(trace) if text == BEST else peak_memory(trace, Grouping.parse(trace, text)).peak_bytes
+
+
+class _Refusal(GroupSearchError):
+    """A size that the model or the device does not take."""
+
+
+def length_setting(workload: str, settings: Mapping[str, Any]) -> str:
+    """What a workload calls the length of its sequences: of :data:`LENGTHS` the one that it has, else the first."""
+    known = load_workload(workload, **settings).settings
+    return next((name for name in LENGTHS if name in known), LENGTHS[0])
