@@ -23,7 +23,8 @@ class Lifetimes:
         starts: [2L], index of the first instant of every run of them, in order of time: in the hook
             of site L-1, after it, in the hook of site L-2, ...
         gradient: [L], of the clipped sums a site leaves behind.
-        sums_before: [L], of the clipped sums of all sites that backward reaches before a site.
+        sums_before: [L], of the clipped sums of all sites that backward reaches before a site, and of
+            earlier micro-batches.
         close: [L], on top while a site's sums are formed.
         close_live: [L], alive when a group closes at a site.
         booked: [U, 3], a storage's size, the site that books it last, the index of the first
@@ -105,7 +106,7 @@ def lifetimes(trace: Trace) -> Lifetimes:
         live=np.array([i.live_bytes for i in trace.instants], np.int64),
         starts=np.searchsorted(-runs, -np.arange(last_key)[::-1]),
         gradient=gradient,
-        sums_before=gradient.sum() - np.cumsum(gradient),
+        sums_before=trace.carried_bytes + gradient.sum() - np.cumsum(gradient),
         close=np.array([site.close_bytes for site in trace.sites], np.int64),
         close_live=np.array([site.close_live_bytes for site in trace.sites], np.int64),
         booked=np.array([(b.size_bytes, b.last_site, b.released) for b in trace.booked], np.int64).reshape(-1, 3),

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ from groupsearch.engine import make_private
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site
+from groupsearch.trace import Site, weights_with_choice
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.step import Stage, StepSettings, make_stage, real_copy
 from groupsearch.workloads import load_workload
@@ -57,6 +58,8 @@ def measure_peak(
     options: EngineOptions | None = None,
     optimizer: str = "adam",
     checkpoint: str = "none",
+    micro_batches: int = 1,
+    autocast: str = "none",
     device: str = "cpu",
     steps: int = 5,
 ) -> Measurement:
@@ -68,21 +71,22 @@ def measure_peak(
         settings: of the workload, ``batch_size`` among them.
         options: of the engine.
         optimizer: name of the optimizer.
-        checkpoint: ``none`` or ``blocks``.
+        checkpoint: ``none``, ``blocks`` or ``every:K``.
+        micro_batches: how many batches are accumulated before the optimizer's step.
+        autocast: ``none``, ``bfloat16`` or ``float16``.
         device: a torch device.
         steps: timed steps; the median is reported.
 
     Raises:
         GroupSearchError: when the process failed; the message ends with what it said.
     """
+    step = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
     request = {
         "workload": workload,
         "settings": dict(settings or {}),
         "boundaries": None if grouping is None else list(grouping.boundaries),
         "sites": None if grouping is None else [asdict(site) for site in grouping.sites],
-        "norm_method": (options or EngineOptions()).norm_method,
-        "optimizer": optimizer,
-        "checkpoint": checkpoint,
+        "step": step.to_json(),
         "device": device,
         "steps": steps,
         "threads": torch.get_num_threads(),
@@ -114,21 +118,31 @@ def main() -> None:
 
 def _measure(request: Mapping[str, Any]) -> Measurement:
     workload = load_workload(request["workload"], **request["settings"])
-    settings = StepSettings(EngineOptions(request["norm_method"]), request["optimizer"], request["checkpoint"])
+    settings = StepSettings.from_json(request["step"])
     device = torch.device(request["device"])
     model, batch = real_copy(workload.build(), workload.make_batch(workload.batch_size), device, copy_model=False)
-    stage = make_stage(model, batch, workload.loss, settings)
-    if request["boundaries"] is not None:
-        sites = tuple(Site(**{**site, "parameters": tuple(site["parameters"])}) for site in request["sites"])
-        make_private(
-            stage.model,
-            stage.optimizer,
-            ClipPlan(Grouping(tuple(request["boundaries"]), sites)),
-            noise_multiplier=settings.noise_multiplier,
-            expected_batch_size=workload.batch_size,
-            options=settings.options,
-        )
-    return _on_cuda(stage, request["steps"]) if device.type == "cuda" else _on_cpu(stage, request["steps"])
+    stage = replace(make_stage(model, batch, workload.loss, settings), micro_batches=settings.micro_batches)
+    with ExitStack() as stack:
+        if request["boundaries"] is not None:
+            stack.enter_context(_attach(stage, settings, request, workload.batch_size))
+        return _on_cuda(stage, request["steps"]) if device.type == "cuda" else _on_cpu(stage, request["steps"])
+
+
+def _attach(
+    stage: Stage, settings: StepSettings, request: Mapping[str, Any], batch_size: int
+) -> AbstractContextManager[None]:
+    """Make the stage's step private, for as long as the process lives; within, all passes are of the same examples."""
+    sites = tuple(Site(**{**site, "parameters": tuple(site["parameters"])}) for site in request["sites"])
+    settings.options.check_weights(weights_with_choice(sites))
+    engine = make_private(
+        stage.model,
+        stage.optimizer,
+        ClipPlan(Grouping(tuple(request["boundaries"]), sites)),
+        noise_multiplier=settings.noise_multiplier,
+        expected_batch_size=batch_size,
+        options=settings.options,
+    )
+    return engine.same_examples()
 
 
 def _on_cpu(stage: Stage, steps: int) -> Measurement:

@@ -103,7 +103,7 @@ def cost_table(trace: Trace) -> CostTable:
     cost[np.tril_indices(trace.length, -1)] = UNREACHABLE_BYTES
     cost.setflags(write=False)
     forward_bytes = max((i.live_bytes for i in trace.instants if i.site < 0), default=0)
-    return CostTable(cost, max(forward_bytes, trace.step_bytes))
+    return CostTable(cost, max(forward_bytes + trace.carried_bytes, trace.step_bytes))
 
 
 def _open_bytes(trace: Trace, largest: Bytes, at_close: Bytes) -> Bytes:
@@ -222,10 +222,10 @@ class _Moment(NamedTuple):
 def _moments(trace: Trace, boundaries: tuple[int, ...]) -> Iterator[_Moment]:
     for i in trace.instants:
         if i.site < 0:
-            yield _Moment(-1, "forward and loss", i.live_bytes, i.forward_bytes)
+            yield _Moment(-1, "forward and loss", i.live_bytes, i.forward_bytes, 0, trace.carried_bytes)
     for lo, hi in reversed(list(pairwise((0, *boundaries, trace.length)))):
         yield from _group_moments(trace, lo, hi - 1)
-    sums = sum(site.gradient_bytes for site in trace.sites)
+    sums = trace.carried_bytes + sum(site.gradient_bytes for site in trace.sites)
     yield _Moment(-1, "optimizer step", trace.step_bytes - sums, 0, 0, sums)
 
 

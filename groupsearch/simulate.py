@@ -10,6 +10,7 @@ from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.trace import weights_with_choice
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import Loss, Stage, StepSettings, fake_stage
 from groupsearch.workloads.batches import count_examples
@@ -24,6 +25,8 @@ def simulate_peak(
     options: EngineOptions | None = None,
     optimizer: str = "adam",
     checkpoint: str = "none",
+    micro_batches: int = 1,
+    autocast: str = "none",
 ) -> int:
     """Peak bytes of one private step, from the engine itself on fake tensors (CPU).
 
@@ -34,14 +37,19 @@ def simulate_peak(
     Raises:
         UnsupportedModelError: as :func:`groupsearch.make_private`.
     """
-    settings = StepSettings(options or EngineOptions(), optimizer, checkpoint)
+    settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
     fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
     with fake:
         return private_peak(stage, settings, grouping, count_examples(batch))
 
 
 def private_peak(stage: Stage, settings: StepSettings, grouping: Grouping, examples: int) -> int:
-    """Peak bytes of one private step of a stage, static ones included."""
+    """Peak bytes of one private step of a stage, static ones included.
+
+    Raises:
+        GroupSearchError: when the options name a method for a weight that no site chooses one for.
+    """
+    settings.options.check_weights(weights_with_choice(grouping.sites))
     engine = make_private(
         stage.model,
         stage.optimizer,
@@ -50,10 +58,8 @@ def private_peak(stage: Stage, settings: StepSettings, grouping: Grouping, examp
         expected_batch_size=examples,
         options=settings.options,
     )
-    start = len(stage.live.log)
     try:
-        with stage.live:
-            stage.step()
+        with engine.same_examples():  # a batch is one set of examples, however often the loss calls the model
+            return stage.counted_step()
     finally:
         engine.detach()
-    return stage.live.peak_since(start) + stage.static.total

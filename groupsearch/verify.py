@@ -19,15 +19,13 @@ from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak
 from groupsearch.memory import peak_memory
 from groupsearch.options import EngineOptions
-from groupsearch.partition import floor_bytes, front
+from groupsearch.partition import front
 from groupsearch.records import COMMANDS
 from groupsearch.simulate import simulate_peak
 from groupsearch.trace import Trace
-from groupsearch.tracer import trace_model
-from groupsearch.units import format_bytes, format_ratio
+from groupsearch.tracer import StepSettings, trace_model
+from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.workloads import Workload, load_workload
-
-NEAR_FLOOR = 1.01
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,10 @@ class Setup:
         workload: the text of a workload, see :func:`groupsearch.workloads.load_workload`.
         settings: its settings, ``batch_size`` among them.
         options: cost-only choices of the engine.
-        optimizer: ``adam`` or ``sgd``.
-        checkpoint: ``none`` or ``blocks``.
+        optimizer: a name for :func:`groupsearch.engine.optimizers.make_optimizer`.
+        checkpoint: ``none``, ``blocks`` or ``every:K``.
+        micro_batches: how many batches are accumulated before the optimizer's step.
+        autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
         device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is.
     """
 
@@ -48,6 +48,8 @@ class Setup:
     options: EngineOptions = field(default_factory=EngineOptions)
     optimizer: str = "adam"
     checkpoint: str = "none"
+    micro_batches: int = 1
+    autocast: str = "none"
     device: str = "cpu"
 
     @classmethod
@@ -62,9 +64,7 @@ class Setup:
             return cls(
                 workload=model["name"],
                 settings={**settings["workload"], "batch_size": model["batch_size"]},
-                options=EngineOptions(norm_method=settings["norm_method"]),
-                optimizer=settings["optimizer"],
-                checkpoint=settings["checkpoint"],
+                **_how(StepSettings.from_json(settings)),
                 device=device or document["environment"]["device"],
             )
         except (KeyError, TypeError) as error:
@@ -80,8 +80,9 @@ class Setup:
 
     def empty_model(self) -> torch.nn.Module:
         """The model on the meta device, so that no weights are allocated."""
+        workload = self.loaded  # a file's factory makes its batch as it is loaded, on a real device
         with torch.device("meta"):
-            return self.loaded.build()
+            return workload.build()
 
     def describe_model(self) -> dict[str, Any]:
         """The ``model`` part of a document."""
@@ -91,25 +92,28 @@ class Setup:
 
     def describe_step(self) -> dict[str, Any]:
         """The part of a document's ``settings`` that :meth:`from_document` needs."""
-        return {
-            "workload": dict(self.settings),
-            "norm_method": self.options.norm_method,
-            "optimizer": self.optimizer,
-            "checkpoint": self.checkpoint,
-        }
+        return {"workload": dict(self.settings), **self.step.to_json()}
+
+    @property
+    def step(self) -> StepSettings:
+        """How a step is taken, without its model and batch."""
+        return StepSettings(self.options, self.optimizer, self.checkpoint, self.micro_batches, self.autocast)
 
     def trace(self) -> Trace:
-        """One traced step: on fake tensors for the CPU, on the device itself for any other."""
-        workload, real = self.loaded, self.device != "cpu"
-        return trace_model(
-            workload.build() if real else self.empty_model(),
-            workload.make_batch(workload.batch_size),
-            workload.loss,
-            options=self.options,
-            optimizer=self.optimizer,
-            checkpoint=self.checkpoint,
-            device=self.device if real else None,
-        )
+        """One traced step: on fake tensors for the CPU, on the device itself for any other.
+
+        A model whose path depends on values is traced with its weights on the CPU, too.
+        """
+        if self.device == "cpu":
+            try:
+                return self._trace(self.empty_model(), None)
+            except ValuesNeededError:
+                pass
+        return self._trace(self.loaded.build(), self.device)
+
+    def _trace(self, model: torch.nn.Module, device: str | None) -> Trace:
+        batch = self.loaded.make_batch(self.loaded.batch_size)
+        return trace_model(model, batch, self.loaded.loss, **_how(self.step), device=device)
 
     def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
         """One simulated row of a document: the engine itself, on fake tensors."""
@@ -119,9 +123,7 @@ class Setup:
             workload.make_batch(workload.batch_size),
             workload.loss,
             grouping,
-            options=self.options,
-            optimizer=self.optimizer,
-            checkpoint=self.checkpoint,
+            **_how(self.step),
         )
         return {**_row(name, grouping, peak_bytes), "relative_error": estimate_bytes / peak_bytes - 1}
 
@@ -131,9 +133,7 @@ class Setup:
             self.workload,
             grouping,
             settings=dict(self.settings),
-            options=self.options,
-            optimizer=self.optimizer,
-            checkpoint=self.checkpoint,
+            **_how(self.step),
             device=self.device,
         )
         return {
@@ -166,28 +166,6 @@ def front_rows(trace: Trace, max_groups: int | None = None) -> list[dict[str, An
         {"groups": len(boundaries) + 1, "boundaries": list(boundaries), "peak_bytes": peak_bytes}
         for boundaries, peak_bytes in front(trace, max_groups)
     ]
-
-
-def summarise(trace: Trace) -> str:
-    """In one or two sentences, what grouping buys for this trace, and why not where it buys nothing."""
-    floor, reference = floor_bytes(trace), trace.nonprivate_peak_bytes
-    whole = peak_memory(trace, Grouping.all_layer(trace))
-    few = next(len(cuts) + 1 for cuts, peak_bytes in front(trace) if peak_bytes <= NEAR_FLOOR * floor)
-
-    def told(size_bytes: int) -> str:
-        return f"{format_bytes(size_bytes)} ({format_ratio(size_bytes / reference)} of non-private training)"
-
-    if few == 1:
-        return (
-            f"No grouping saves memory here: all-layer peaks at {told(whole.peak_bytes)}, within 1 % of the floor of "
-            f"any grouping, because the peak comes at a moment that grouping does not change ({whole.where})."
-        )
-    layers = peak_memory(trace, Grouping.layer_wise(trace))
-    least = front(trace, few)[-1][1]
-    return (
-        f"{few} groups need {told(least)}, within 1 % of the floor of any grouping; all-layer needs "
-        f"{told(whole.peak_bytes)}, layer-wise ({len(trace.layer_boundaries) + 1} groups) {told(layers.peak_bytes)}."
-    )
 
 
 def check_rows(
@@ -240,6 +218,16 @@ def rows_to_check(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "with neither. Write it again with `groupsearch profile`."
         )
     return rows
+
+
+def _how(step: StepSettings) -> dict[str, Any]:
+    return {
+        "options": step.options,
+        "optimizer": step.optimizer,
+        "checkpoint": step.checkpoint,
+        "micro_batches": step.micro_batches,
+        "autocast": step.autocast,
+    }
 
 
 def _row(name: str, grouping: Grouping, peak_bytes: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def replay(trace: Trace, boundaries: Sequence[int]) -> list[int]:
     events: list[int] = []
     group: list[int] = []
     book: set[int] = set()
-    sums = 0
+    sums = trace.carried_bytes
 
     def only_in_book(t: int) -> int:
         return sum(trace.booked[u].size_bytes for u in book if trace.booked[u].released <= t)

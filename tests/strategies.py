@@ -66,16 +66,19 @@ def make_trace(length: int, between: Draw, largest: int) -> Trace:
         hook_end[site] = len(instants) - 1
         add(site, False, between(1, 3))
     sites = tuple(_make_site(index, static.total, between, largest) for index in range(length))
+    carried_bytes = between(0, largest)
+    sums_bytes = carried_bytes + sum(site.gradient_bytes for site in sites)
     return Trace(
         sites=sites,
         instants=tuple(instants),
         booked=tuple(_make_booked(hook_end, len(instants), between, largest) for _ in range(between(0, 4 * length))),
         cross_terms=tuple(_make_cross_terms(length, between, largest)),
         static=static,
-        step_bytes=static.total + sum(site.gradient_bytes for site in sites) + between(0, largest // 4),
+        step_bytes=static.total + sums_bytes + between(0, largest // 4),
         nonprivate_peak_bytes=static.total + between(0, 2 * largest),
         batch_size=between(1, 64),
         settings={"model": "random"},
+        carried_bytes=carried_bytes,
     )
 
 

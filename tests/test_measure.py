@@ -58,6 +58,15 @@ def test_optimizer_and_checkpointing_reach_the_process() -> None:
     assert recomputed.peak_bytes < lean.peak_bytes < plain.peak_bytes
 
 
+def test_micro_batches_and_autocast_reach_the_process() -> None:
+    settings = {"batch_size": 32, "blocks": 2}
+    one, two, cast = (
+        measure_peak("digits-vit", None, settings=settings, steps=1, **changes).peak_bytes
+        for changes in ({}, {"micro_batches": 2}, {"autocast": "bfloat16"})
+    )
+    assert cast < one < two
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
 def test_a_device_that_cannot_be_used_is_named_with_the_reason(device: str) -> None:
     with pytest.raises(GroupSearchError, match=f"digits-cnn with no groups on {device} failed: .*[Dd]evice") as caught:

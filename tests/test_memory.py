@@ -86,6 +86,17 @@ class TestByHand:
         assert peaks(trace, [(), (1,)]).tolist() == [185, 139]
         assert peak_memory(trace, ()).where == "norm of a"
 
+    def test_sums_of_earlier_micro_batches_are_alive_throughout(self) -> None:
+        sites = tuple(replace(site, gradient_bytes=0) for site in small_trace().sites)
+        trace = replace(small_trace(), sites=sites, carried_bytes=14, step_bytes=139)
+        # Forward 125+14; 135+14; 130+14; 128+14; 137+14; closes 120+15+9+14 and 120+7+14; 105+14; the step as it is.
+        expected = [(-1, 139), (1, 149), (1, 144), (1, 142), (0, 151), (0, 158), (0, 141), (0, 119), (-1, 139)]
+        assert timeline(trace, ()) == expected
+        assert peaks(trace, [(), (1,)]).tolist() == [158, 153]
+        assert peak_memory(trace, ()).breakdown.sums == 14
+        forward = replace(trace, instants=(Instant(-1, False, 900, 25), *trace.instants[1:]))
+        assert peak_memory(forward, ()).peak_bytes == 914 == peaks(forward, [()])[0]
+
     @pytest.mark.parametrize(
         ("change", "where"),
         [

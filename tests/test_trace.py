@@ -31,7 +31,7 @@ def test_unknown_keys_of_a_site_are_passed_over() -> None:
     assert Trace.from_json(document).sites == random_trace(3).sites
 
 
-@pytest.mark.parametrize("part", list(random_trace(3).to_json()))
+@pytest.mark.parametrize("part", [part for part in random_trace(3).to_json() if part != "carried_bytes"])
 def test_a_missing_part_is_refused_by_name(part: str) -> None:
     document = random_trace(3).to_json()
     del document[part]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from groupsearch.errors import DocumentError
-from groupsearch.grouping import Grouping, named_groupings
+from groupsearch.grouping import named_groupings
 from groupsearch.memory import peaks
 from groupsearch.options import EngineOptions
-from groupsearch.partition import floor_bytes
 from groupsearch.records import environment, new_document
-from groupsearch.units import format_bytes
-from groupsearch.verify import NEAR_FLOOR, Setup, estimate_rows, front_rows, rows_to_check, summarise
+from groupsearch.verify import Setup, estimate_rows, front_rows, rows_to_check
 from tests.report.synthetic import profile_document, search_document, train_document, transformer_trace
 
 TRACE = transformer_trace()
@@ -59,21 +55,6 @@ def test_the_front_ends_at_the_limit():
     rows = front_rows(TRACE, 3)
     assert [row["groups"] for row in rows] == [1, 2, 3]
     assert [row["peak_bytes"] for row in rows] == list(peaks(TRACE, [row["boundaries"] for row in rows]))
-
-
-def test_the_summary_names_the_fewest_groups_near_the_floor():
-    near = [row for row in front_rows(TRACE) if row["peak_bytes"] <= NEAR_FLOOR * floor_bytes(TRACE)]
-    text = summarise(TRACE)
-    assert text.startswith(f"{near[0]['groups']} groups need {format_bytes(near[0]['peak_bytes'])}")
-    whole, layers = peaks(TRACE, [Grouping.all_layer(TRACE), Grouping.layer_wise(TRACE)])
-    assert format_bytes(whole) in text
-    assert format_bytes(layers) in text
-
-
-def test_the_summary_says_when_and_why_nothing_is_saved():
-    trace = dataclasses.replace(TRACE, step_bytes=10 * TRACE.nonprivate_peak_bytes)
-    assert "No grouping saves memory" in summarise(trace)
-    assert "(optimizer step)" in summarise(trace)
 
 
 def test_of_a_profile_the_measured_groupings_are_measured_again():

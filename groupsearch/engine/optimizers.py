@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +11,39 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from groupsearch.errors import GroupSearchError
 
-_FACTORIES: dict[str, Callable[[list[nn.Parameter], float], Optimizer]] = {
-    "sgd": lambda parameters, rate: SGD(parameters, lr=rate),
-    "momentum": lambda parameters, rate: SGD(parameters, lr=rate, momentum=0.9),
-    "adam": lambda parameters, rate: Adam(parameters, lr=rate),
-    "adamw": lambda parameters, rate: AdamW(parameters, lr=rate),
+_CLASSES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (SGD, {}),
+    "momentum": (SGD, {"momentum": 0.9}),
+    "adam": (Adam, {}),
+    "adamw": (AdamW, {}),
 }
-OPTIMIZERS = tuple(_FACTORIES)
+_VARIANTS = {
+    "loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+OPTIMIZERS = tuple(_CLASSES)
+OPTIMIZER_VARIANTS = tuple(_VARIANTS)
 
 
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
     """The torch optimizer of that name over the parameters that ask for gradients.
 
-    ``sgd`` is plain, ``momentum`` is SGD with momentum 0.9, ``adam`` and ``adamw`` have torch's defaults.
+    ``sgd`` is plain, ``momentum`` is SGD with momentum 0.9, ``adam`` and ``adamw`` have torch's
+    defaults. They differ in what their step allocates: ``adam:loop`` updates one parameter after
+    another, ``adam:foreach`` all at once by lists of operations, which takes another copy of the
+    weights, ``adam:fused`` in one kernel; without a variant torch chooses (the loop on the CPU, foreach on CUDA).
 
     Raises:
         GroupSearchError: for an unknown name, a learning rate that is not positive, or when no
             parameter is trainable.
     """
-    if name not in _FACTORIES:
-        raise GroupSearchError(f"Expected optimizer to be one of {', '.join(OPTIMIZERS)}, found {name!r}.")
+    kind, colon, variant = name.partition(":")
+    if kind not in OPTIMIZERS or (colon and variant not in OPTIMIZER_VARIANTS):
+        raise GroupSearchError(
+            f"Expected optimizer to be one of {', '.join(OPTIMIZERS)}, alone or followed by "
+            f"{', '.join(':' + v for v in OPTIMIZER_VARIANTS)}, found {name!r}."
+        )
     if not 0 < learning_rate < float("inf"):
         raise GroupSearchError(f"Expected a finite learning_rate > 0, found {learning_rate}.")
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -38,7 +52,9 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate:
             "Expected at least one trainable parameter to optimize, found none. Set requires_grad on what is to be "
             "trained."
         )
-    return _FACTORIES[name](trainable, learning_rate)
+    cls, settings = _CLASSES[kind]
+    make: Any = cls
+    return make(trainable, lr=learning_rate, **settings, **_VARIANTS.get(variant, {}))
 
 
 def warm_state(optimizer: Optimizer) -> None:

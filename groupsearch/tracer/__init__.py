@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.options import EngineOptions
+from groupsearch.joint import Alternatives
+from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.trace import Trace
+from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.sites import observe_sites
+from groupsearch.tracer.sites import check_examples, observe_sites
 from groupsearch.tracer.step import Loss, StepSettings, fake_stage, make_stage, real_copy
 from groupsearch.workloads.batches import count_examples
 
-__all__ = ["StepSettings", "observe_sites", "trace_model"]
+__all__ = ["StepSettings", "observe_sites", "trace_methods", "trace_model"]
 
 
 def trace_model(
@@ -26,12 +28,16 @@ def trace_model(
     options: EngineOptions | None = None,
     optimizer: str = "adam",
     checkpoint: str = "none",
+    micro_batches: int = 1,
+    autocast: str = "none",
     device: str | None = None,
 ) -> Trace:
     """Trace one training step: sites in order, who is alive when, and the non-private peak.
 
     By default the step runs on fake tensors: no weight is allocated, the model (real or on the
-    meta device) is left as it is. With ``device`` it runs for real there, on a copy.
+    meta device) is left as it is. A model whose path depends on values runs for real, on a copy, and
+    with ``device`` every model does so there. A model whose weights are there is also run on three of
+    the examples, as :func:`observe_sites` does, to see that no example's gradient depends on another.
 
     Args:
         model: the model.
@@ -39,17 +45,44 @@ def trace_model(
         loss: ``loss(model, batch)`` is one loss per example, shape (B,).
         options: of the engine.
         optimizer: name of the optimizer whose state and step are part of the memory.
-        checkpoint: ``none`` or ``blocks``.
+        checkpoint: ``none``, ``blocks`` or ``every:K``.
+        micro_batches: how many batches are accumulated before the optimizer's step. The trace is of the
+            last one, which finds the sums of those before it.
+        autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
         device: a torch device to trace on with real tensors.
 
     Raises:
         UnsupportedModelError: for a layer, a parameter or a loss that cannot be made private.
     """
-    settings = StepSettings(options or EngineOptions(), optimizer, checkpoint)
+    settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
+    check_examples(model, batch, loss, settings.options)
     keys = {"device": device or "cpu", "fake": device is None, "torch": torch.__version__}
-    if device is not None:
-        stage = make_stage(*real_copy(model, batch, torch.device(device)), loss, settings)
-        return record_step(stage, settings, count_examples(batch), keys)
-    fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
-    with fake:
-        return record_step(stage, settings, count_examples(batch), keys)
+    if device is None:
+        try:
+            fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
+            with fake:
+                return record_step(stage, settings, count_examples(batch), keys)
+        except ValuesNeededError:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise
+    stage = make_stage(*real_copy(model, batch, torch.device(device or "cpu")), loss, settings)
+    return record_step(stage, settings, count_examples(batch), {**keys, "fake": False})
+
+
+def trace_methods(model: nn.Module, batch: Any, loss: Loss, **settings: Any) -> Alternatives:
+    """Trace one step by every norm method, so that any choice of methods per weight can be estimated.
+
+    Args:
+        model: the model.
+        batch: a mapping, tuple or tensor whose first dimension is B.
+        loss: ``loss(model, batch)`` is one loss per example, shape (B,).
+        settings: further arguments of :func:`trace_model` but ``options``.
+
+    Raises:
+        UnsupportedModelError: as :func:`trace_model`.
+        GroupSearchError: when the steps are not the same between hooks, for example because tensors are real
+            and the model draws random paths.
+    """
+    return Alternatives(
+        {method: trace_model(model, batch, loss, options=EngineOptions(method), **settings) for method in SITE_METHODS}
+    )

@@ -4,26 +4,66 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from groupsearch.errors import UnsupportedModelError
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_ONES = ("aten::ones", "aten::ones_like", "aten::new_ones")
+_COPIES = ("aten::_to_copy", "aten::clone")
+
+
+class _FakeMode(FakeTensorMode):
+    """Fake tensors of which it is known which hold nothing but ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ones: dict[int, weakref.ref[Any]] = {}
+
+    def mark(self, tensor: Tensor) -> None:
+        """It is all ones."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        self._ones[key] = weakref.ref(storage, lambda _: self._ones.pop(key, None))
+
+    def marked(self, tensor: Tensor | None) -> bool:
+        """Whether it is known to be all ones."""
+        return tensor is not None and id(tensor.untyped_storage()) in self._ones
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._schema.is_mutable:
+            for written in pytree.tree_leaves((args, kwargs)):
+                if isinstance(written, Tensor):
+                    self._ones.pop(id(written.untyped_storage()), None)
+        elif func._schema.name in _ONES or (func._schema.name in _COPIES and self.marked(args[0])):
+            self.mark(out)
+        return out
+
+
+class ValuesNeededError(UnsupportedModelError):
+    """A model that does not run on fake tensors."""
 
 
 class FakeTensors:
     """Enter it to compute on fake tensors; may be entered again after it was left.
 
     Where transformers looks at values to choose a path, fake tensors have none, and it takes the
-    dearer one. Inside, a batch counts as what it nearly always is: one sequence per row, not
-    several packed into one, so that no dense attention mask is made.
+    dearer one. Inside, a batch counts as one sequence per row, not several packed into one, and for
+    an attention mask of ones, made by the model or part of the batch, no dense mask is made, as on real tensors.
     """
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode()
+        self.mode = _FakeMode()
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> FakeTensors:
@@ -31,12 +71,29 @@ class FakeTensors:
         masking = sys.modules.get("transformers.masking_utils")
         if hasattr(masking, "find_packed_sequence_indices"):
             stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None))
+        for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
+            if hasattr(masking, name):
+                stack.enter_context(patch.object(masking, name, self._reading(getattr(masking, name))))
         stack.enter_context(self.mode)
         self._entered.append(stack)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trail: object) -> None:
         self._entered.pop().close()
+        if isinstance(error, NEEDS_VALUES):
+            raise ValuesNeededError(
+                "The model's path depends on values (tokens routed to experts, packed sequences, early exits), which "
+                "fake tensors do not have. Give it with its weights, not on the meta device; it is then traced and "
+                "measured with real tensors, and not simulated."
+            ) from error
+
+    def _reading(self, may_skip: Callable[..., bool]) -> Callable[..., bool]:
+        """What decides whether a dense mask is needed, told that there is no mask where it would read ones."""
+
+        def skip(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+            return may_skip(None if self.mode.marked(padding_mask) else padding_mask, *args, **kwargs)
+
+        return skip
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
@@ -56,7 +113,14 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
     return duplicate
 
 
-def fake_batch(batch: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    """A batch of fake tensors with the shapes and dtypes of a real one."""
-    with mode:
-        return pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), batch)
+def fake_batch(batch: Any, fake: FakeTensors, device: torch.device) -> Any:
+    """A batch of fake tensors with the shapes and dtypes of a real one; what is all ones in it is known to be."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        with fake.mode:
+            duplicate = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if not tensor.is_meta and bool((tensor == 1).all()):
+            fake.mode.mark(duplicate)
+        return duplicate
+
+    return pytree.tree_map_only(Tensor, copied, batch)

@@ -55,7 +55,7 @@ def cut_instants(
     Args:
         live: the log.
         hooks: in order of time.
-        span: positions in the log between which the step lies.
+        span: positions in the log between which forward and backward lie.
         booked: numbers of the storages that sites book.
 
     Returns:
@@ -64,7 +64,7 @@ def cut_instants(
     """
     start, end = span
     log = np.asarray(live.log, dtype=np.int64)
-    forward = _forward_bytes(live, hooks[0].begin, len(log))
+    forward = _forward_bytes(live, (start, hooks[0].begin), len(log))
     deaths = sorted({live.deaths[n] for n in booked if n in live.deaths})
     cuts = [d for d, following in zip(deaths, [*deaths[1:], -1], strict=True) if following != d + 1]
     instants: list[Instant] = []
@@ -88,7 +88,7 @@ def cut_instants(
 
 
 def _segments(hooks: Sequence[Hook], start: int, end: int) -> Iterable[_Segment]:
-    yield _Segment(-1, False, start, hooks[0].begin, 0)
+    yield _Segment(-1, False, start, hooks[0].begin, hooks[0].sums_before)
     for step, hook in enumerate(hooks):
         site = len(hooks) - 1 - step
         yield _Segment(site, True, hook.begin, hook.closing, hook.sums_before)
@@ -102,11 +102,11 @@ def _released(death: int | None, end: int, begins: Sequence[int], hooks: Sequenc
     return bisect_left(begins, death)
 
 
-def _forward_bytes(live: LiveBytes, first_hook: int, length: int) -> npt.NDArray[np.int64]:
+def _forward_bytes(live: LiveBytes, span: tuple[int, int], length: int) -> npt.NDArray[np.int64]:
     """Per position of the log the bytes alive that the forward pass and the loss allocated."""
     changes = np.zeros(length + 1, dtype=np.int64)
     for number, birth in enumerate(live.births):
-        if birth < first_hook:
+        if span[0] <= birth < span[1]:
             changes[birth] += live.sizes[number]
             changes[live.deaths.get(number, length)] -= live.sizes[number]
     return np.cumsum(changes)[:length]

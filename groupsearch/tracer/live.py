@@ -3,6 +3,9 @@
 Autograd adds the gradients that meet at one input in place when nobody else holds the first of
 them; on fake tensors it never does. So that fake bytes are those of the real step, an addition by
 autograd whose first operand is released at once counts as the in-place addition it stands for.
+
+Activation checkpointing keeps the state of the random generator for every block. No operation
+allocates it, so whoever asks torch for it is overheard.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -46,6 +50,17 @@ class LiveBytes(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scratch = scratch
         self._added: int | None = None
+        self._asked_state = torch.get_rng_state
+        self._overhearing = patch.object(torch, "get_rng_state", self._random_state)
+
+    def __enter__(self) -> LiveBytes:
+        self._overhearing.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._overhearing.stop()
 
     def ignore(self, tensors: Iterable[Tensor]) -> int:
         """Do not count these tensors' storages; returns their bytes, each storage once."""
@@ -78,6 +93,11 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and _by_autograd(*args[:2]):
             self._added = self.number(args[0])
         return out
+
+    def _random_state(self) -> Tensor:
+        state = self._asked_state()
+        self._see(state)
+        return state
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -13,28 +13,47 @@ from groupsearch.engine.book import Book
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.noise import add_noise_
-from groupsearch.trace import Booked, Site, Trace
+from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.instants import Hook, cut_instants
-from groupsearch.tracer.sites import Observed, as_sites, check_all_seen, check_same_sites, observe_pass, observed
+from groupsearch.tracer.sites import (
+    Observed,
+    as_sites,
+    check_all_seen,
+    check_same_sites,
+    observe_pass,
+    observed,
+    settle,
+)
 from groupsearch.tracer.step import Stage, StepSettings
 from groupsearch.workloads.batches import first_examples
 
 
 @dataclass
 class StepRecorder:
-    """Receives arrivals, closes every site at once and remembers where in the log it all happened."""
+    """Receives arrivals, closes every site at once and remembers where in the log it all happened.
+
+    What it remembers is the last micro-batch.
+    """
 
     stage: Stage
     settings: StepSettings
     arrivals: list[Observed] = field(default_factory=list)
     hooks: list[Hook] = field(default_factory=list)
     blueprints: list[Callable[[], Entry]] = field(default_factory=list)
+    start: int = 0
+    carried_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._sizes = {name: p.numel() for name, p in self.stage.model.named_parameters()}
         self._book = Book(lambda group, norm_B: torch.ones_like(norm_B), observer=self)
         self._log = self.stage.live.log
+
+    def begin(self) -> None:
+        """A micro-batch begins; the clipped sums of those before it stay."""
+        for remembered in (self.arrivals, self.hooks, self.blueprints):
+            remembered.clear()
+        self.start, self.carried_bytes = len(self._log), self._sums_bytes()
 
     def receive(self, arrival: Arrival) -> None:
         """One site: book it, close it."""
@@ -73,7 +92,7 @@ class StepRecorder:
         for name, parameter in self.stage.model.named_parameters():
             if name in self._book.sums:
                 generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
-                total = self._book.sums.pop(name)
+                total = self._book.sums.pop(name).to(parameter.dtype)
                 parameter.grad = add_noise_(total, self.settings.noise_multiplier, generator).div_(1.5)
         self.stage.optimizer.step()
         self.stage.optimizer.zero_grad(set_to_none=True)
@@ -87,57 +106,65 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
 
     Raises:
         UnsupportedModelError: when a trainable parameter cannot be covered, by name.
+        GroupSearchError: when the options name a method for a weight that no site chooses one for.
     """
-    nonprivate_peak_bytes = stage.nonprivate_step()
+    nonprivate_peak_bytes = stage.counted_step()
     live = stage.live
     recorder = StepRecorder(stage, settings)
-    start = len(live.log)
-    capture = Capture(stage.model, recorder.receive, settings.options)
+    layouts, few, _ = settle(stage.model, stage.batch, stage.loss, settings.options)
+    capture = Capture(stage.model, recorder.receive, settings.options, layouts)
+    capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
     try:
         with live:
-            stage.loss(stage.model, stage.batch).mean().backward()
+            for _ in range(stage.micro_batches):
+                recorder.begin()
+                stage.backward()
             backward_end = len(live.log)
             recorder.finish()
     finally:
         capture.remove()
     check_all_seen(stage.model, recorder.arrivals)
-    few = first_examples(stage.batch, 2 if batch_size == 3 else 3)
-    check_same_sites(recorder.arrivals, observe_pass(stage.model, few, stage.loss, settings.options)[0])
+    if batch_size == 3:
+        few, _ = observe_pass(stage.model, first_examples(stage.batch, 2), stage.loss, settings.options, layouts)
+    check_same_sites(recorder.arrivals, few)
     booked = _booked(recorder.hooks)
-    instants, released = cut_instants(live, recorder.hooks, (start, backward_end), booked)
-    length = len(recorder.hooks)
+    instants, released = cut_instants(live, recorder.hooks, (recorder.start, backward_end), booked)
+    sites = as_sites(recorder.arrivals, stage.model)
+    settings.options.check_weights(weights_with_choice(sites))
     return Trace(
-        sites=_measured(as_sites(recorder.arrivals, stage.model), recorder.hooks, stage.static.total),
+        sites=_measured(sites, recorder, stage.static.total),
         instants=tuple(replace(i, live_bytes=i.live_bytes + stage.static.total) for i in instants),
         booked=tuple(
-            Booked(live.sizes[number], length - 1 - first, length - 1 - last, released[number])
-            for number, (first, last) in sorted(booked.items())
+            Booked(live.sizes[number], sites[0], sites[-1], released[number], sites[1:-1])
+            for number, sites in sorted(booked.items())
         ),
         cross_terms=cross_terms(recorder.arrivals, recorder.blueprints),
         static=stage.static,
         step_bytes=live.peak_since(backward_end) + stage.static.total,
         nonprivate_peak_bytes=nonprivate_peak_bytes,
         batch_size=batch_size,
+        carried_bytes=recorder.carried_bytes,
         settings={**keys, **settings.to_json()},
     )
 
 
-def _booked(hooks: Sequence[Hook]) -> dict[int, tuple[int, int]]:
-    """Per booked storage the first and the last hook (in time) that books it."""
-    booked: dict[int, tuple[int, int]] = {}
+def _booked(hooks: Sequence[Hook]) -> dict[int, tuple[int, ...]]:
+    """Per booked storage the sites that book it, in the order of backward."""
+    booked: dict[int, tuple[int, ...]] = {}
     for step, hook in enumerate(hooks):
         for number in hook.storages:
-            booked[number] = (booked.get(number, (step, step))[0], step)
+            booked[number] = (*booked.get(number, ()), len(hooks) - 1 - step)
     return booked
 
 
-def _measured(sites: Sequence[Site], hooks: Sequence[Hook], static_bytes: int) -> tuple[Site, ...]:
+def _measured(sites: Sequence[Site], recorder: StepRecorder, static_bytes: int) -> tuple[Site, ...]:
     return tuple(
         replace(
             site,
             close_bytes=hook.close_peak - hook.close_live,
             gradient_bytes=hook.gradient_bytes,
             close_live_bytes=hook.close_live + static_bytes,
+            groups=seen.dimensions.groups,
         )
-        for site, hook in zip(sites, reversed(hooks), strict=True)
+        for site, hook, seen in zip(sites, reversed(recorder.hooks), reversed(recorder.arrivals), strict=True)
     )

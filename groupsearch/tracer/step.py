@@ -14,15 +14,15 @@ from torch.utils import _pytree as pytree
 
 from groupsearch.engine.optimizers import make_optimizer, warm_state
 from groupsearch.errors import GroupSearchError
-from groupsearch.options import EngineOptions
+from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.trace import StaticBytes
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
 from groupsearch.workloads.batches import check_loss
-from groupsearch.workloads.blocks import checkpoint_blocks
+from groupsearch.workloads.blocks import checkpoint_as
 
 Loss = Callable[[nn.Module, Any], Tensor]
-CHECKPOINTS = ("none", "blocks")
+AUTOCASTS = ("none", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,62 @@ class StepSettings:
 
     Attributes:
         options: of the engine.
-        optimizer: a name of :data:`groupsearch.engine.optimizers.OPTIMIZERS`.
-        checkpoint: ``none``, or ``blocks``: every repeated block is checkpointed.
+        optimizer: a name for :func:`groupsearch.engine.optimizers.make_optimizer`.
+        checkpoint: ``none``, ``blocks`` (every repeated block is checkpointed) or ``every:K`` (one in K).
+        micro_batches: how many batches are accumulated before the optimizer's step.
+        autocast: dtype that forward and loss are cast to by :class:`torch.autocast`, or ``none``.
         noise_multiplier: any positive number; only that noise is drawn matters for cost.
     """
 
     options: EngineOptions = field(default_factory=EngineOptions)
     optimizer: str = "adam"
     checkpoint: str = "none"
+    micro_batches: int = 1
+    autocast: str = "none"
     noise_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.checkpoint not in CHECKPOINTS:
-            raise GroupSearchError(
-                f"Expected checkpoint to be one of {', '.join(CHECKPOINTS)}, found {self.checkpoint!r}."
-            )
+        checkpoint_interval(self.checkpoint)
+        if self.micro_batches < 1:
+            raise GroupSearchError(f"Expected micro_batches >= 1, found {self.micro_batches}.")
+        if self.autocast not in AUTOCASTS:
+            raise GroupSearchError(f"Expected autocast to be one of {', '.join(AUTOCASTS)}, found {self.autocast!r}.")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are written into documents."""
         return {
             "norm_method": self.options.norm_method,
+            **({"methods": dict(self.options.methods)} if self.options.methods else {}),
             "optimizer": self.optimizer,
             "checkpoint": self.checkpoint,
+            "micro_batches": self.micro_batches,
+            "autocast": self.autocast,
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepSettings:
+        """The settings of a document; an older one knows neither micro-batches nor autocast and had neither.
+
+        Raises:
+            KeyError: naming what the document lacks.
+            GroupSearchError: for a value that is no such setting.
+        """
+        return cls(
+            EngineOptions(data["norm_method"], data.get("methods", {})),
+            data["optimizer"],
+            data["checkpoint"],
+            data.get("micro_batches", 1),
+            data.get("autocast", "none"),
+        )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A model, its optimizer with state, and a batch, ready for a step whose bytes are counted."""
+    """A model, its optimizer with state, and a batch, ready for a step whose bytes are counted.
+
+    The batch stands for every micro-batch: the next one is taken when the one before is done with.
+    ``loss`` casts where the settings say so.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -66,24 +94,28 @@ class Stage:
     loss: Loss
     live: LiveBytes
     static: StaticBytes
+    micro_batches: int = 1
 
-    def step(self) -> None:
-        """One whole step; private when an engine is attached. Gradients are none afterwards."""
-        self.loss(self.model, self.batch).mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def nonprivate_step(self) -> int:
-        """One plain step; returns its peak in bytes, static ones included.
+    def backward(self) -> None:
+        """Forward and backward of one micro-batch.
 
         Raises:
             UnsupportedModelError: when the loss is not one value per example.
         """
+        check_loss(self.model, self.batch, self.loss).mean().backward()
+
+    def step(self) -> None:
+        """One whole step; private when an engine is attached. Gradients are none afterwards."""
+        for _ in range(self.micro_batches):
+            self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def counted_step(self) -> int:
+        """One whole step; returns its peak in bytes, static ones included."""
         start = len(self.live.log)
         with self.live:
-            check_loss(self.model, self.batch, self.loss).mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.step()
         return self.live.peak_since(start) + self.static.total
 
 
@@ -93,16 +125,19 @@ def fake_stage(
     """A stage of fake tensors; enter what is returned with it to step on it."""
     fake, device = FakeTensors(), torch.device("cpu")
     duplicate = fake_model(model, fake.mode, device)
+    examples = fake_batch(batch, fake, device)
     with fake:
-        return fake, make_stage(duplicate, fake_batch(batch, fake.mode, device), loss, settings, scratch)
+        return fake, make_stage(duplicate, examples, loss, settings, scratch)
 
 
 def make_stage(
     model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, scratch: Scratch | None = None
 ) -> Stage:
-    """A stage on the model's own tensors. The optimizer's state is allocated, gradients are none."""
-    if settings.checkpoint == "blocks":
-        checkpoint_blocks(model)
+    """A stage on the model's own tensors. The optimizer's state is allocated, gradients are none.
+
+    Of many micro-batches it takes two: each after the second allocates and finds what the second did.
+    """
+    checkpoint_as(model, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, model.parameters(), 1e-3)
     warm_state(optimizer)
     live = LiveBytes(scratch)
@@ -112,7 +147,8 @@ def make_stage(
         optimizer=live.ignore(t for t in pytree.tree_leaves(_state(optimizer)) if isinstance(t, Tensor)),
         batch=live.ignore(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)),
     )
-    return Stage(model, optimizer, batch, loss, live, static)
+    loss = _casting(loss, settings.autocast, next(model.parameters()).device)
+    return Stage(model, optimizer, batch, loss, live, static, min(settings.micro_batches, 2))
 
 
 def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bool = True) -> tuple[nn.Module, Any]:
@@ -130,6 +166,17 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
         return moved, pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
     except (RuntimeError, AssertionError) as error:
         raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error
+
+
+def _casting(loss: Loss, autocast: str, device: torch.device) -> Loss:
+    if autocast == "none":
+        return loss
+
+    def cast(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast(device.type, getattr(torch, autocast)):
+            return loss(model, batch)
+
+    return cast
 
 
 def _state(optimizer: Optimizer) -> list[Mapping[str, Any]]:

@@ -1,9 +1,10 @@
-"""The repeated blocks of a model, and activation checkpointing of each of them."""
+"""The repeated blocks of a model, and activation checkpointing of all or some of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import GroupSearchError, UnsupportedModelError
+from groupsearch.options import checkpoint_interval
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -28,8 +30,12 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(_blocks_below(model, ""))
 
 
-def checkpoint_blocks(model: nn.Module, use_reentrant: bool = False) -> None:
-    """Recompute the inside of every block in the backward pass instead of keeping its activations.
+def checkpoint_blocks(model: nn.Module, use_reentrant: bool = False, every: int = 1) -> None:
+    """Recompute the inside of blocks in the backward pass instead of keeping their activations.
+
+    With ``every`` K it is one block in K: the first, the one K further on, and so on, in the order of
+    :func:`find_blocks`. The blocks between them keep their activations; how a model calls its blocks
+    is its own affair, so no K of them can be recomputed as one.
 
     Module identity, parameter names and the state dict stay as they are; keyword arguments and
     outputs of any structure pass through; without gradients the block runs as it did. Losses and
@@ -40,10 +46,14 @@ def checkpoint_blocks(model: nn.Module, use_reentrant: bool = False) -> None:
         use_reentrant: which kind of :func:`torch.utils.checkpoint.checkpoint`. The reentrant kind
             gives a block no gradients when none of its inputs asks for one, and knows only outputs
             that are a tensor or a flat tuple.
+        every: K >= 1.
 
     Raises:
         UnsupportedModelError: when the model has no repeated blocks.
+        GroupSearchError: when ``every`` is less than 1.
     """
+    if every < 1:
+        raise GroupSearchError(f"Expected every >= 1, one block in so many, found {every}.")
     names = find_blocks(model)
     if not names:
         raise UnsupportedModelError(
@@ -51,21 +61,44 @@ def checkpoint_blocks(model: nn.Module, use_reentrant: bool = False) -> None:
             "nn.Sequential with two or more blocks of one class. Checkpoint inside the model's own forward, "
             "or leave activation checkpointing off."
         )
-    for name in names:
+    for name in names[::every]:
         block = model.get_submodule(name)
-        if not isinstance(block.forward, _CheckpointedForward):
+        if not isinstance(block.forward, CheckpointedForward):
             # As an instance attribute it hides the method of the class, and hooks of the module stay outside.
-            block.forward = _CheckpointedForward(block.forward, use_reentrant)
+            block.forward = CheckpointedForward(block.forward, use_reentrant)
 
 
-class _CheckpointedForward:
-    """A block's forward behind a checkpoint; a class and no closure, so that a copied model calls its own blocks."""
+def checkpoint_as(model: nn.Module, setting: str) -> None:
+    """Checkpoint a model's blocks as a setting says: ``none``, ``blocks`` or ``every:K``.
+
+    Raises:
+        UnsupportedModelError: when blocks are to be checkpointed and the model has none.
+        GroupSearchError: when the setting is none of these.
+    """
+    interval = checkpoint_interval(setting)
+    if interval:
+        checkpoint_blocks(model, every=interval)
+
+
+class CheckpointedForward:
+    """A block's forward behind a checkpoint; a class and no closure, so that a copied model calls its own blocks.
+
+    Attributes:
+        inside: a context for every run of the forward itself, also when it is run again in backward; the
+            module's own hooks run outside the checkpoint, once.
+    """
 
     def __init__(self, forward: Callable[..., Any], use_reentrant: bool) -> None:
-        self._forward = forward
+        self.inside: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._plain_forward = forward
         self._use_reentrant = use_reentrant
 
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.inside():
+            return self._plain_forward(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward returns."""
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         if not self._use_reentrant:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from groupsearch.tracer import scratch
+from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.scratch import CpuScratch
 
@@ -91,3 +92,48 @@ def test_what_is_too_large_is_not_run_but_named(monkeypatch: pytest.MonkeyPatch)
     operation, make = OPERATIONS["logsumexp"]
     assert probe(operation, faked(make()), {}) == 0
     assert probe.skipped == {"aten::logsumexp"}
+
+
+HALF: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "product": (aten.mm.default, lambda: (torch.randn(64, 128).bfloat16().mT, torch.randn(64, 32).bfloat16())),
+    "mixed sum": (aten.add.Tensor, lambda: (torch.randn(8, 512), torch.randn(8, 512).bfloat16())),
+    "mixed sum in place": (aten.add_.Tensor, lambda: (torch.randn(8, 512), torch.randn(8, 512).bfloat16())),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_takes_more_than_its_results(name: str) -> None:
+    operation, make = HALF[name]
+    arguments = make()
+    expected = profiled_peak(lambda: operation(*arguments))
+    result = operation(*make())
+    assert CpuScratch()(operation, faked(arguments), {}) == expected
+    assert expected > (0 if name.endswith("in place") else result.nbytes)
+
+
+def test_a_probe_under_a_transform_is_that_of_what_runs_below_it() -> None:
+    """Per-example gradients of functions are taken by vmap, where an operation sees the whole batch."""
+    found: list[int] = []
+    probe = CpuScratch()
+
+    def scratch_of(func: Any, args: Any, kwargs: Any) -> int:
+        size = probe(func, args, kwargs)
+        found.extend([size] if func is aten.bmm.default else [])
+        return size
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return x.mT @ x
+
+    with FakeTensorMode(), LiveBytes(scratch_of):
+        torch.vmap(product)(torch.ones(4, 64, 128, dtype=torch.bfloat16))
+    real = torch.ones(4, 64, 128, dtype=torch.bfloat16)
+    assert found == [profiled_peak(lambda: torch.bmm(real.mT, real))]
+
+
+def test_drawing_is_not_probed() -> None:
+    """A probe draws from the generator, which the step would miss."""
+    before = torch.get_rng_state()
+    for operation, arguments in ((aten.bernoulli_.float, (0.5,)), (aten.native_dropout.default, (0.5, True))):
+        half = torch.ones(64, dtype=torch.bfloat16)
+        assert CpuScratch()(operation, (*faked((half,)), *arguments), {}) == 0
+    assert torch.equal(before, torch.get_rng_state())

@@ -72,6 +72,26 @@ def test_static_bytes_have_the_state_of_the_optimizer(optimizer: str, copies: in
     assert trace.settings["optimizer"] == optimizer
 
 
+@pytest.mark.parametrize("name", ["linear-3d", "tied-embedding-head", "checkpoint-non-reentrant"])
+def test_a_later_micro_batch_leaves_no_sums_of_its_own(name: str) -> None:
+    once, twice, thrice = (trace_of(EVERY_CASE[name], micro_batches=count) for count in (1, 2, 3))
+    trainable_bytes = sum(site.gradient_bytes for site in once.sites)
+    assert (once.carried_bytes, twice.carried_bytes) == (0, trainable_bytes)
+    assert {site.gradient_bytes for site in twice.sites} == {0}
+    assert [site.name for site in twice.sites] == [site.name for site in once.sites]
+    assert once.step_bytes == twice.step_bytes
+    for instant in twice.instants:
+        assert 0 <= instant.forward_bytes <= instant.live_bytes - twice.static.total
+    assert {**twice.to_json(), "settings": {}} == {**thrice.to_json(), "settings": {}}
+
+
+def test_a_document_from_before_micro_batches_is_read() -> None:
+    trace = trace_of(LAYER_CASES["linear-3d"])
+    older = trace.to_json()
+    del older["carried_bytes"]
+    assert Trace.from_json(older).to_json() == trace.to_json()
+
+
 def test_pairs_of_sites_on_one_parameter_are_cross_terms() -> None:
     pairs = {(c.early, c.late) for c in trace_of(LAYER_CASES["reused-linear"]).cross_terms}
     assert pairs == {(1, 0), (2, 0), (2, 1)}
@@ -238,11 +258,16 @@ def test_a_loss_that_raises_leaves_the_model_alone() -> None:
     ("settings", "message"),
     [
         ({"checkpoint": "some"}, "checkpoint"),
+        ({"checkpoint": "every:0"}, "every:K"),
         ({"optimizer": "lion"}, "optimizer"),
+        ({"optimizer": "adam:"}, "alone or followed by"),
+        ({"optimizer": "sgd:faster"}, "alone or followed by"),
+        ({"micro_batches": 0}, "micro_batches >= 1"),
+        ({"autocast": "int8"}, "autocast to be one of none"),
         ({"device": "cuda:99"}, "cannot be used"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, str], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(GroupSearchError, match=message):
         trace_of(LAYER_CASES["linear-2d"], **settings)
 

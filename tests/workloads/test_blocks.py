@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.workloads import checkpoint_blocks, find_blocks, load_workload
+from groupsearch.workloads.blocks import checkpoint_as
 from groupsearch.workloads.workload import Workload
 
 BLOCKS = {
@@ -100,6 +101,51 @@ def test_checkpointing_twice_is_checkpointing_once() -> None:
     model.get_submodule("blocks.0.norm1").register_forward_hook(lambda *_: runs.append(1))
     workload.loss(model, workload.make_batch(2)).sum().backward()
     assert len(runs) == 2
+
+
+def runs_of_blocks(model: nn.Module, work: Callable[[], object]) -> list[int]:
+    """How often each block runs."""
+    names = find_blocks(model)
+    runs = dict.fromkeys(names, 0)
+    for name in names:
+        inside = next(module for module in model.get_submodule(name).modules() if not [*module.children()])
+
+        def count(*_: object, name: str = name) -> None:
+            runs[name] += 1
+
+        inside.register_forward_hook(count)
+    work()
+    return list(runs.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "runs"),
+    [
+        ("none", [1, 1, 1, 1]),
+        ("blocks", [2, 2, 2, 2]),
+        ("every:1", [2, 2, 2, 2]),
+        ("every:2", [2, 1, 2, 1]),
+        ("every:3", [2, 1, 1, 2]),
+        ("every:9", [2, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["digits-vit", "t5"])
+def test_one_block_in_so_many_runs_twice(
+    kind: str, setting: str, runs: list[int], tiny: Callable[[str], Workload]
+) -> None:
+    workload = tiny(kind) if kind in BLOCKS else load_workload(kind)
+    model = workload.build()
+    checkpoint_as(model, setting)
+    assert runs_of_blocks(model, lambda: workload.loss(model, workload.make_batch(2)).sum().backward()) == runs
+
+
+@pytest.mark.parametrize("setting", ["", "block", "every", "every:", "every:0", "every:-1", "every:1.5", "blocks:2"])
+def test_a_setting_that_says_nothing_is_refused(setting: str) -> None:
+    model = load_workload("digits-vit").build()
+    with pytest.raises(GroupSearchError, match="checkpoint to be none, blocks, or every:K"):
+        checkpoint_as(model, setting)
+    with pytest.raises(GroupSearchError, match="every >= 1"):
+        checkpoint_blocks(model, every=0)
 
 
 def test_a_copy_of_a_checkpointed_model_calls_its_own_blocks() -> None:
