@@ -1,0 +1,175 @@
+"""The numbers in docs/memory.md, from the committed documents; ``python -m tests.memory_page`` writes them in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from groupsearch.units import format_bytes, format_count, format_percent, format_ratio, format_signed_percent
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "memory.md"
+BLOCK = re.compile(r"(<!-- numbers:(\w+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
+Document = Mapping[str, Any]
+
+
+def document(name: str) -> Document:
+    """A committed document, by the stem of its file."""
+    found: Document = json.loads((ROOT / "profiles" / f"{name}-cpu.json").read_text(encoding="utf-8"))
+    return found
+
+
+def with_numbers(text: str) -> str:
+    """The page's text with its blocks of numbers made anew."""
+    return BLOCK.sub(lambda block: "".join([block[1], *(f"{line}\n" for line in BLOCKS[block[2]]()), block[3]]), text)
+
+
+def _accuracy() -> Iterator[str]:
+    yield from _table("models", "peaks compared", "median error", "worst", "under-estimates", "worst of them")
+    for kind, part in document("accuracy")["summary"].items():
+        if kind in ("all", "transformers", "convolutions"):
+            errors = part["estimate/measurement"]
+            yield _row(
+                kind,
+                format_count(errors["numbers"]),
+                format_percent(errors["median_absolute"], 3),
+                format_signed_percent(errors["worst"]),
+                format_count(errors["underestimates"]),
+                format_signed_percent(errors["worst_underestimate"]),
+            )
+
+
+def _evidence() -> Iterator[str]:
+    groups = ("2 groups", "4 groups", "8 groups")
+    yield from _table(
+        "model",
+        "batch",
+        "precision",
+        "checkpointing",
+        "no privacy",
+        "all-layer",
+        "layer-wise",
+        *groups,
+        "at the floor",
+        "left",
+    )
+    for row in document("evidence")["rows"]:
+        plain = row["nonprivate_peak_bytes"]
+        fewest = f"{row['groups_at_floor']} group{'s' if row['groups_at_floor'] > 1 else ''}"
+        yield _row(
+            row["model"],
+            f"{row['batch_size']} of {row['given']}",
+            "float32" if row["autocast"] == "none" else row["autocast"],
+            row["checkpoint"],
+            format_bytes(plain),
+            *(format_ratio(row[key] / plain) for key in ("all_layer_bytes", "layer_wise_bytes")),
+            *(format_ratio(row["at_most_groups_bytes"][key] / plain) for key in ("2", "4", "8")),
+            f"{format_ratio(row['floor_bytes'] / plain)}, {fewest}",
+            row["where"]["floor"],
+        )
+
+
+def _sweep() -> Iterator[str]:
+    yield from _table(
+        "model", "attention", "checkpointing", "no privacy", "all-layer", "two groups, best", "below",
+        "fastDP all-layer", "fastDP two groups, best", "below", "without one-hot", "below",
+    )  # fmt: skip
+    for curve in document("sweep")["curves"]:
+        bests = []
+        for key in ("ours_bytes", "fastdp_bytes", "fastdp_without_one_hot_bytes"):
+            bests += [format_bytes(min(curve[key])), f"`{_short(_best_site(curve, key))}`"]
+        yield _row(
+            curve["model"],
+            curve["attention"],
+            curve["checkpoint"],
+            format_bytes(curve["nonprivate_peak_bytes"]),
+            format_bytes(curve["all_layer_bytes"]),
+            *bests[:2],
+            format_bytes(curve["fastdp_all_layer_bytes"]),
+            *bests[2:],
+        )
+
+
+def _rows() -> Iterator[str]:
+    """The curves of RoBERTa at the boundaries below its blocks."""
+    for name in ("RoBERTa base", "RoBERTa large"):
+        chosen = {
+            (curve["attention"], curve["checkpoint"]): curve
+            for curve in document("sweep")["curves"]
+            if curve["model"] == name
+        }
+        yield f"{name}, GiB (fastDP by formula; in brackets without the one-hot):"
+        yield ""
+        edges = next(iter(chosen.values()))["block_boundaries"]
+        steps = range(len(edges) // 6, len(edges), len(edges) // 6)
+        yield from _table("boundary below block", *(f"{step}" for step in steps))
+        for (attention, checkpoint), curve in chosen.items():
+            label = f"{attention}{', checkpointed' if checkpoint != 'none' else ''}"
+            at = [edges[step] - 1 for step in steps]
+            yield _row(f"groupsearch, {label}", *(_gib(curve["ours_bytes"][b]) for b in at))
+            pairs = zip(curve["fastdp_bytes"], curve["fastdp_without_one_hot_bytes"], strict=True)
+            cells = [f"{_gib(whole)} ({_gib(without)})" for whole, without in pairs]
+            yield _row(f"fastDP, {label}", *(cells[b] for b in at))
+        yield ""
+
+
+def _rise() -> Iterator[str]:
+    """Why the row of RoBERTa base rises while the others fall."""
+    base, large = (_curve(name, "sdpa", "none") for name in ("RoBERTa base", "RoBERTa large"))
+    whole, without = base["fastdp_bytes"], base["fastdp_without_one_hot_bytes"]
+    first, last = base["block_boundaries"][1] - 1, base["block_boundaries"][-1] - 1
+    block = (whole[last] - whole[first]) // (len(base["block_boundaries"]) - 2)
+    yield f"- The word embedding's sum takes a one-hot of {format_bytes(base['one_hot_bytes'])} (40 x 256 x 50,265 x"
+    yield "  12 bytes) when the group on the input side closes, while that group's book is still alive."
+    yield f"- RoBERTa base needs {format_bytes(base['nonprivate_peak_bytes'])} without privacy, so book and one-hot"
+    yield f"  are its peak: {format_bytes(whole[first])} with the boundary below block 1, {format_bytes(whole[last])}"
+    yield f"  below block 11, {format_bytes(block)} more for every block that joins the group on the input side"
+    yield "  (inputs of its layers, copies of their output gradients). The row rises all the way."
+    yield f"- Without the one-hot the row falls, from {format_bytes(without[first])} to {format_bytes(min(without))} at"
+    yield f"  `{_short(_best_site(base, 'fastdp_without_one_hot_bytes'))}`, as the rows of ViT do, which has no words."
+    yield f"- RoBERTa large has the same one-hot, hidden by activations ({format_bytes(large['nonprivate_peak_bytes'])}"
+    yield f"  without privacy): its row falls to {format_bytes(min(large['fastdp_bytes']))} at"
+    yield f"  `{_short(_best_site(large, 'fastdp_bytes'))}` before it rises."
+
+
+def _curve(name: str, attention: str, checkpoint: str) -> Document:
+    found = document("sweep")["curves"]
+    key = (name, attention, checkpoint)
+    return next(curve for curve in found if (curve["model"], curve["attention"], curve["checkpoint"]) == key)
+
+
+def _best_site(curve: Document, key: str) -> str:
+    """The first site above the boundary that needs least."""
+    name: str = curve["sites"][curve[key].index(min(curve[key])) + 1]
+    return name
+
+
+def _short(name: str) -> str:
+    return ".".join(name.split(".")[-4:])
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f}"
+
+
+def _table(*names: str) -> tuple[str, str]:
+    return _row(*names), _row(*["---"] * len(names))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+BLOCKS: dict[str, Callable[[], Iterator[str] | Sequence[str]]] = {
+    "accuracy": _accuracy,
+    "evidence": _evidence,
+    "sweep": _sweep,
+    "rows": _rows,
+    "rise": _rise,
+}
+
+if __name__ == "__main__":
+    PAGE.write_text(with_numbers(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
