@@ -14,22 +14,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from groupsearch.clipping import ClipPlan
+    from groupsearch.clipping import AdaptiveQuantile, ClipPlan
     from groupsearch.engine import PrivateEngine, make_private
+    from groupsearch.engine.accounting import default_delta, noise_multiplier_for
+    from groupsearch.engine.loading import PoissonBatches
     from groupsearch.errors import BudgetError, DocumentError, GroupSearchError, ToleranceError, UnsupportedModelError
+    from groupsearch.export import to_fastdp, to_jax_privacy
     from groupsearch.grouping import Grouping, fewest_groups, least_peak
+    from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice
     from groupsearch.measure import Measurement, measure_peak
     from groupsearch.memory import PeakEstimate, peak_memory, peaks
     from groupsearch.options import EngineOptions
     from groupsearch.records import read_document, write_document
     from groupsearch.simulate import simulate_peak
     from groupsearch.trace import Site, Trace
-    from groupsearch.tracer import trace_model
+    from groupsearch.tracer import trace_methods, trace_model
     from groupsearch.workloads import Workload, load_workload
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveQuantile": "clipping",
+    "Alternatives": "joint",
     "BudgetError": "errors",
     "ClipPlan": "clipping",
     "DocumentError": "errors",
@@ -38,26 +44,36 @@ _HOMES = {
     "Grouping": "grouping",
     "Measurement": "measure",
     "PeakEstimate": "memory",
+    "PoissonBatches": "engine.loading",
     "PrivateEngine": "engine",
     "Site": "trace",
     "ToleranceError": "errors",
     "Trace": "trace",
     "UnsupportedModelError": "errors",
     "Workload": "workloads",
+    "default_delta": "engine.accounting",
     "fewest_groups": "grouping",
+    "fewest_operations": "joint",
     "least_peak": "grouping",
+    "least_peak_choice": "joint",
     "load_workload": "workloads",
     "make_private": "engine",
     "measure_peak": "measure",
+    "noise_multiplier_for": "engine.accounting",
     "peak_memory": "memory",
     "peaks": "memory",
     "read_document": "records",
     "simulate_peak": "simulate",
+    "to_fastdp": "export",
+    "to_jax_privacy": "export",
+    "trace_methods": "tracer",
     "trace_model": "tracer",
     "write_document": "records",
 }
 
 __all__ = [
+    "AdaptiveQuantile",
+    "Alternatives",
     "BudgetError",
     "ClipPlan",
     "DocumentError",
@@ -66,21 +82,29 @@ __all__ = [
     "Grouping",
     "Measurement",
     "PeakEstimate",
+    "PoissonBatches",
     "PrivateEngine",
     "Site",
     "ToleranceError",
     "Trace",
     "UnsupportedModelError",
     "Workload",
+    "default_delta",
     "fewest_groups",
+    "fewest_operations",
     "least_peak",
+    "least_peak_choice",
     "load_workload",
     "make_private",
     "measure_peak",
+    "noise_multiplier_for",
     "peak_memory",
     "peaks",
     "read_document",
     "simulate_peak",
+    "to_fastdp",
+    "to_jax_privacy",
+    "trace_methods",
     "trace_model",
     "write_document",
 ]

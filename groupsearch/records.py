@@ -65,7 +65,8 @@ def default_path(document: Mapping[str, Any]) -> Path:
     """Where a document goes when nobody says: ``profiles/<model>-b<batch>-<device>.json``.
 
     Other kinds go to ``reports/`` with the kind at the end; a checkpointing that is not
-    ``none`` is part of the name. Only letters, digits, dots, underscores and dashes are used.
+    ``none`` is part of the name, and so is that a profile also tells what fits. Only letters, digits,
+    dots, underscores and dashes are used.
 
     >>> str(default_path({"kind": "profile", "model": {"name": "hf:gpt2", "batch_size": 4},
     ...                   "environment": {"device": "cpu"}, "settings": {}}))
@@ -74,6 +75,7 @@ def default_path(document: Mapping[str, Any]) -> Path:
     model, checkpoint = document["model"], str(document["settings"].get("checkpoint") or "none")
     parts = [str(model["name"]), f"b{model['batch_size']}", str(document["environment"].get("device", "cpu"))]
     parts += [] if checkpoint == "none" else ["checkpoint", checkpoint]
+    parts += ["fit"] if "fit" in document else []
     parts += [] if document["kind"] == "profile" else [document["kind"]]
     stem = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
     return Path("profiles" if document["kind"] == "profile" else "reports") / f"{stem[-200:]}.json"

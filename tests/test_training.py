@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
+from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine.accounting import default_delta, epsilon, noise_multiplier_for
 from groupsearch.engine.optimizers import OPTIMIZERS, make_optimizer, warm_state
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
@@ -245,6 +245,55 @@ def test_one_step_is_clipped_sum_and_noise_over_the_expected_batch(grouping):
     assert noise.norm() == pytest.approx(deviation * math.sqrt(len(noise)), rel=0.37)
 
 
+ADAPTIVE = Settings(
+    6, 0.05, noise_multiplier=1.0, evaluate_every=2, allocation=AdaptiveQuantile(0.7), noise_allocation="equal"
+)
+
+
+def test_adaptive_thresholds_are_on_the_curve_and_decided_by_the_seed():
+    first, same = (train(workload(), GROUPINGS["layer-wise"], ADAPTIVE) for _ in range(2))
+    other = train(workload(), GROUPINGS["layer-wise"], dataclasses.replace(ADAPTIVE, seed=1))
+    assert first.curve == same.curve
+    assert first.curve[-1].thresholds != other.curve[-1].thresholds
+    thresholds = [point.thresholds for point in first.curve]
+    assert [len(t) for t in thresholds] == [2, 2, 2]
+    assert len({r for t in thresholds for r in t}) == 6  # each group's own, and every step's
+    assert weights("layer-wise", ADAPTIVE)[0].equal(weights("layer-wise", ADAPTIVE)[0])
+
+
+def test_adaptive_thresholds_cost_nothing_but_noise():
+    fixed = dataclasses.replace(ADAPTIVE, allocation="uniform")
+    results = [train(workload(), GROUPINGS["layer-wise"], each) for each in (ADAPTIVE, fixed)]
+    assert results[0].epsilon == results[1].epsilon == epsilon(1.0, 0.2, 6, default_delta(TRAIN))
+    assert results[1].curve[-1].thresholds == ()
+
+
+def test_adaptive_thresholds_count_the_logical_batch():
+    whole = train(workload(), GROUPINGS["layer-wise"], ADAPTIVE)
+    limited = train(workload(), GROUPINGS["layer-wise"], dataclasses.replace(ADAPTIVE, physical_batch=5))
+    assert limited.curve[-1].thresholds == pytest.approx(whole.curve[-1].thresholds)
+
+
+def test_adaptive_thresholds_follow_the_gradients():
+    """From far too small and far too large thresholds alike they come to the same scale."""
+    ends = []
+    for start in (1e-3, 1e3):
+        allocation = AdaptiveQuantile(learning_rate=1.0, initial=(start, start))
+        settings = dataclasses.replace(ADAPTIVE, steps=60, learning_rate=1e-6, allocation=allocation)
+        ends.append(train(workload(), GROUPINGS["layer-wise"], settings).curve[-1].thresholds)
+    for small, large in zip(*ends, strict=True):
+        assert 0.5 < small / large < 2
+        assert 1e-2 < small < 1e2
+
+
+def test_adaptive_thresholds_that_cost_all_privacy_are_refused_before_the_first_step():
+    settings = dataclasses.replace(ADAPTIVE, allocation=AdaptiveQuantile(count_noise=0.7))
+    steps: list[int] = []
+    with pytest.raises(GroupSearchError, match=r"count_noise above 0.707 for 2 adaptive thresholds"):
+        train(workload(), GROUPINGS["layer-wise"], settings, lambda step, _: steps.append(step))
+    assert steps == []
+
+
 def test_epsilon_is_spent_as_asked():
     settings = Settings(10, 0.05, epsilon=4.0, delta=1e-5)
     result = train(workload(), GROUPINGS["layer-wise"], settings)
@@ -438,7 +487,7 @@ def test_bad_requests_are_refused():
         train(workload(), None, Settings(2, 0.05, sampling_rate=2.0))
     with pytest.raises(GroupSearchError, match="sgd, momentum, adam, adamw"):
         train(workload(), None, Settings(2, 0.05, optimizer="lamb"))
-    with pytest.raises(GroupSearchError, match="checkpoint to be one of none, blocks, found 'layers'"):
+    with pytest.raises(GroupSearchError, match=r"checkpoint to be none, blocks, or every:K .*found 'layers'"):
         Settings(2, 0.05, checkpoint="layers")
     for bad in ({"steps": 0}, {"evaluate_every": -1}, {"seed": -1}):
         with pytest.raises(GroupSearchError, match=f"Expected {next(iter(bad))} >="):

@@ -20,7 +20,7 @@ from groupsearch import __version__
 from groupsearch.cli.console import print_error
 from groupsearch.errors import GroupSearchError
 
-COMMANDS = ("models", "profile", "optimize", "verify", "train", "compare", "report")
+COMMANDS = ("models", "profile", "fit", "optimize", "verify", "train", "compare", "export", "report")
 INTERRUPTED = 130
 
 

@@ -10,10 +10,13 @@ import click
 
 from groupsearch.clipping import RULES
 from groupsearch.errors import GroupSearchError
-from groupsearch.options import NORM_METHODS
+from groupsearch.options import NORM_METHODS, checkpoint_interval
 from groupsearch.units import parse_bytes
 
-OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # of engine.optimizers, without loading torch for --help
+# of engine.optimizers and tracer.step, without loading torch for --help
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+OPTIMIZER_VARIANTS = ("loop", "foreach", "fused")
+AUTOCASTS = ("none", "bfloat16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])
 _RANGE = re.compile(r"^(uniform|best):(\d+)\.\.(\d+)$")
 
@@ -68,6 +71,20 @@ class Share(click.ParamType[float]):
         return share
 
 
+class Checkpointing(click.ParamType[str]):
+    """Which blocks are checkpointed, as in every:2."""
+
+    name = "none|blocks|every:K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, once it makes sense."""
+        try:
+            checkpoint_interval(value)
+        except GroupSearchError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
 class KeyValue(click.ParamType[tuple[str, str]]):
     """A setting, as in width=64."""
 
@@ -118,18 +135,41 @@ def model_options(command: F) -> F:
             click.option("--device", default="cpu", help="Where to run: cpu, cuda, cuda:1."),
             click.option(
                 "--checkpoint",
-                type=click.Choice(["none", "blocks"]),
+                type=Checkpointing(),
                 default="none",
-                help="Activation checkpointing: none, or every repeated block.",
+                help="Activation checkpointing: none, of all repeated blocks, or of one block in K.",
             ),
             click.option(
-                "--optimizer", type=click.Choice(OPTIMIZERS), help="The optimizer. [default: the model's, else adam]"
+                "--optimizer",
+                type=click.Choice([*OPTIMIZERS, *(f"{o}:{v}" for o in OPTIMIZERS for v in OPTIMIZER_VARIANTS)]),
+                metavar=f"[{'|'.join(OPTIMIZERS)}][:{'|:'.join(OPTIMIZER_VARIANTS)}]",
+                help="The optimizer, and how its step is taken where torch is not to choose. "
+                "[default: the model's, else adam]",
             ),
             click.option(
                 "--norm-method",
                 type=click.Choice(NORM_METHODS),
                 default="mixed",
                 help="How per-example norms are taken.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def step_options(command: F) -> F:
+    """What else the memory of a step depends on."""
+    for option in reversed(
+        (
+            click.option(
+                "--micro-batches",
+                type=click.IntRange(min=1),
+                default=1,
+                help="Batches accumulated before the optimizer's step.",
+            ),
+            click.option(
+                "--autocast", type=click.Choice(AUTOCASTS), default="none", help="What forward and loss are cast to."
             ),
         )
     ):

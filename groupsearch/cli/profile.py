@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from groupsearch.cli.parameters import model_options, output_options, seed_option
+from groupsearch.cli.parameters import model_options, output_options, seed_option, step_options
 
 
 @click.command("profile")
 @click.argument("model")
 @model_options
+@step_options
 @click.option(
     "--grouping",
     "groupings",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from groupsearch.cli.console import print_table, progress, say
@@ -13,9 +13,10 @@ from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
 from groupsearch.partition import floor_bytes
 from groupsearch.records import environment, new_document
+from groupsearch.report.finding import finding
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes, format_ratio, format_seconds, format_signed_percent
-from groupsearch.verify import Setup, estimate_rows, front_rows, summarise
+from groupsearch.verify import Setup, estimate_rows, front_rows
 from groupsearch.workloads import load_workload
 
 DEFAULT_GROUPINGS = ("all-layer", "layer-wise", "block-wise", "uniform:4", "best:2..8")
@@ -35,6 +36,8 @@ def make_setup(model: str, given: Mapping[str, Any]) -> Setup:
         options=EngineOptions(norm_method=given["norm_method"]),
         optimizer=given["optimizer"] or (defaults.optimizer if defaults else "adam"),
         checkpoint=given["checkpoint"],
+        micro_batches=given.get("micro_batches", 1),
+        autocast=given.get("autocast", "none"),
         device=given["device"],
     )
 
@@ -45,7 +48,14 @@ def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
 
 
 def add_estimates(
-    document: dict[str, Any], setup: Setup, texts: Sequence[str], *, max_groups: int, randoms: int = 0, seed: int = 0
+    document: dict[str, Any],
+    setup: Setup,
+    texts: Sequence[str],
+    *,
+    max_groups: int,
+    randoms: int = 0,
+    seed: int = 0,
+    take_trace: Callable[[], Trace] | None = None,
 ) -> Trace:
     """Trace one step and put the trace, the estimates and the front into the document.
 
@@ -56,12 +66,13 @@ def add_estimates(
         max_groups: where the front ends.
         randoms: how many random groupings to add.
         seed: of the random groupings.
+        take_trace: traces the step, where the setup is not to do it.
 
     Returns:
         The trace.
     """
     say(f"Tracing one step of {setup.workload} at batch {document['model']['batch_size']}")
-    trace = setup.trace()
+    trace = (take_trace or setup.trace)()
     chosen = _parse(trace, texts) if texts else _parse(trace, DEFAULT_GROUPINGS, as_far_as_possible=True)
     chosen |= _random_groupings(trace, randoms, seed)
     document |= {
@@ -72,7 +83,7 @@ def add_estimates(
         "estimates": estimate_rows(trace, chosen),
         "simulations": [],
         "measurements": [],
-        "summary": summarise(trace),
+        "summary": finding(trace),
     }
     return trace
 

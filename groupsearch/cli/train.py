@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from groupsearch.cli.parameters import model_options, output_options, seed_option, training_options
+from groupsearch.cli.parameters import Positive, model_options, output_options, seed_option, training_options
+from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
+from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes, format_interval, format_number, format_seconds
 
 if TYPE_CHECKING:
     from groupsearch.grouping import Grouping
     from groupsearch.trace import Trace
-    from groupsearch.training import TrainSettings
+    from groupsearch.training import CurvePoint, TrainSettings
     from groupsearch.verify import Setup
 
 TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule", "max_grad_norm")
+MECHANISM = ("allocation", "noise_allocation")
+
+
+class Allotment(click.ParamType[Any]):
+    """How something is allotted to the groups: a name, or a number for each group; adaptive:0.7 where that is one."""
+
+    name = "allotment"
+
+    def __init__(self, names: tuple[str, ...], adaptive: bool = False) -> None:
+        self._names = names
+        self._adaptive = adaptive
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name, the numbers, or adaptive thresholds at the quantile given."""
+        if not isinstance(value, str) or value in self._names:
+            return value
+        name, colon, quantile = value.partition(":")
+        try:
+            if self._adaptive and name == "adaptive":
+                return AdaptiveQuantile(float(quantile)) if colon else AdaptiveQuantile()
+            return tuple(float(part) for part in value.split(","))
+        except (ValueError, GroupSearchError):
+            names = ", ".join((*self._names, *(("adaptive", "adaptive:0.7") if self._adaptive else ())))
+            self.fail(f"Expected {names} or a number for each group, such as 0.5,1,0.8, found {value!r}.", param, ctx)
 
 
 @click.command("train")
@@ -25,6 +51,19 @@ TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule
 @click.option("--grouping", required=True, help="all-layer, layer-wise, best:4, within:12GiB, 3,17,40, ...")
 @model_options
 @training_options
+@click.option(
+    "--thresholds",
+    "allocation",
+    type=Allotment(ALLOCATIONS, adaptive=True),
+    help="Clipping thresholds: uniform, dimension, adaptive (private median), adaptive:0.7 or 0.5,1,0.8. "
+    "[default: uniform]",
+)
+@click.option("--count-noise", type=Positive(), help="Noise of adaptive thresholds' counts. [default: batch / 20]")
+@click.option(
+    "--noise-allocation",
+    type=Allotment(NOISE_ALLOCATIONS),
+    help="Noise of the groups: global (the same), equal (by threshold) or weights 1,2,1. [default: global]",
+)
 @click.option("--evaluate-every", type=click.IntRange(min=0), help="Steps between points. [default: a tenth of all]")
 @seed_option
 @output_options
@@ -43,13 +82,14 @@ def command(
     from groupsearch.grouping import Grouping
 
     setup = make_setup(model, given)
-    settings = train_settings(setup, given, evaluate_every)
-    plan = describe(settings)
+    settings = replace(train_settings(setup, given, evaluate_every), **_mechanism(given))
+    plan = describe(settings) | _describe_mechanism(settings)
     document = start_document("train", setup, device=setup.device, grouping=grouping, seed=given["seed"], **plan)
     planned = Output.plan(document, output, force, as_json)
     trace = setup.trace()
     chosen = Grouping.parse(trace, grouping)
-    document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "steps": 0}
+    settings.plan(chosen)  # refused before anything runs
+    document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "thresholds": [], "steps": 0}
     try:
         _run(setup, chosen, settings, document)
     except KeyboardInterrupt as interrupt:
@@ -72,7 +112,6 @@ def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int |
         GroupSearchError: when the workload cannot be trained, or for a value outside its range.
     """
     from groupsearch.engine.accounting import default_delta, noise_multiplier_for
-    from groupsearch.errors import GroupSearchError
     from groupsearch.training import TrainSettings
 
     workload = setup.loaded
@@ -114,6 +153,24 @@ def describe(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
+def _mechanism(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of the settings that the mechanism's own options ask for."""
+    changes = {key: given[key] for key in MECHANISM if given[key] is not None}
+    if given["count_noise"] is not None:
+        if not isinstance(given["allocation"], AdaptiveQuantile):
+            raise GroupSearchError(
+                "Found --count-noise without --thresholds adaptive: fixed thresholds count nothing. Give both or none."
+            )
+        changes["allocation"] = replace(given["allocation"], count_noise=given["count_noise"])
+    return changes
+
+
+def _describe_mechanism(settings: TrainSettings) -> dict[str, Any]:
+    allocation = settings.allocation
+    found = {"adaptive": asdict(allocation)} if isinstance(allocation, AdaptiveQuantile) else allocation
+    return {"allocation": found, "noise_allocation": settings.noise_allocation, "sampling": "poisson"}
+
+
 def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str, Any]:
     from groupsearch.memory import peak_memory
 
@@ -129,12 +186,14 @@ def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str,
 def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: dict[str, Any]) -> None:
     """Train, and keep in the document what is known after every step."""
     from groupsearch.cli.console import progress
-    from groupsearch.training import CurvePoint, train
+    from groupsearch.training import train
 
     def on_step(step: int, point: CurvePoint | None) -> None:
         document["steps"] = step
         if point is not None:
             document["curve"].append([point.step, point.loss, point.metric])
+            if point.thresholds:
+                document["thresholds"].append([point.step, *point.thresholds])
         bars.update(bar, completed=step)
 
     with progress() as bars:

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
-from groupsearch.engine import make_private
+from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.accounting import epsilon
+from groupsearch.engine.loading import LogicalBatch, PoissonBatches
 from groupsearch.engine.optimizers import make_optimizer
-from groupsearch.engine.sampling import PoissonSampler, physical_chunks
+from groupsearch.engine.sampling import physical_chunks
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from groupsearch.training.agreement import check_sites
 from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
 from groupsearch.training.settings import TrainSettings
-from groupsearch.workloads.blocks import checkpoint_blocks
+from groupsearch.workloads.blocks import checkpoint_as
 from groupsearch.workloads.workload import Batch, Data, Workload
 
 _STREAMS = ("weights", "sampling", "noise", "dropout")
@@ -75,9 +75,9 @@ def train(
     run = _Run(workload, workload.data, settings, grouping, noise_multiplier)
     points, seconds, examples = [], [], 0
     with run.attached():
-        for step, indices in enumerate(run.batches(), start=1):
-            seconds.append(run.step(step, indices))
-            examples += len(indices)
+        for step, logical in enumerate(run.batches, start=1):
+            seconds.append(run.step(step, logical))
+            examples += logical.examples
             point = run.evaluate(step) if run.is_due(step) else None
             if point is not None:
                 points.append(point)
@@ -112,13 +112,20 @@ class _Run:
         self.settings = settings
         self.grouping = grouping
         self.noise_multiplier = noise_multiplier
+        self.engine: PrivateEngine | None = None
         self.seeds = _seeds(settings.seed)
         self.device = torch.device(settings.device)
         self.model = workload.build(self.seeds["weights"]).to(self.device)
-        if settings.checkpoint == "blocks":
-            checkpoint_blocks(self.model)
+        checkpoint_as(self.model, settings.checkpoint)
         self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
-        self.expected_batch_size = settings.sampling_rate * data.train_size
+        self.batches = PoissonBatches(
+            data.train,
+            expected_batch_size=settings.sampling_rate * data.train_size,
+            steps=settings.steps,
+            physical_batch=settings.physical_batch,
+            # Drawn on the CPU whatever the device, so that every device sees the same batches.
+            generator=torch.Generator("cpu").manual_seed(self.seeds["sampling"]),
+        )
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -133,38 +140,36 @@ class _Run:
             self._check_sites(self.grouping)
             # What the check drew must not move what training draws.
             torch.manual_seed(self.seeds["dropout"])
-            engine = make_private(
+            self.engine = make_private(
                 self.model,
                 self.optimizer,
-                ClipPlan(self.grouping, settings.max_grad_norm, settings.rule, settings.allocation),
+                settings.plan(self.grouping),
                 noise_multiplier=self.noise_multiplier,
-                expected_batch_size=self.expected_batch_size,
+                batches=self.batches,
                 loss_reduction="sum",
                 options=settings.options,
                 generator=torch.Generator(self.device).manual_seed(self.seeds["noise"]),
             )
             try:
-                yield
+                with (
+                    self.engine.same_examples()
+                ):  # row i of a batch is example i, however often the loss calls the model
+                    yield
             finally:
-                engine.detach()
+                self.engine.detach()
 
     def _check_sites(self, grouping: Grouping) -> None:
         few = self._select(self.data.train, torch.arange(min(3, self.data.train_size), device="cpu"))
         check_sites(grouping, observe_sites(self.model, few, self.workload.loss, options=self.settings.options))
 
-    def batches(self) -> PoissonSampler:
-        # Drawn on the CPU whatever the device, so that every device sees the same batches.
-        generator = torch.Generator("cpu").manual_seed(self.seeds["sampling"])
-        return PoissonSampler(self.data.train_size, self.settings.sampling_rate, self.settings.steps, generator)
-
-    def step(self, step: int, indices: Tensor) -> float:
+    def step(self, step: int, logical: LogicalBatch) -> float:
         """One optimizer step on one logical batch; its seconds."""
         begin = time.perf_counter()
         total = torch.zeros((), device=self.device)
-        for chunk in physical_chunks(indices, self.settings.physical_batch):
-            loss = self.workload.loss(self.model, self._select(self.data.train, chunk)).sum()
+        for batch in logical:
+            loss = self.workload.loss(self.model, {name: t.to(self.device) for name, t in batch.items()}).sum()
             # The engine divides by the expected batch size itself.
-            torch.autograd.backward(loss if self.grouping is not None else loss / self.expected_batch_size)
+            torch.autograd.backward(loss if self.grouping is not None else loss / self.batches.expected_batch_size)
             total += loss.detach()
         self._check_finite(step, "training", total.item())
         self.optimizer.step()
@@ -190,7 +195,14 @@ class _Run:
                 if self.workload.metric is not None:
                     metric += self.workload.metric(self.model, batch).double().sum().item()
         self._check_finite(step, "validation", loss)
-        return CurvePoint(step, loss / count, None if self.workload.metric is None else metric / count)
+        return CurvePoint(
+            step, loss / count, None if self.workload.metric is None else metric / count, self._adaptive_thresholds()
+        )
+
+    def _adaptive_thresholds(self) -> tuple[float, ...]:
+        if self.engine is None or self.engine.plan.adaptive is None:
+            return ()
+        return self.engine.mechanism.thresholds
 
     def _select(self, examples: Batch, indices: Tensor) -> dict[str, Tensor]:
         return {name: tensor[indices].to(self.device) for name, tensor in examples.items()}

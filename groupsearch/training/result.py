@@ -22,11 +22,19 @@ class DivergedError(GroupSearchError):
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Means over the validation data after ``step`` steps; metric is None where the workload has none."""
+    """Means over the validation data after ``step`` steps.
+
+    Attributes:
+        step: from 1.
+        loss: mean loss.
+        metric: mean metric; None where the workload has none.
+        thresholds: of every group for the step to come, where they are adaptive; else empty.
+    """
 
     step: int
     loss: float
     metric: float | None
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

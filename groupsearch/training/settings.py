@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine.accounting import default_delta, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
-from groupsearch.options import EngineOptions
-from groupsearch.tracer.step import CHECKPOINTS
+from groupsearch.grouping import Grouping
+from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.workloads.workload import Workload
 
 
@@ -25,16 +26,18 @@ class TrainSettings:
         epsilon: budget that the noise multiplier is calibrated for, when that is not given.
         delta: None for n^-1.1, see :func:`groupsearch.engine.accounting.default_delta`.
         noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
-        rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the two below.
+        rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the three below.
         max_grad_norm: R.
         allocation: how R is allotted to the groups.
+        noise_allocation: how noise is.
         physical_batch: most examples in one forward and backward pass; None for no limit.
         evaluate_every: steps between two points of the curve; 0 for the last step alone.
         seed: source of all randomness, not negative.
         device: where to train.
         options: cost-only choices of the engine.
-        checkpoint: ``none``, or ``blocks`` to recompute every repeated block in the backward pass
-            instead of keeping its activations, which changes memory and time and, but for rounding, no number.
+        checkpoint: ``none``, or ``blocks`` (``every:K``) to recompute every repeated block (one in K) in the
+            backward pass instead of keeping its activations, which changes memory and time and, but for
+            rounding, no number.
     """
 
     steps: int
@@ -46,7 +49,8 @@ class TrainSettings:
     noise_multiplier: float | None = None
     rule: str = "auto-s"
     max_grad_norm: float = 1.0
-    allocation: str | Sequence[float] = "uniform"
+    allocation: str | Sequence[float] | AdaptiveQuantile = "uniform"
+    noise_allocation: str | Sequence[float] = "global"
     physical_batch: int | None = None
     evaluate_every: int = 0
     seed: int = 0
@@ -58,10 +62,7 @@ class TrainSettings:
         for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise GroupSearchError(f"Expected {name} >= {least}, found {getattr(self, name)}.")
-        if self.checkpoint not in CHECKPOINTS:
-            raise GroupSearchError(
-                f"Expected checkpoint to be one of {', '.join(CHECKPOINTS)}, found {self.checkpoint!r}."
-            )
+        checkpoint_interval(self.checkpoint)
 
     @classmethod
     def of(cls, workload: Workload, **changes: Any) -> TrainSettings:
@@ -79,6 +80,14 @@ class TrainSettings:
         if changes.get("noise_multiplier") is not None and "epsilon" not in changes:
             settings["epsilon"] = None
         return cls(**settings)
+
+    def plan(self, grouping: Grouping) -> ClipPlan:
+        """What clips and hides a step's sums when trained with this grouping.
+
+        Raises:
+            GroupSearchError: when a rule or allocation does not fit the grouping.
+        """
+        return ClipPlan(grouping, self.max_grad_norm, self.rule, self.allocation, self.noise_allocation)
 
     def delta_for(self, train_size: int) -> float:
         """The delta given, or the default one of this many training examples."""

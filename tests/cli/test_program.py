@@ -43,7 +43,7 @@ def test_every_command_takes_json_and_seed(name):
     assert {"--json", "--seed"} <= options_of(name)
 
 
-@pytest.mark.parametrize("name", ["profile", "optimize", "verify", "train", "report"])
+@pytest.mark.parametrize("name", ["profile", "fit", "optimize", "verify", "train", "report"])
 def test_every_command_that_writes_takes_output_and_force(name):
     assert {"--output", "-o", "--force"} <= options_of(name)
 
