@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from groupsearch.search.evaluations import Evaluation
 from groupsearch.search.front import pareto
-from groupsearch.search.intervals import half_width
+from groupsearch.search.intervals import half_width, pooled_deviation, student_t
 from groupsearch.search.space import Space
 
 
@@ -24,6 +25,8 @@ class Candidate:
         values: the metric by seed.
         step_seconds: median time of one step.
         on_front: whether no other candidate has both a mean and a peak that are as good, and one better.
+        noise: (standard deviation, degrees of freedom) of a run over seeds, pooled over all candidates with
+            several; None where there are none.
     """
 
     boundaries: tuple[int, ...]
@@ -32,6 +35,7 @@ class Candidate:
     values: dict[int, float]
     step_seconds: float
     on_front: bool = False
+    noise: tuple[float, int] | None = None
 
     @property
     def groups(self) -> int:
@@ -48,6 +52,18 @@ class Candidate:
         """Half the width of the 95 % t-interval of the mean; None with one seed."""
         return half_width(list(self.values.values()))
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % t-interval of the mean: from its own seeds, with one seed from the pooled noise; None without any.
+
+        For one grouping, chosen beforehand: of many with one seed each the best is likely to lie above its own.
+        """
+        width = self.half_width
+        if width is None and self.noise is not None:
+            deviation, freedom = self.noise
+            width = student_t(0.95, freedom) * deviation / math.sqrt(len(self.values))
+        return None if width is None else (self.mean - width, self.mean + width)
+
     def to_json(self, metric_name: str) -> dict[str, Any]:
         """One entry of the search document's ``candidates``."""
         return {
@@ -58,6 +74,8 @@ class Candidate:
                 "name": metric_name,
                 "mean": self.mean,
                 "half_width": self.half_width,
+                "interval": None if self.interval is None else list(self.interval),
+                "interval_from": "its seeds" if self.half_width is not None else "noise of other groupings",
                 "seeds": len(self.values),
                 "seed_numbers": list(self.values),
                 "values": list(self.values.values()),
@@ -89,4 +107,5 @@ def gather(space: Space, evaluations: Sequence[Evaluation]) -> tuple[Candidate, 
     ]
     found.sort(key=lambda c: (-c.peak_bytes, c.groups, c.boundaries))
     marks = pareto([(c.mean, c.peak_bytes) for c in found])
-    return tuple(replace(c, on_front=mark) for c, mark in zip(found, marks, strict=True))
+    noise = pooled_deviation([list(c.values.values()) for c in found])
+    return tuple(replace(c, on_front=mark, noise=noise) for c, mark in zip(found, marks, strict=True))

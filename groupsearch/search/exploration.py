@@ -35,8 +35,10 @@ class Search:
 
         self.notify(event("started", None, done))
         evaluation = self.ledger.obtain(boundaries, seed)
-        kind = "trained" if evaluation.error is None else "failed"
-        self.notify(event(kind, evaluation.value, done + 1))
+        if evaluation.under_way:  # another process was quicker
+            self.notify(event("cached", None, done))
+        else:
+            self.notify(event("trained" if evaluation.error is None else "failed", evaluation.value, done + 1))
         return evaluation
 
 
@@ -83,7 +85,7 @@ def answer(search: Search, done: int) -> bool:
     fresh = known is None and feasible
     if fresh:
         known = search.evaluate(boundaries, settings.seed, "search", done, settings.trials)
-        kind = "trained" if known.error is None else "failed"
+        kind = "cached" if known.under_way else "trained" if known.error is None else "failed"
     else:
         kind, value = ("cached", known.value) if known else ("rejected", None)
         search.notify(Event(kind, "search", boundaries, None, value, peak, done, settings.trials))
@@ -109,5 +111,7 @@ def _told(study: optuna.Study, boundaries: Boundaries) -> bool:
 
 
 def _seen(search: Search) -> list[Boundaries]:
-    """What has been evaluated with the first seed."""
-    return [e.boundaries for e in search.ledger.evaluations if e.seed == search.settings.seed]
+    """What has been evaluated with the first seed, or is being evaluated by another process."""
+    first = search.settings.seed
+    ended = [e.boundaries for e in search.ledger.evaluations if e.seed == first]
+    return [*ended, *(boundaries for boundaries, seed in search.ledger.under_way if seed == first)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 
@@ -29,6 +29,18 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float | Non
     if len(values) < 2:
         return None
     return student_t(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def pooled_deviation(samples: Iterable[Sequence[float]]) -> tuple[float, int] | None:
+    """(standard deviation, degrees of freedom) of one run, from all samples of two values or more; None without any.
+
+    The deviation is taken to be the same in all of them.
+    """
+    several = [values for values in samples if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    if not freedom:
+        return None
+    return math.sqrt(sum((len(v) - 1) * statistics.variance(v) for v in several) / freedom), freedom
 
 
 def shortfall(values: Mapping[int, float], best: Mapping[int, float]) -> tuple[float, float | None]:

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
-from groupsearch.search.candidates import gather
+from groupsearch.search.candidates import Candidate, gather
+from groupsearch.search.comparison import compare
 from groupsearch.search.exploration import Search
 from groupsearch.search.space import Boundaries
 
+# With this many seeds the noise of a mean is a tenth of that of a run, and few can pay for it.
+MOST_SEEDS = 100
+
 
 def replicate(search: Search) -> None:
-    """Evaluate the front and the references with every seed.
+    """Evaluate the front and the references with every seed, then with more as long as that may decide something.
 
     One seed at a time: new means move the front, and what has left it is not evaluated further. It
-    ends when everything on the front has all seeds, at the latest when every candidate has.
+    ends when everything on the front has all seeds, at the latest when every candidate has. With ``max_runs``
+    it then goes on with the best grouping and those that are not told from it; what is declared to be below it is
+    given up. At ``max_runs`` evaluations it ends in any case.
     """
     done = 0
-    while missing := _missing(search):
+    while missing := (_missing(search) or _undecided(search)):
         total = done + sum(len(seeds) for seeds in missing.values())
         for boundaries, seeds in missing.items():
+            if _runs_left(search) == 0:
+                return
             search.evaluate(boundaries, seeds[0], "replication", done, total)
             done += 1
 
 
 def _missing(search: Search) -> dict[Boundaries, list[int]]:
     """The seeds that the references, the front, and what ties with it on peak with fewest groups still lack."""
-    evaluations = search.ledger.evaluations
-    failed = {e.boundaries for e in evaluations if e.error is not None}
-    candidates = gather(search.space, evaluations)
+    candidates = gather(search.space, search.ledger.evaluations)
     fewest: dict[int, Boundaries] = {}
     for candidate in candidates:  # of equal peaks those with fewer groups come first
         fewest.setdefault(candidate.peak_bytes, candidate.boundaries)
     front = [c for c in candidates if c.on_front]
     ties = [fewest[c.peak_bytes] for c in front]
     wanted = dict.fromkeys([*search.space.references(), *(c.boundaries for c in front), *ties])
+    return _lacking(search, list(wanted), search.settings.seeds)
+
+
+def _undecided(search: Search) -> dict[Boundaries, list[int]]:
+    """One more seed for the best and each that is not told from it; for those behind first, so that they compare."""
+    settings = search.settings
+    if settings.max_runs is None:
+        return {}
+    candidates = gather(search.space, search.ledger.evaluations)
+    comparisons = [c for c in compare(candidates, settings.seed, settings.confidence) if not c.below]
+    wanted = list(dict.fromkeys(b for c in comparisons for b in (c.versus, c.boundaries)))
+    counts: dict[Boundaries, int] = {c.boundaries: _seeds(c) for c in candidates}
+    fewest = min((counts[b] for b in wanted), default=MOST_SEEDS)
+    return _lacking(search, wanted, fewest + 1) if fewest < MOST_SEEDS else {}
+
+
+def _lacking(search: Search, wanted: list[Boundaries], seeds: int) -> dict[Boundaries, list[int]]:
+    """Which of the first so many seeds groupings lack, those left out that failed or lack none."""
+    failed = {e.boundaries for e in search.ledger.evaluations if e.error is not None}
+    first = search.settings.seed
     lacking = {
-        boundaries: [seed for seed in search.settings.seed_numbers if search.ledger.get(boundaries, seed) is None]
+        boundaries: [seed for seed in range(first, first + seeds) if search.ledger.get(boundaries, seed) is None]
         for boundaries in wanted
         if boundaries not in failed
     }
-    return {boundaries: seeds for boundaries, seeds in lacking.items() if seeds}
+    return {boundaries: missing for boundaries, missing in lacking.items() if missing}
+
+
+def _seeds(candidate: Candidate) -> int:
+    return len(candidate.values)
+
+
+def _runs_left(search: Search) -> int | None:
+    most = search.settings.max_runs
+    return None if most is None else max(0, most - len(search.ledger.evaluations))

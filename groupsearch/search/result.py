@@ -12,10 +12,32 @@ import optuna
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.candidates import Candidate, gather
+from groupsearch.search.comparison import Comparison, answer, compare
 from groupsearch.search.evaluations import Evaluation
 from groupsearch.search.front import share_dominated
 from groupsearch.search.recommendation import Recommendation, recommend
+from groupsearch.search.selection import adaptive_selection_cost
+from groupsearch.search.settings import SearchSettings
 from groupsearch.search.space import Space
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What one kind of evidence cost.
+
+    Attributes:
+        name: ``exploration``, one run for every grouping, or ``replication``, further seeds of the front.
+        runs: evaluations, failed ones included.
+        seconds: time in them.
+        steps: steps trained.
+        full_trainings: steps in units of the longest evaluation.
+    """
+
+    name: str
+    runs: int
+    seconds: float
+    steps: int
+    full_trainings: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,7 @@ class Cost:
         rejected: suggestions outside the limits, answered without training.
         cached: suggestions evaluated before, answered without training.
         failed: evaluations that raised, or whose value was not finite.
+        rungs: what of it went where.
     """
 
     seconds: float
@@ -41,6 +64,7 @@ class Cost:
     rejected: int
     cached: int
     failed: int
+    rungs: tuple[Rung, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,9 @@ class SearchResult:
         interrupted: whether it was stopped by the user; the study can then be resumed.
         evaluations: every evaluation with its curve or its error.
         metric_name: what the values are.
+        comparisons: the front against the best grouping on it.
+        confidence: of all that is declared in them together.
+        selection_data: whether groupings were compared on ``public`` or ``private`` data.
     """
 
     candidates: tuple[Candidate, ...]
@@ -62,6 +89,9 @@ class SearchResult:
     interrupted: bool
     evaluations: tuple[Evaluation, ...]
     metric_name: str
+    comparisons: tuple[Comparison, ...] = ()
+    confidence: float = 0.95
+    selection_data: str = "private"
 
     @property
     def front(self) -> tuple[Candidate, ...]:
@@ -77,8 +107,13 @@ class SearchResult:
 
     @property
     def reason(self) -> str:
-        """Why it is recommended."""
-        return self.recommendation.reason if self.recommendation else "Nothing was evaluated."
+        """Why it is recommended, and what is known of the difference to others."""
+        return f"{self.recommendation.reason} {self.answer}" if self.recommendation else "Nothing was evaluated."
+
+    @property
+    def answer(self) -> str:
+        """What the comparisons say together; that no difference was found is an answer."""
+        return answer(self.comparisons, self.confidence)
 
     @property
     def hypervolume(self) -> dict[str, float]:
@@ -96,7 +131,10 @@ class SearchResult:
             "candidates": [c.to_json(self.metric_name) for c in self.candidates],
             "recommended": self.recommended.to_json(self.metric_name) if self.recommended else None,
             "reason": self.reason,
-            "cost": asdict(self.cost),
+            "answer": self.answer,
+            "confidence": self.confidence,
+            "comparisons": [c.to_json() for c in self.comparisons],
+            "cost": {**asdict(self.cost), "selection": asdict(adaptive_selection_cost(self.selection_data))},
             "hypervolume": self.hypervolume,
             "interrupted": self.interrupted,
             "failures": [{"boundaries": list(e.boundaries), "seed": e.seed, "error": e.error} for e in failures],
@@ -111,7 +149,7 @@ class SearchResult:
 
 
 def conclude(
-    space: Space, study: optuna.Study, evaluations: Sequence[Evaluation], metric_name: str, *, interrupted: bool
+    space: Space, study: optuna.Study, evaluations: Sequence[Evaluation], settings: SearchSettings, *, interrupted: bool
 ) -> SearchResult:
     """The result of what has been evaluated so far.
 
@@ -119,7 +157,7 @@ def conclude(
         GroupSearchError: when every evaluation failed and nobody interrupted.
     """
     candidates = gather(space, evaluations)
-    if not candidates and not interrupted:
+    if evaluations and not candidates and not interrupted:
         last = next(e.error for e in reversed(evaluations) if e.error)
         raise GroupSearchError(
             f"Expected at least one grouping that can be evaluated, found that all {len(evaluations)} evaluations "
@@ -127,25 +165,38 @@ def conclude(
         )
     return SearchResult(
         candidates=candidates,
-        recommendation=recommend(candidates, metric_name) if candidates else None,
-        cost=_cost(study, evaluations),
+        recommendation=recommend(candidates, settings.metric_name) if candidates else None,
+        cost=_cost(study, evaluations, settings.seed),
         interrupted=interrupted,
         evaluations=tuple(evaluations),
-        metric_name=metric_name,
+        metric_name=settings.metric_name,
+        comparisons=compare(candidates, settings.seed, settings.confidence),
+        confidence=settings.confidence,
+        selection_data=settings.selection_data,
     )
 
 
-def _cost(study: optuna.Study, evaluations: Sequence[Evaluation]) -> Cost:
+def _cost(study: optuna.Study, evaluations: Sequence[Evaluation], first_seed: int) -> Cost:
     answers = Counter(trial.user_attrs.get("answer") for trial in study.get_trials(deepcopy=False))
-    steps, longest = sum(e.steps for e in evaluations), max((e.steps for e in evaluations), default=0)
+    longest = max((e.steps for e in evaluations), default=0)
     failed = sum(e.error is not None for e in evaluations)
+    explored = [e for e in evaluations if e.seed == first_seed]
+    replicated = [e for e in evaluations if e.seed != first_seed]
+    whole = _rung("all", evaluations, longest)
     return Cost(
-        seconds=sum(e.seconds for e in evaluations),
+        seconds=whole.seconds,
         trials=sum(count for answer, count in answers.items() if answer is not None),
         trained=len(evaluations) - failed,
-        steps=steps,
-        full_trainings=steps / longest if longest else 0.0,
+        steps=whole.steps,
+        full_trainings=whole.full_trainings,
         rejected=answers["rejected"],
         cached=answers["cached"],
         failed=failed,
+        rungs=(_rung("exploration", explored, longest), _rung("replication", replicated, longest)),
     )
+
+
+def _rung(name: str, evaluations: Sequence[Evaluation], longest: int) -> Rung:
+    steps = sum(e.steps for e in evaluations)
+    seconds = sum(e.seconds for e in evaluations)
+    return Rung(name, len(evaluations), seconds, steps, steps / longest if longest else 0.0)

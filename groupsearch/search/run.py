@@ -6,6 +6,7 @@ from groupsearch.search.evaluations import Evaluate, Ledger
 from groupsearch.search.exploration import Search, explore
 from groupsearch.search.replication import replicate
 from groupsearch.search.result import SearchResult, conclude
+from groupsearch.search.samplers import make_sampler
 from groupsearch.search.settings import Notify, SearchSettings, ignore
 from groupsearch.search.space import Space
 from groupsearch.search.study import open_study, quiet_optuna, requeue_running
@@ -44,6 +45,7 @@ def run_search(
     space = Space.of(trace, settings)
     with quiet_optuna():
         study = open_study(space, settings)
+        study.sampler = make_sampler(space, settings, study.place)
         search = Search(space, study, Ledger(study, evaluate), settings, on_event)
         interrupted = False
         try:
@@ -52,4 +54,4 @@ def run_search(
         except KeyboardInterrupt:
             interrupted = True
             requeue_running(study, space)
-        return conclude(space, study, search.ledger.evaluations, settings.metric_name, interrupted=interrupted)
+        return conclude(space, study, search.ledger.evaluations, settings, interrupted=interrupted)

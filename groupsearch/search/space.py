@@ -1,7 +1,8 @@
 """What may be searched: where cuts are allowed, which limits hold, and how a grouping becomes parameters.
 
-One integer 0 or 1 per allowed boundary: with the exact front enqueued first this encoding
-reached the largest share of the exact front's hypervolume under the multivariate TPE.
+One integer 0 or 1 per allowed boundary, so that every grouping has exactly one set of parameters and
+what was evaluated is known again. The exact front of least peaks is enqueued first: with every sampler that
+is worth more than the choice of the sampler (``tests/benchmarks/bench_search.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import optuna
 
 from groupsearch.errors import BudgetError
 from groupsearch.grouping import named_groupings
+from groupsearch.lifetimes import Bytes
 from groupsearch.memory import CostTable, cost_table, peaks
 from groupsearch.partition import solve_front
 from groupsearch.search.settings import SearchSettings
@@ -111,7 +113,11 @@ class Space:
 
     def peak_bytes(self, boundaries: Boundaries) -> int:
         """The estimated peak of a grouping."""
-        return int(peaks(self.trace, [boundaries])[0])
+        return int(self.peaks([boundaries])[0])
+
+    def peaks(self, many: Sequence[Boundaries]) -> Bytes:
+        """int64 [N] the estimated peaks of groupings."""
+        return peaks(self.trace, many)
 
     def limits(self, boundaries: Boundaries) -> dict[str, float]:
         """By how much of itself every limit is exceeded; a grouping is feasible where none is above 0."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
 from groupsearch.memory import cost_table
 from groupsearch.search import Outcome
+from groupsearch.search.front import pareto
 from groupsearch.trace import Booked, Instant, Site, StaticBytes, Trace
 
 Boundaries = tuple[int, ...]
@@ -61,44 +64,109 @@ def make_trace(length: int, seed: int = 0) -> Trace:
     )
 
 
+SHAPES = ("count", "places", "balance", "layers", "mixed")
+
+
 @dataclass(frozen=True)
 class Problem:
-    """The value of a grouping falls with the number of groups and with where it is cut.
+    """A made-up metric of every grouping, whose exact front a dynamic program gives.
 
-    ``noise`` is the standard deviation over seeds; the part of it that depends on the seed
-    alone is common to all candidates, as with paired seeds in training.
+    It falls with the number of groups, and, but for the shape ``count``, with which groups there are, so
+    that the least peak for each number of groups is not the best that this number of groups can be:
+
+    * ``count``: nothing else;
+    * ``places``: every boundary costs a random amount of its own, near ones have nothing in common;
+    * ``balance``: large groups cost by the square of their size, and boundaries towards the output, where
+      memory wants them, cost most;
+    * ``layers``: layers have random scales, and a group costs by how much those in it differ, and a random
+      amount for its boundary; the sum saturates, so that the metric is *not* a sum over groups;
+    * ``mixed``: half of each of ``places``, ``balance`` and ``layers``.
+
+    ``noise`` is the standard deviation over seeds; the part of it that depends on the seed alone is common to
+    all candidates, as with paired seeds in training.
     """
 
     length: int = 24
     noise: float = 0.0
     trace_seed: int = 0
+    shape: str = "places"
 
     @cached_property
     def trace(self) -> Trace:
         return make_trace(self.length, self.trace_seed)
 
     @cached_property
-    def boundary_cost(self) -> np.ndarray:
-        return np.random.default_rng(17).uniform(0.0, 0.06, self.length + 1)
+    def group_cost(self) -> np.ndarray:
+        """[lo, last] what a group costs."""
+        return _group_cost(self.shape, self.length, self.trace_seed)
+
+    def value(self, groups: int, cost: float) -> float:
+        """The metric of so many groups that cost so much together; falls with the cost."""
+        lost = 0.3 * -math.expm1(-cost / 0.3) if self.shape in ("layers", "mixed") else cost
+        return 0.95 - 0.03 * (groups**0.25 - 1) - lost
 
     def mean(self, boundaries: Boundaries) -> float:
-        return 0.95 - 0.03 * ((len(boundaries) + 1) ** 0.25 - 1) - float(self.boundary_cost[list(boundaries)].sum())
+        ends = (0, *boundaries, self.length)
+        cost = sum(self.group_cost[lo, end - 1] for lo, end in pairwise(ends))
+        return self.value(len(ends) - 1, float(cost))
 
     def evaluate(self, boundaries: Boundaries, seed: int) -> Outcome:
         own = np.random.default_rng([seed, *boundaries]).normal(0, 1)
-        value = self.mean(boundaries) + self.noise * (0.8 * np.random.default_rng(seed).normal(0, 1) + 0.2 * own)
+        value = self.mean(boundaries) + self.noise * (0.8 * np.random.default_rng(seed).normal(0, 1) + 0.6 * own)
         return Outcome(value=value, step_seconds=0.001, steps=100, points=((0, 0.1), (100, value)))
 
     def exact_front(self) -> list[tuple[float, int]]:
-        """(mean, peak bytes) of every Pareto-optimal grouping: for each peak and number of groups the best cuts."""
+        """(mean, peak bytes) of the front over all 2^(L-1) groupings.
+
+        The best metric within a peak is exact: for each number of groups the least cost of prefixes that end
+        at each site, with groups above the peak left out. Then the limit is what that needed less one byte.
+        """
         table = cost_table(self.trace)
-        costs, length = table.cost_bytes, self.length
-        points = []
-        for peak in sorted({max(int(c), table.outside_bytes) for c in costs[np.triu_indices(length)]}):
-            best = np.where(costs[0] <= peak, 0.0, np.inf)
-            for groups in range(1, length + 1):
-                if np.isfinite(best[-1]):
-                    points.append((0.95 - 0.03 * (groups**0.25 - 1) - float(best[-1]), peak))
-                before = np.concatenate(([np.inf], best[:-1] + self.boundary_cost[1:length]))
-                best = np.where(costs <= peak, before[:, None], np.inf).min(axis=0)
-        return points
+        limit, points = np.iinfo(np.int64).max, []
+        while (found := self._best_within(table.cost_bytes, limit)) is not None:
+            value, boundaries = found
+            ends = (0, *boundaries, self.length)
+            peak = max(table.outside_bytes, *(int(table.cost_bytes[lo, end - 1]) for lo, end in pairwise(ends)))
+            points.append((value, peak))
+            limit = peak - 1
+            if limit < table.outside_bytes:
+                break
+        return [point for point, on in zip(points, pareto(points), strict=True) if on]
+
+    def _best_within(self, peak_bytes: np.ndarray, limit: int) -> tuple[float, Boundaries] | None:
+        allowed = np.where(peak_bytes <= limit, self.group_cost, np.inf)
+        best, choices, values = allowed[0], [], []
+        for groups in range(1, self.length + 1):
+            values.append(self.value(groups, float(best[-1])) if np.isfinite(best[-1]) else -np.inf)
+            sums = np.concatenate(([np.inf], best[:-1]))[:, None] + allowed
+            choices.append(sums.argmin(axis=0))
+            best = sums.min(axis=0)
+        most = int(np.argmax(values))
+        if not np.isfinite(values[most]):
+            return None
+        boundaries, end = [], self.length
+        for groups in range(most, 0, -1):
+            end = int(choices[groups - 1][end - 1])
+            boundaries.append(end)
+        return values[most], tuple(reversed(boundaries))
+
+
+def _group_cost(shape: str, length: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([17, seed])
+    lo, last = np.arange(length)[:, None], np.arange(length)[None, :]
+    size = np.maximum(last - lo + 1, 0) / length
+    begins_inside = (lo > 0) & (last >= lo)
+    places = np.where(begins_inside, rng.uniform(0.0, 1.4 / length, length)[:, None], 0.0)
+    balance = 0.15 * size**2 + np.where(begins_inside, 0.4 / length * (lo / length) ** 2, 0.0)
+    scales = np.cumsum(rng.normal(0, 4 / length**0.5, length)) / 4 + np.resize(rng.normal(0, 1, 4), length)
+    layers = 0.08 * size * _spread(scales) + 0.3 * places
+    costs = {"count": 0 * size, "places": places, "balance": balance, "layers": layers}
+    return costs[shape] if shape != "mixed" else (places + balance + layers) / 2
+
+
+def _spread(scales: np.ndarray) -> np.ndarray:
+    """[lo, last] the variance of the scales lo..last."""
+    count = np.maximum(np.arange(len(scales))[None, :] - np.arange(len(scales))[:, None] + 1, 1)
+    sums, squares = (np.concatenate(([0.0], np.cumsum(scales**power))) for power in (1, 2))
+    mean = (sums[None, 1:] - sums[:-1, None]) / count
+    return np.maximum((squares[None, 1:] - squares[:-1, None]) / count - mean**2, 0.0)

@@ -202,7 +202,7 @@ def test_a_resumed_sampler_does_not_draw_the_same_again(tmp_path: Path) -> None:
 def test_what_a_rejected_trial_exceeds_is_told_to_the_sampler(tmp_path: Path) -> None:
     problem, path = Problem(12), tmp_path / "study.journal"
     budget_bytes = int(1.02 * min(peak for _, peak in problem.exact_front()))
-    settings = SearchSettings(trials=12, seeds=1, storage=path, budget_bytes=budget_bytes)
+    settings = SearchSettings(trials=12, seeds=1, storage=path, budget_bytes=budget_bytes, sampler="tpe")
     result = run_search(problem.trace, problem.evaluate, settings)
     trials = optuna.load_study(study_name="groupsearch", storage=_journal(path)).trials
     rejected = [t for t in trials if t.user_attrs.get("answer") == "rejected"]

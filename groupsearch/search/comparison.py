@@ -1,0 +1,94 @@
+"""Which groupings are worse than the best one, said so that what is said is rarely wrong."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from groupsearch.search.candidates import Candidate
+from groupsearch.search.intervals import half_width
+from groupsearch.units import format_number
+
+FEWEST = 2  # seeds in common that say anything of the noise
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grouping against the best one, with the same seeds and so with the same weights, batches and noise.
+
+    Attributes:
+        boundaries: the grouping.
+        versus: the best one.
+        seeds: how many seeds they were compared with.
+        gap: how far its mean is below that of the best.
+        half_width: half the width of the interval of the gap; None with fewer than two seeds.
+    """
+
+    boundaries: tuple[int, ...]
+    versus: tuple[int, ...]
+    seeds: int
+    gap: float
+    half_width: float | None
+
+    @property
+    def below(self) -> bool:
+        """Whether it is declared to be worse."""
+        return self.half_width is not None and self.gap > self.half_width
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of the search document's ``comparisons``."""
+        verdict = "below the best" if self.below else "no difference found"
+        plain = {**asdict(self), "boundaries": list(self.boundaries), "versus": list(self.versus)}
+        return {**plain, "verdict": verdict}
+
+
+def compare(candidates: Sequence[Candidate], chosen_by: int, confidence: float = 0.95) -> tuple[Comparison, ...]:
+    """The front and all-layer against the best of them, as far as they have other seeds than ``chosen_by``.
+
+    With probability ``confidence`` none of the groupings declared to be below the best is as good as it,
+    if paired differences are normal; whenever the replication is ended, and for whatever reason:
+
+    * the seed by which candidates came to be on the front is left out, because they had luck with it;
+    * the error allowed is divided by the number of pairs, because the best one is not known beforehand;
+    * and by n (n - 1) for n seeds, which sums to 1 over all n, because one may look after every seed.
+    """
+    fresh = {
+        c.boundaries: {seed: value for seed, value in c.values.items() if seed != chosen_by}
+        for c in candidates
+        if c.on_front or not c.boundaries
+    }
+    fresh = {boundaries: values for boundaries, values in fresh.items() if len(values) >= FEWEST}
+    if len(fresh) < 2:
+        return ()
+    best = max(fresh, key=lambda boundaries: (statistics.fmean(fresh[boundaries].values()), -len(boundaries)))
+    error = (1 - confidence) / (len(fresh) * (len(fresh) - 1) / 2)
+    return tuple(_compare(b, best, fresh, error) for b in fresh if b != best)
+
+
+def _compare(
+    boundaries: tuple[int, ...],
+    best: tuple[int, ...],
+    fresh: Mapping[tuple[int, ...], Mapping[int, float]],
+    error: float,
+) -> Comparison:
+    common = sorted(fresh[boundaries].keys() & fresh[best].keys())
+    gaps, count = [fresh[best][seed] - fresh[boundaries][seed] for seed in common], len(common)
+    width = half_width(gaps, 1 - error / (count * (count - 1))) if count >= FEWEST else None
+    return Comparison(boundaries, best, count, statistics.fmean(gaps) if gaps else 0.0, width)
+
+
+def answer(comparisons: Sequence[Comparison], confidence: float) -> str:
+    """What the comparisons say together, in a sentence."""
+    if not comparisons:
+        return "No grouping was repeated often enough to tell it from another one."
+    percent, most = f"{100 * confidence:g} % confidence", max((c.seeds for c in comparisons), default=0)
+    below = sum(c.below for c in comparisons)
+    if below == len(comparisons):
+        return f"At {percent} every other grouping on the front is below the best one ({most} seeds)."
+    equal = [c for c in comparisons if not c.below]
+    widths = [c.gap + c.half_width for c in equal if c.half_width is not None]
+    left = f"; gaps up to {format_number(max(widths), 2)} cannot be excluded" if widths else ""
+    found = f"No difference was found at this budget between the best grouping and {len(equal)} of {len(comparisons)}"
+    return f"{found} it was compared with ({percent} over all of them, {most} seeds){left}."

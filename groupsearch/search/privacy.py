@@ -1,0 +1,116 @@
+"""What choosing the best of several private trainings costs in privacy.
+
+Choosing by public or synthetic data costs nothing. Choosing by private data costs, and only one way of doing it
+has a proof that is worth having: repeat-and-select (Papernot and Steinke, arXiv 2110.03620). The number of
+candidates is itself drawn at random, each candidate is drawn independently from one distribution that was
+fixed beforehand, each is trained and scored with the same guarantee, and nothing but the best one is published.
+
+A search that learns from its scores, as ``front`` or TPE do, is not of that kind: its candidates depend on
+the private scores before them; see :mod:`groupsearch.search.selection`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import dp_accounting
+import numpy as np
+from dp_accounting.dp_event import RepeatAndSelectDpEvent
+from dp_accounting.rdp import RdpAccountant
+
+from groupsearch.errors import GroupSearchError
+
+_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 65), 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class RepeatAndSelect:
+    """How many candidates are trained to publish the best one.
+
+    The number follows the negative binomial distribution truncated to at least 1, or, for an infinite
+    shape, the Poisson distribution, whose 0 means that nothing is published.
+
+    Attributes:
+        mean: expected number of candidates, at least 1.
+        shape: the distribution's eta: 1 geometric, 0 logarithmic, ``math.inf`` Poisson.
+
+    Raises:
+        GroupSearchError: for a value outside its range.
+    """
+
+    mean: float
+    shape: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and self.mean >= 1):
+            raise GroupSearchError(f"Expected a finite mean number of candidates of at least 1, found {self.mean}.")
+        if not self.shape >= 0:
+            raise GroupSearchError(f"Expected a shape of at least 0 (or infinite, for Poisson), found {self.shape}.")
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The number of candidates to train, which must not be known before the candidates are fixed."""
+        if self.shape == math.inf:
+            return int(rng.poisson(self.mean))
+        if self.mean == 1:
+            return 1
+        gamma = self._success()
+        if self.shape == 0:
+            return int(rng.logseries(1 - gamma))
+        while True:
+            drawn = int(rng.negative_binomial(self.shape, gamma))
+            if drawn > 0:
+                return drawn
+
+    def epsilon(self, training: dp_accounting.DpEvent, delta: float) -> float:
+        """Epsilon of drawing, training and publishing the best, at ``delta``, by Renyi differential privacy.
+
+        Args:
+            training: what one candidate costs, its score included; see :func:`candidate_event`.
+            delta: the other half of the budget.
+        """
+        accountant = RdpAccountant(_ORDERS)
+        accountant.compose(RepeatAndSelectDpEvent(training, self.mean, self.shape))
+        return float(accountant.get_epsilon(delta))
+
+    def _success(self) -> float:
+        """The success probability gamma at which the truncated distribution has this mean, by bisection.
+
+        Its mean is eta (1 - gamma) / (gamma (1 - gamma^eta)), for eta = 0 (1 / gamma - 1) / log(1 / gamma).
+        """
+        low, high = 0.0, 1.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._mean_at(middle) > self.mean else (low, middle)
+        return high
+
+    def _mean_at(self, gamma: float) -> float:
+        if gamma in (0.0, 1.0):
+            return math.inf if gamma == 0 else 1.0
+        if self.shape == 0:
+            return (1 / gamma - 1) / -math.log(gamma)
+        return self.shape * (1 - gamma) / (gamma * -math.expm1(self.shape * math.log(gamma)))
+
+
+def candidate_event(
+    noise_multiplier: float, sampling_rate: float, steps: int, score_noise_multiplier: float
+) -> dp_accounting.DpEvent:
+    """What training one candidate with Poisson sampling and publishing its noisy score costs.
+
+    The score is a function of private data as much as the weights are. It must be a sum over the
+    validation examples of which each one changes it by at most 1 (the number that are right), with
+    Gaussian noise of standard deviation ``score_noise_multiplier``. Training and score are composed, which is more
+    than is needed when no example is in both sets.
+
+    Raises:
+        GroupSearchError: when one of the noises is not positive: there is no finite epsilon then.
+    """
+    for name, value in (("noise_multiplier", noise_multiplier), ("score_noise_multiplier", score_noise_multiplier)):
+        if not value > 0:
+            raise GroupSearchError(
+                f"Expected {name} > 0 to choose by private data, found {value}: a training or a score without noise "
+                f"costs an infinite epsilon. Add noise to it, or choose by public data."
+            )
+    step = dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+    training = dp_accounting.SelfComposedDpEvent(step, steps)
+    return dp_accounting.ComposedDpEvent([training, dp_accounting.GaussianDpEvent(score_noise_multiplier)])
