@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from groupsearch.verify import Setup
 
 GRANULARITIES = ("site", "layer", "block")  # of search.settings, without loading Optuna for --help
-SAMPLERS = ("tpe", "random", "nsga2")
+SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
+_WORKER_PATIENCE_SECONDS = 3600.0  # the search begins when its profile is made and checked
 CHECKED = ("all-layer", "layer-wise", "best:2", "best:4")
 SEARCH_SETTINGS = ("budget", "trials", "seeds", "granularity", "max_groups", "sampler", "seed", "verify")
 FINGERPRINT = (
@@ -41,8 +42,10 @@ FINGERPRINT = (
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Training runs of every grouping on the front.")
 @click.option("--granularity", type=click.Choice(GRANULARITIES), default="site", help="Where the search may cut.")
 @click.option("--max-groups", type=click.IntRange(min=1), help="The most groups. [default: no limit]")
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", help="Optuna's sampler.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="front", help="Ours, or one of Optuna's.")
 @click.option("--storage", help="A journal file or a database URL. [default: beside the document, as .journal]")
+@click.option("--study", default="groupsearch", help="Name of the search in the storage, where there are several.")
+@click.option("--worker", is_flag=True, help="Only help with a search that was begun elsewhere in the same --storage.")
 @click.option("--resume", is_flag=True, help="Go on with the search in the storage, if there is one.")
 @click.option("--report", type=click.Path(), help="Where to draw the page. [default: beside the document, as .html]")
 @click.option(
@@ -61,10 +64,12 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     MODEL (default: digits-vit, which needs no download) is traced and its estimates are checked by
     runs; then groupings are trained with differential privacy, each with the same budget, and the
     front is repeated with several seeds and drawn as a page. An interrupted search goes on with --resume.
+    Any number of processes, with one GPU each, help when started with the same options and --worker.
 
     \b
     groupsearch optimize
     groupsearch optimize digits-cnn --epsilon 3 --trials 30 --budget 40MiB
+    groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
     from groupsearch.cli.stages import make_setup, start_document
     from groupsearch.cli.train import describe, train_settings
@@ -73,6 +78,10 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     training = train_settings(setup, given)
     chosen = {key: given[key] for key in SEARCH_SETTINGS}
     document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
+    if given["worker"]:
+        _refuse_of_worker(given, output=output, force=force, json=as_json)
+        _work(document, setup, training, given)
+        return
     places = _Places.plan(document, given, output, force, as_json)
     settings = _search_settings(document, setup.loaded.metric_name, given, places.storage, force)
     trace = _profile(document, setup, settings, given["verify"])
@@ -83,7 +92,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     places.output.save(document)
     if result.interrupted:
         raise KeyboardInterrupt(
-            f"Interrupted. The {len(result.evaluations)} training runs that ended are kept in {places.storage}; the "
+            f"Interrupted. The {len(result.evaluations)} training runs that ended are kept in {places.shown}; the "
             f"same command with --resume instead of --force goes on."
         )
     _print_front(result)
@@ -98,6 +107,13 @@ class _Places:
     output: Output
     page: Path | None
     storage: str
+
+    @property
+    def shown(self) -> str:
+        """The storage without a password."""
+        from groupsearch.search.storage import shown
+
+        return shown(self.storage)
 
     @classmethod
     def plan(
@@ -125,12 +141,46 @@ class _Places:
         return cls(planned, page, storage)
 
 
+def _refuse_of_worker(given: Mapping[str, Any], **other: Any) -> None:
+    if given["storage"] is None:
+        raise GroupSearchError(
+            "Expected --storage with --worker: a worker helps with the search that was begun there. Name the file or "
+            "the database that the search was begun with."
+        )
+    asked = {**other, "report": given["report"], "resume": given["resume"]}
+    found = [f"--{name}" for name, value in asked.items() if value]
+    if found:
+        raise GroupSearchError(
+            f"Found {', '.join(found)} with --worker: a worker writes no document, and begins and ends no search. "
+            f"Give them to the command without --worker."
+        )
+
+
+def _work(document: dict[str, Any], setup: Setup, training: TrainSettings, given: Mapping[str, Any]) -> None:
+    """Take trials of a search that another process began, until it ends."""
+    from groupsearch.cli.console import say
+    from groupsearch.search.storage import shown
+    from groupsearch.search.together import await_study
+
+    joined = {**given, "resume": True}
+    settings = _search_settings(document, setup.loaded.metric_name, joined, given["storage"], force=False)
+    say(f"Tracing one step of {setup.workload} at batch {document['model']['batch_size']}")
+    trace = setup.trace()
+    say(f"Waiting for the search {settings.study_name!r} in {shown(settings.storage)}")
+    await_study(settings, _WORKER_PATIENCE_SECONDS)
+    result = _search(setup, trace, training, settings)
+    if result.interrupted:
+        raise KeyboardInterrupt("Interrupted. What this worker was training is left to the others.")
+    say(f"The search has ended: {len(result.evaluations)} training runs of all workers together.")
+
+
 def _search_settings(
     document: Mapping[str, Any], metric_name: str, given: Mapping[str, Any], storage: str, force: bool
 ) -> SearchSettings:
     from groupsearch.search import SearchSettings
 
     fixed = {key: document["settings"][key] for key in FINGERPRINT}
+    fixed["device"] = fixed["device"].partition(":")[0]  # workers have one GPU of the same kind each
     return SearchSettings(
         trials=given["trials"],
         budget_bytes=given["budget"],
@@ -138,6 +188,7 @@ def _search_settings(
         seed=given["seed"],
         sampler=given["sampler"],
         storage=storage,
+        study_name=given["study"],
         resume=given["resume"],
         force=force,
         granularity=given["granularity"],
@@ -171,7 +222,8 @@ def _search(setup: Setup, trace: Trace, training: TrainSettings, settings: Searc
     """Run the search, drawing its progress; every training run is one evaluation."""
     from groupsearch.cli.console import progress, say
     from groupsearch.grouping import Grouping
-    from groupsearch.search import Event, Outcome, run_search
+    from groupsearch.search import Event, Outcome
+    from groupsearch.search.together import run_together
     from groupsearch.training import train
 
     def evaluate(boundaries: tuple[int, ...], seed: int) -> Outcome:
@@ -185,14 +237,14 @@ def _search(setup: Setup, trace: Trace, training: TrainSettings, settings: Searc
         seed = "" if event.seed is None else f", seed {event.seed}"
         what = f"{event.phase.capitalize()}: {groups}{seed}"
         bars.update(bars.task_ids[0], description=what, completed=event.done, total=event.total)
-        if event.kind in ("trained", "failed"):
+        if event.kind == "failed" or (event.kind == "trained" and event.value is not None):  # else another trains it
             value = "failed" if event.value is None else f"{settings.metric_name} {event.value:.4f}"
             say(f"{event.done}/{event.total} {what}: {value}, {format_bytes(event.peak_bytes)}")
 
     say(f"Searching: {settings.trials} groupings, then {settings.seeds} seeds of each on the front")
     with progress() as bars:
         bars.add_task("Search", total=settings.trials)
-        return run_search(trace, evaluate, settings, notify)
+        return run_together(trace, evaluate, settings, notify)
 
 
 def _print_front(result: SearchResult) -> None:

@@ -1,42 +1,58 @@
-"""Where a study lives, and that a killed process leaves one that can be opened again."""
+"""Where a study lives: in a journal file, in a database, or in memory."""
 
 from __future__ import annotations
 
 import re
+import time
+import weakref
 from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.search.journal import Journal
+from groupsearch.search.patience import SharedStorage, share
 
-# The lock is held while one line is written; what a killed process leaves is broken after this long.
-_LOCK_GRACE_SECONDS = 5
-_JOURNAL_START = b'{"op_code":'
+_ATTEMPTS = 10
 
 
-def open_storage(storage: str | Path | None) -> BaseStorage:
+def open_storage(storage: str | Path | None) -> SharedStorage:
     """A storage in a journal file, in a database (anything with ``://``), or in memory (None).
 
     Raises:
         GroupSearchError: when it cannot be opened, or the file is not a journal; it is then untouched.
     """
     if storage is None:
-        return InMemoryStorage()
+        return share(InMemoryStorage())
+    where = shown(storage)
     if "://" in str(storage):
-        return _open_database(str(storage))
-    path = Path(storage)
+        return share(_open_database(str(storage)), where)
+    return share(_open_journal(Path(storage)), where)
+
+
+def shown(storage: str | Path | None) -> str:
+    """A storage as it may be shown to anybody: a database without user and password.
+
+    >>> shown("postgresql://user:secret@host/base")
+    'postgresql://***@host/base'
+    """
+    return "memory" if storage is None else re.sub(r"//[^/]*@", "//***@", str(storage))
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    """The names of the studies in a storage."""
+    return optuna.get_all_study_names(storage)
+
+
+def _open_journal(path: Path) -> BaseStorage:
     if not path.parent.is_dir():
         raise GroupSearchError(
             f"Expected the folder {path.parent} to keep the study in, found none. "
             f"Create it with `mkdir -p {path.parent}`, or name another file with --storage."
         )
     try:
-        lock = JournalFileOpenLock(str(path), grace_period=_LOCK_GRACE_SECONDS)
-        if path.exists():
-            _cut_torn_line(path, lock)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+        return JournalStorage(Journal(path))
     except OSError as error:
         raise GroupSearchError(
             f"Expected to keep the study in {path}, found: {error.strerror or error}. "
@@ -51,39 +67,35 @@ def open_storage(storage: str | Path | None) -> BaseStorage:
 
 def _open_database(url: str) -> BaseStorage:
     try:
-        return RDBStorage(url)
+        _make_tables(url)
+        database = RDBStorage(url, skip_table_creation=True)
+        weakref.finalize(database, database.engine.dispose)  # else its connections stay open
+        return optuna.storages.get_storage(database)  # adds Optuna's cache of finished trials
     except Exception as error:  # each database driver has exceptions of its own
-        shown = re.sub(r"//[^/]*@", "//***@", url)
-        reason = str(error).replace(url, shown).partition("\n")[0]
+        reason = str(error).replace(url, shown(url)).partition("\n")[0]
         raise GroupSearchError(
-            f"Expected a database of studies at {shown}, found: {type(error).__name__}: {reason}. Check the URL and "
-            f"that the driver is installed, or name a file with --storage."
+            f"Expected a database of studies at {shown(url)}, found: {type(error).__name__}: {reason}. Check the URL "
+            f"and that the driver is installed (for postgresql://: `pip install 'groupsearch[postgresql]'`), or name "
+            f"a file with --storage."
         ) from error
 
 
-def _cut_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
-    """Drop a last line that was not written to its end.
+def _make_tables(url: str) -> None:
+    """Make the tables that are missing; several workers may try at once, and all but one fail."""
+    from sqlalchemy.pool import NullPool  # only here: a journal does without
 
-    Optuna reads past such a line but appends to it, and from then on the journal is unreadable.
-    """
-    with path.open("rb") as file:
-        start = file.read(len(_JOURNAL_START))
-    if start != _JOURNAL_START[: len(start)]:
-        raise GroupSearchError(
-            f"Expected a journal of studies in {path}, found another kind of file, and left it as it is. "
-            f"Name another file with --storage."
-        )
-    if path.read_bytes()[-1:] in (b"", b"\n"):
-        return
-    lock.acquire()  # what looks torn may be a line that another process is writing
-    try:
-        whole = path.read_bytes().rfind(b"\n") + 1
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    finally:
-        lock.release()
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            RDBStorage(url, engine_kwargs={"poolclass": NullPool})
+            return
+        except Exception as error:
+            if attempt == _ATTEMPTS or not _made_by_another(error):
+                raise
+            time.sleep(0.1 * attempt)
 
 
-def study_names(storage: BaseStorage) -> list[str]:
-    """The names of the studies in a storage."""
-    return optuna.get_all_study_names(storage)
+def _made_by_another(error: Exception) -> bool:
+    """Whether tables could not be made because another worker made them at the same time."""
+    from sqlalchemy.exc import DBAPIError  # only here: a journal does without
+
+    return isinstance(error, DBAPIError) and any(word in str(error) for word in ("already exists", "duplicate key"))

@@ -1,25 +1,81 @@
-"""Opening the study of one problem: new, resumed or refused."""
+"""Opening the study of one problem: new, resumed, joined or refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.search.patience import WORKER, SharedStorage
 from groupsearch.search.settings import SearchSettings
 from groupsearch.search.space import Space
-from groupsearch.search.storage import open_storage, study_names
+from groupsearch.search.storage import open_storage, shown, study_names
+from groupsearch.search.workers import Watch, is_known_dead
 from groupsearch.trace import Trace
 
+_DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)  # the metric, the peak
 _FINGERPRINT = "fingerprint"
+_RECORDS = "/evaluations"  # what the name of the study that holds the evaluations ends with
+_LOOK_SECONDS = 1.0  # between looks for the dead
+
+
+class SharedStudy(Study):
+    """A study that several processes work on, with a second one beside it for what they evaluate.
+
+    Trials of the search are the sampler's; ``records`` holds the fingerprint, what is being evaluated
+    and by whom, and every evaluation. Both take back what a dead worker left.
+
+    Attributes:
+        shared: the storage of both.
+        records: the study of evaluations; it has no sampler's trials.
+        place: a number that no other worker has, nor had: a sampler seeded by it repeats nobody's draws.
+    """
+
+    def __init__(self, name: str, storage: SharedStorage) -> None:
+        super().__init__(study_name=name, storage=storage)
+        self.shared = storage
+        self.records = optuna.load_study(study_name=name + _RECORDS, storage=storage)
+        self.place = 0
+        self._watch = Watch()
+        self._looked = self._beats_at = -math.inf
+        self._beats: dict[str, Any] = {}
+
+    def ask(self, *arguments: Any, **named: Any) -> Trial:
+        """The next trial; before that, what dead workers left is queued again."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.take_back()
+        return super().ask(*arguments, **named)
+
+    def take_back(self, *, own: bool = False) -> None:
+        """Queue the groupings of dead workers' trials again and end the trials; with ``own`` also this worker's."""
+        for trial in self.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not self.is_abandoned(trial, own=own):
+                continue
+            if "boundaries" in trial.user_attrs:  # else it ended before it was a grouping
+                # Queued first: to be killed between the two costs a repetition, not a grouping.
+                self.enqueue_trial(trial.params, user_attrs={"boundaries": trial.user_attrs["boundaries"]})
+            self.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def is_abandoned(self, trial: FrozenTrial, *, own: bool = False) -> bool:
+        """Whether the worker that runs a trial is dead, or silent for too long."""
+        worker = trial.user_attrs.get(WORKER, "")  # none: killed between taking a trial and signing it
+        if worker == self.shared.worker:
+            return own
+        if is_known_dead(worker, self.shared.worker):
+            return True
+        if time.monotonic() - self._beats_at > _LOOK_SECONDS:
+            self._beats, self._beats_at = self.records.user_attrs, time.monotonic()
+        return self._watch.silent(f"{trial.number} {trial.datetime_start}", worker, self._beats, self.shared.outages)
 
 
 @contextmanager
@@ -33,10 +89,10 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def open_study(space: Space, settings: SearchSettings) -> optuna.Study:
-    """The study that settings name, with a sampler that does not repeat what it drew before.
+def open_study(space: Space, settings: SearchSettings) -> SharedStudy:
+    """The study that settings name, begun or joined; a sampler it is yet to be given.
 
-    A trial that another process left running is marked failed and its grouping queued again.
+    Trials that dead workers left running are marked failed and their groupings queued again.
 
     Raises:
         GroupSearchError: when there is one and neither ``resume`` nor ``force`` is set, when it is of
@@ -44,20 +100,21 @@ def open_study(space: Space, settings: SearchSettings) -> optuna.Study:
     """
     fingerprint = problem_fingerprint(space.trace, settings)
     storage, name = open_storage(settings.storage), settings.study_name
-    if name in study_names(storage):
-        if settings.force:
-            optuna.delete_study(study_name=name, storage=storage)
-        elif not settings.resume:
-            raise GroupSearchError(
-                f"Found a study {name!r} in {settings.storage} already. Go on with it with --resume, "
-                f"throw it away with --force, or name another storage."
-            )
-    study = optuna.create_study(
-        study_name=name, storage=storage, directions=["maximize", "minimize"], load_if_exists=settings.resume
-    )
-    _check_fingerprint(study, fingerprint)
-    requeue_running(study, space)
-    study.sampler = make_sampler(settings, len(study.get_trials(deepcopy=False)))
+    names = study_names(storage)
+    if name in names and settings.force:
+        for old in {name, name + _RECORDS} & set(names):
+            optuna.delete_study(study_name=old, storage=storage)
+    elif name in names and not settings.resume:
+        raise GroupSearchError(
+            f"Found a study {name!r} in {shown(settings.storage)} already. Go on with it with --resume, "
+            f"throw it away with --force, or name another storage."
+        )
+    # The records first: where there is a study, there are records.
+    optuna.create_study(study_name=name + _RECORDS, storage=storage, direction="maximize", load_if_exists=True)
+    optuna.create_study(study_name=name, storage=storage, directions=_DIRECTIONS, load_if_exists=True)
+    study = SharedStudy(name, storage)
+    study.place = _join(study, fingerprint)
+    study.take_back()
     return study
 
 
@@ -80,48 +137,56 @@ def problem_fingerprint(trace: Trace, settings: SearchSettings) -> dict[str, Any
     return plain
 
 
-def make_sampler(settings: SearchSettings, existing: int) -> BaseSampler:
-    """A sampler seeded by the seed and by how many trials there are: with one seed it would repeat itself on resume."""
-    seed = int(np.random.SeedSequence([settings.seed, existing]).generate_state(1)[0])
-    if settings.sampler == "random":
-        return RandomSampler(seed=seed)
-    if settings.sampler == "nsga2":
-        return NSGAIISampler(population_size=20, seed=seed)  # the default of 50 is more than most searches train
-    return TPESampler(multivariate=True, seed=seed)
-
-
-def queue(study: optuna.Study, space: Space, boundaries: tuple[int, ...]) -> None:
+def queue(study: Study, space: Space, boundaries: tuple[int, ...]) -> None:
     """Let a coming trial be this grouping."""
     study.enqueue_trial(space.parameters(boundaries), user_attrs={"boundaries": list(boundaries)})
 
 
-def queued(study: optuna.Study) -> set[tuple[int, ...]]:
+def queued(study: Study) -> set[tuple[int, ...]]:
     """The groupings that wait."""
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     return {tuple(trial.user_attrs["boundaries"]) for trial in waiting}
 
 
-def requeue_running(study: optuna.Study, space: Space) -> None:
-    """Mark trials that a killed or interrupted process left as failed, and queue their groupings again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        if "boundaries" in trial.user_attrs:  # else it was killed before it was a grouping
-            queue(study, space, tuple(trial.user_attrs["boundaries"]))
+def requeue_running(study: SharedStudy, space: Space) -> None:
+    """Give back what this worker, when it is interrupted, and dead ones have begun."""
+    study.take_back(own=True)
 
 
-def _check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
-    stored = study.user_attrs.get(_FINGERPRINT)
-    if stored is None and not study.get_trials(deepcopy=False):
-        study.set_user_attr(_FINGERPRINT, dict(fingerprint))
+def _join(study: SharedStudy, fingerprint: Mapping[str, Any]) -> int:
+    """Say what this worker takes the problem to be; the place of that among the records, which no other worker has.
+
+    The first to say so is right: of two that begin a study at the same time one is refused.
+    """
+    _check_fingerprint(study, fingerprint)
+    attributes = {_FINGERPRINT: dict(fingerprint), WORKER: study.shared.worker}
+    study.records.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=attributes))
+    _check_fingerprint(study, fingerprint)
+    records = study.records.get_trials(deepcopy=False)
+    return min(record.number for record in records if record.user_attrs.get(WORKER) == study.shared.worker)
+
+
+def _check_fingerprint(study: SharedStudy, fingerprint: Mapping[str, Any]) -> None:
+    said = (record.user_attrs.get(_FINGERPRINT) for record in study.records.get_trials(deepcopy=False))
+    stored = next((each for each in said if each is not None), None)
+    if stored is None:
         return
-    stored = stored or {}
-    different = [key for key in sorted({*fingerprint, *stored}) if stored.get(key) != fingerprint.get(key)]
+    old, new = _flat(stored), _flat(fingerprint)
+    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if different:
-        changes = "; ".join(f"{key}: {_short(stored.get(key))} -> {_short(fingerprint.get(key))}" for key in different)
+        changes = "; ".join(f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in different)
         raise GroupSearchError(
             f"Expected to resume the study {study.study_name!r} on the problem it was begun with, found another one "
             f"({changes}). Ask for what it was begun with, or begin anew with --force or another --storage."
         )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value under its dotted name, so that a message can name the one that differs."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,130 @@
+"""Worker processes that search together, log what they evaluate, and may be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from groupsearch.search import Outcome, SearchResult, SearchSettings, journal, workers
+from groupsearch.search.together import await_study, run_together
+from tests.search.problem import Boundaries, Problem
+
+_FORK = multiprocessing.get_context("forkserver")  # a new process in milliseconds, without this one's threads
+_FORK.set_forkserver_preload(["tests.search.crew"])
+
+
+@dataclass
+class Sleeper:
+    """Evaluates a synthetic problem, slowly, and writes down when it begins and ends."""
+
+    problem: Problem
+    log: Path
+    seconds: float = 0.0
+
+    def __call__(self, boundaries: Boundaries, seed: int) -> Outcome:
+        self._note("begin", boundaries, seed)
+        time.sleep(self.seconds)
+        outcome = self.problem.evaluate(boundaries, seed)
+        self._note("end", boundaries, seed)
+        return outcome
+
+    def _note(self, word: str, boundaries: Boundaries, seed: int) -> None:
+        line = f"{word} {os.getpid()} {seed} {','.join(map(str, boundaries))}\n"
+        file = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.write(file, line.encode())
+        os.close(file)
+
+
+@dataclass
+class Crew:
+    """Processes that work on one study."""
+
+    sleeper: Sleeper
+    settings: SearchSettings
+    grace_seconds: float = 60.0
+    members: list[BaseProcess] = field(default_factory=list)
+    killed: list[int] = field(default_factory=list)
+
+    def hire(self, *, wait: bool = False, user: int | None = None) -> BaseProcess:
+        """Start one more worker."""
+        arguments = (self.sleeper, self.settings, self.grace_seconds, wait, user)
+        member = _FORK.Process(target=_work, args=arguments, daemon=True)
+        member.start()
+        self.members.append(member)
+        return member
+
+    def kill(self, member: BaseProcess) -> None:
+        """End a worker with kill -9."""
+        assert member.pid is not None
+        os.kill(member.pid, signal.SIGKILL)
+        member.join()
+        assert member.exitcode == -signal.SIGKILL
+        self.members.remove(member)
+        self.killed.append(member.pid)
+
+    def finish(self, timeout: float = 120) -> None:
+        """Wait until all that are left have ended the study, without error."""
+        end = time.monotonic() + timeout
+        for member in self.members:
+            member.join(end - time.monotonic())
+            assert member.exitcode == 0, f"worker ended with {member.exitcode}"
+
+    def notes(self) -> list[list[str]]:
+        text = self.sleeper.log.read_text() if self.sleeper.log.exists() else ""
+        return [line.split(" ") for line in text.splitlines()]
+
+    def ended(self) -> Counter[tuple[str, str]]:
+        """How often an evaluation was made to its end."""
+        return Counter((seed, cuts) for word, _, seed, cuts in self.notes() if word == "end")
+
+    def wait_for(self, word: str, count: int, timeout: float = 60) -> None:
+        """Wait until so many evaluations have begun or ended."""
+        end = time.monotonic() + timeout
+        while sum(note[0] == word for note in self.notes()) < count:
+            assert time.monotonic() < end, f"fewer than {count} evaluations {word} in {timeout} s"
+            time.sleep(0.01)
+
+    def spared(self) -> set[tuple[str, str]]:
+        """What killed workers were at: all that may have been begun, or ended unsaid, and be made again."""
+        last = {note[1]: (note[2], note[3]) for note in self.notes()}
+        return {last[str(pid)] for pid in self.killed if str(pid) in last}
+
+    def check(self, result: SearchResult) -> None:
+        """Hold that nothing finished was lost and nothing was evaluated twice but what a kill interrupted."""
+        ended, spared = self.ended(), self.spared()
+        kept = Counter((str(e.seed), ",".join(map(str, e.boundaries))) for e in result.evaluations)
+        assert set(ended) - spared <= set(kept)
+        assert set(kept) <= set(ended)
+        assert set(kept.values()) == {1}
+        assert {key: times for key, times in ended.items() if times > 1 and key not in spared} == {}
+
+
+def _work(sleeper: Sleeper, settings: SearchSettings, grace_seconds: float, wait: bool, user: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    journal.LOCK_GRACE_SECONDS = 3
+    workers.GRACE_SECONDS, workers.BEAT_SECONDS = grace_seconds, min(workers.BEAT_SECONDS, grace_seconds / 6)
+    if user is not None:
+        # Modules are loaded while they may be read.
+        run_together(sleeper.problem.trace, sleeper.problem.evaluate, replace(settings, storage=None, trials=12))
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    if wait:
+        await_study(settings, 30)
+    run_together(sleeper.problem.trace, sleeper, settings)
+
+
+def result_of(crew: Crew) -> SearchResult:
+    """What the study gives when it is opened again; evaluating anything more is an error."""
+
+    def evaluate(*arguments: Any) -> Outcome:
+        raise AssertionError(f"evaluated again: {arguments}")
+
+    return run_together(crew.sleeper.problem.trace, evaluate, crew.settings)
