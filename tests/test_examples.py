@@ -76,7 +76,6 @@ def test_an_example_has_fewer_than_40_lines(path: Path) -> None:
     assert 20 < code_lines(path) < 40
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
 def test_an_example_trains_privately(trained: dict[str, tuple[str, dict[str, Any]]], name: str) -> None:
     printed, result = trained[name]
@@ -90,14 +89,12 @@ def test_an_example_trains_privately(trained: dict[str, tuple[str, dict[str, Any
         assert not torch.equal(value, result["initial"][parameter]), f"{parameter} did not move"
 
 
-@pytest.mark.slow
 def test_the_plain_loop_learns(trained: dict[str, tuple[str, dict[str, Any]]]) -> None:
     accuracy = re.search(r"accuracy (\d+)%", trained["plain_loop"][0])
     assert accuracy is not None
     assert int(accuracy[1]) > 60
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES[1:]])
 def test_every_loop_trains_what_the_plain_loop_does(trained: dict[str, tuple[str, dict[str, Any]]], name: str) -> None:
     plain, other = trained["plain_loop"][1]["parameters"], trained[name][1]["parameters"]
@@ -105,7 +102,6 @@ def test_every_loop_trains_what_the_plain_loop_does(trained: dict[str, tuple[str
     assert all(torch.equal(plain[parameter], other[parameter]) for parameter in plain)
 
 
-@pytest.mark.slow
 def test_the_trainer_logs_a_growing_epsilon(trained: dict[str, tuple[str, dict[str, Any]]]) -> None:
     spent = [float(text) for text in re.findall(r"'loss'.*'epsilon': '([\d.]+)'", trained["trainer"][0])]
     assert len(spent) == 4
@@ -120,7 +116,6 @@ def changed_trainer(folder: Path, before: str, after: str) -> subprocess.Complet
     return run(folder / "changed.py", folder, "changed.pt")
 
 
-@pytest.mark.slow
 def test_gradient_accumulation_of_the_trainer_is_refused(tmp_path: Path) -> None:
     steps = "max_steps=batches.steps"
     done = changed_trainer(tmp_path, steps, f"{steps}, gradient_accumulation_steps=2")
@@ -128,7 +123,6 @@ def test_gradient_accumulation_of_the_trainer_is_refused(tmp_path: Path) -> None
     assert "gradient_accumulation_steps=1" in done.stderr
 
 
-@pytest.mark.slow
 def test_the_trainer_steps_on_empty_batches(tmp_path: Path) -> None:
     done = changed_trainer(tmp_path, "expected_batch_size=256", "expected_batch_size=0.5")
     assert done.returncode == 0, done.stderr

@@ -112,8 +112,8 @@ def largest_expected(batch_size: int, population: int | None = None) -> int:
     Where the number of examples is not known it is taken to be a thousand million: a batch then varies
     the most, so a smaller data set has room to spare. 0 where not even an expected batch of 1 is.
 
-    >>> largest_expected(1098, 50_000), largest_expected(1098), largest_expected(1)
-    (1000, 998, 0)
+    >>> largest_expected(1098, 50_000), largest_expected(1)
+    (1000, 0)
     """
     size = population or LARGE_POPULATION
     return largest_within(lambda expected: batch_quantile(size, expected / size, QUANTILE), batch_size, size, (1,))

@@ -128,7 +128,9 @@ def test_sums_of_half_precision_weights_are_exact(case: Case, dtype: torch.dtype
     _, engine = attach(model, plan, options=EngineOptions(norm_method=method))
     case.loss(model, batch).sum().backward()
     expected = half_truth(case.model(dtype), batch, case, plan, nullcontext())
-    assert_agree({name: total.double() for name, total in engine.clipped_sums().items()}, expected, 1e-5)
+    assert_agree(
+        {name: total.double() for name, total in engine.clipped_sums().items()}, expected, 2e-5
+    )  # norms are rounded up
 
 
 @pytest.mark.parametrize("pure", [False, True], ids=["autocast", "half weights"])

@@ -90,7 +90,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(allocation: str, tmp_path: 
     _same(straight, second)
 
 
-@pytest.mark.slow
 def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     straight, first = Run("adaptive"), Run("adaptive")
     straight.train(5)

@@ -35,8 +35,8 @@ profile() { # profile NAME SECONDS CHECKPOINT MODEL OPTIONS...
         --output "$out/$name-$device-checkpoint-$checkpoint.json" --force
 }
 
-part tests 170 "$python" -m pytest tests/gpu --ignore=tests/gpu/test_fit.py -q -rA --durations=10 -p no:cacheprovider
-part "what fits" 50 "$python" -m pytest tests/gpu/test_fit.py -n 0 -q -rA --durations=10 -p no:cacheprovider
+part tests 170 "$python" -m pytest tests/gpu -m gpu --ignore=tests/gpu/test_fit.py -q -rA --durations=10 -p no:cacheprovider
+part "what fits" 50 "$python" -m pytest tests/gpu/test_fit.py -m gpu -n 0 -q -rA --durations=10 -p no:cacheprovider
 for checkpoint in blocks none; do
     limit=$([ "$checkpoint" = blocks ] && echo 60 || echo 40)
     profile hf-gpt2-b16-t512 "$limit" "$checkpoint" hf:gpt2 --batch-size 16 --setting sequence_length=512
