@@ -143,6 +143,7 @@ def test_the_second_micro_batch_finds_the_sums_of_the_first(name: str, checkpoin
         assert twice.measure(grouping) == pytest.approx(thrice.measure(grouping), rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "step"),
     [
