@@ -326,6 +326,7 @@ def test_rates_come_from_two_measured_batches(batch_size: int, model: str) -> No
         assert row["timings"][1]["peak_bytes"] == pytest.approx(peak_memory(trace, ()).peak_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "checkpoint"), [("digits-vit", "blocks"), ("gpt2", "none")])
 def test_what_fits_is_measured_to_fit_and_five_percent_more_is_not(name: str, checkpoint: str, tmp_path: Path) -> None:
     sizes, room = Sizes(setup_of(name, checkpoint, tmp_path)), Room(parse_bytes(MODELS[name]))

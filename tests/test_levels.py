@@ -129,6 +129,7 @@ def test_adam_by_lists_of_operations_takes_another_copy_of_the_weights() -> None
     assert fused.step_bytes < loop.step_bytes == default.step_bytes  # which torch takes on the CPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "checkpoint"), [("gpt2", "none"), ("digits-vit", "blocks"), ("inception", "none")])
 def test_the_second_micro_batch_finds_the_sums_of_the_first(name: str, checkpoint: str, tmp_path: Path) -> None:
     workload = small_workload(name, tmp_path, blocks=2)

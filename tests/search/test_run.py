@@ -146,6 +146,7 @@ def test_references_are_replicated_where_the_search_may_not_cut() -> None:
     assert all(set(c.boundaries) <= {3, 6, 9} for c in result.candidates if c.source == "search")
 
 
+@pytest.mark.slow
 def test_failures_are_recorded_and_the_search_goes_on() -> None:
     problem = Problem(24)
 
