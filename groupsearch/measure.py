@@ -12,21 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 
-from groupsearch.clipping import ClipPlan
-from groupsearch.engine import make_private
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site, weights_with_choice
+from groupsearch.trace import Site
 from groupsearch.tracer.profiled import profiled_peak
-from groupsearch.tracer.step import Stage, StepSettings, make_stage, real_copy
+from groupsearch.tracer.step import Stage, StepSettings, made_private, make_stage, real_copy
 from groupsearch.workloads import load_workload
 
 CPU_METRIC = "torch.profiler memory events + static tensors"
@@ -41,13 +39,30 @@ class Measurement:
         peak_bytes: peak of one step: tensors alive throughout and everything allocated in it.
         step_seconds: median wall-clock time of a step, without the profiler.
         metric: how the peak was taken.
-        reserved_bytes: what the caching allocator had reserved, on a GPU; None elsewhere.
+        reserved_bytes: what the caching allocator had reserved at most, on a GPU; None elsewhere.
+        requested_bytes: what tensors and libraries had asked it for at most, before it rounded sizes up and
+            gave larger blocks where it had no better one, on a GPU; None elsewhere.
     """
 
     peak_bytes: int
     step_seconds: float
     metric: str
     reserved_bytes: int | None = None
+    requested_bytes: int | None = None
+
+    @property
+    def fragmentation_bytes(self) -> int | None:
+        """What was reserved beyond the peak of what was allocated; None where the allocator reserves nothing."""
+        return None if self.reserved_bytes is None else self.reserved_bytes - self.peak_bytes
+
+    def beside(self) -> dict[str, int]:
+        """What a document says of the allocator beside the peak, never mixed with it; nothing on the CPU."""
+        found = {
+            "reserved_bytes": self.reserved_bytes,
+            "fragmentation_bytes": self.fragmentation_bytes,
+            "requested_bytes": self.requested_bytes,
+        }
+        return {name: size for name, size in found.items() if size is not None}
 
 
 def measure_peak(
@@ -124,25 +139,23 @@ def _measure(request: Mapping[str, Any]) -> Measurement:
     stage = replace(make_stage(model, batch, workload.loss, settings), micro_batches=settings.micro_batches)
     with ExitStack() as stack:
         if request["boundaries"] is not None:
-            stack.enter_context(_attach(stage, settings, request, workload.batch_size))
-        return _on_cuda(stage, request["steps"]) if device.type == "cuda" else _on_cpu(stage, request["steps"])
+            sites = tuple(Site(**{**site, "parameters": tuple(site["parameters"])}) for site in request["sites"])
+            grouping = Grouping(tuple(request["boundaries"]), sites)
+            stack.enter_context(made_private(stage, settings, grouping, workload.batch_size))
+        return measure_step(stage, device, request["steps"])
 
 
-def _attach(
-    stage: Stage, settings: StepSettings, request: Mapping[str, Any], batch_size: int
-) -> AbstractContextManager[None]:
-    """Make the stage's step private, for as long as the process lives; within, all passes are of the same examples."""
-    sites = tuple(Site(**{**site, "parameters": tuple(site["parameters"])}) for site in request["sites"])
-    settings.options.check_weights(weights_with_choice(sites))
-    engine = make_private(
-        stage.model,
-        stage.optimizer,
-        ClipPlan(Grouping(tuple(request["boundaries"]), sites)),
-        noise_multiplier=settings.noise_multiplier,
-        expected_batch_size=batch_size,
-        options=settings.options,
-    )
-    return engine.same_examples()
+def measure_step(stage: Stage, device: torch.device, steps: int = 5) -> Measurement:
+    """Measure one step of a stage in this process, as it is: private where it was made so.
+
+    On a CUDA device the peaks are those of everything that the process holds there, so it should hold nothing else.
+
+    Args:
+        stage: on the device.
+        device: where it is.
+        steps: timed steps; the median is reported.
+    """
+    return _on_cuda(stage, device, steps) if device.type == "cuda" else _on_cpu(stage, steps)
 
 
 def _on_cpu(stage: Stage, steps: int) -> Measurement:
@@ -150,15 +163,19 @@ def _on_cpu(stage: Stage, steps: int) -> Measurement:
     return Measurement(peak_bytes, _median_seconds(stage.step, steps, lambda: None), CPU_METRIC)
 
 
-def _on_cuda(stage: Stage, steps: int) -> Measurement:
+def _on_cuda(stage: Stage, device: torch.device, steps: int) -> Measurement:
     stage.step()  # libraries load, workspaces are allocated
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
     stage.step()
-    torch.cuda.synchronize()
-    peak_bytes, reserved_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.synchronize(device)
+    statistics = torch.cuda.memory_stats(device)
     return Measurement(
-        peak_bytes, _median_seconds(stage.step, steps, torch.cuda.synchronize), CUDA_METRIC, reserved_bytes
+        peak_bytes=statistics["allocated_bytes.all.peak"],
+        step_seconds=_median_seconds(stage.step, steps, lambda: torch.cuda.synchronize(device)),
+        metric=CUDA_METRIC,
+        reserved_bytes=statistics["reserved_bytes.all.peak"],
+        requested_bytes=statistics["requested_bytes.all.peak"],
     )
 
 

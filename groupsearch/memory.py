@@ -10,7 +10,7 @@ arXiv 2210.00038, with group-wise clipping, arXiv 2310.19215). What a group cost
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
@@ -39,7 +39,7 @@ class Breakdown:
     """What is alive at one moment, in bytes; the parts sum to the whole exactly.
 
     ``activations`` is what forward and loss allocated, ``book`` what only the open group's book
-    still holds, ``sums`` the clipped sums, ``transients`` the rest.
+    still holds, ``sums`` the clipped sums, ``transients`` the rest (with a device's workspaces).
     """
 
     weights: int
@@ -132,9 +132,9 @@ def peak_memory(trace: Trace, grouping: Cut | Sequence[int]) -> PeakEstimate:
     """
     peak = max(_moments(trace, _boundaries(trace, grouping)), key=lambda moment: moment.total)
     static, name = trace.static, trace.sites[peak.site].name if peak.site >= 0 else ""
-    transients = peak.live - static.total - peak.forward
-    parts = {"activations": peak.forward, "transients": transients, "book": peak.book, "sums": peak.sums}
-    breakdown = Breakdown(**asdict(static), **parts)
+    kept = {"weights": static.weights, "buffers": static.buffers, "optimizer": static.optimizer, "batch": static.batch}
+    transients = peak.live - sum(kept.values()) - peak.forward
+    breakdown = Breakdown(**kept, activations=peak.forward, transients=transients, book=peak.book, sums=peak.sums)
     return PeakEstimate(peak.total, peak.site, f"{peak.where} {name}".rstrip(), breakdown)
 
 

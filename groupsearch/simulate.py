@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from groupsearch.clipping import ClipPlan
-from groupsearch.engine import make_private
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.trace import weights_with_choice
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.step import Loss, Stage, StepSettings, fake_stage
+from groupsearch.tracer.step import Loss, Stage, StepSettings, fake_stage, made_private, real_stage
 from groupsearch.workloads.batches import count_examples
 
 
@@ -27,6 +25,7 @@ def simulate_peak(
     checkpoint: str = "none",
     micro_batches: int = 1,
     autocast: str = "none",
+    device: str | None = None,
 ) -> int:
     """Peak bytes of one private step, from the engine itself on fake tensors (CPU).
 
@@ -34,10 +33,17 @@ def simulate_peak(
     those of tensors (weights, optimizer state, batch and everything an operation allocates), and
     of scratch inside operations as :mod:`groupsearch.tracer.scratch` probes it.
 
+    With ``device`` the step is taken there on real tensors, by a copy of the model, and its bytes are counted as
+    :func:`groupsearch.trace_model` counts them there.
+
     Raises:
         UnsupportedModelError: as :func:`groupsearch.make_private`.
+        GroupSearchError: when the device is not there.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
+    if device is not None:
+        stage = real_stage(model, batch, loss, settings, torch.device(device))
+        return private_peak(stage, settings, grouping, count_examples(batch))
     fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
     with fake:
         return private_peak(stage, settings, grouping, count_examples(batch))
@@ -49,17 +55,5 @@ def private_peak(stage: Stage, settings: StepSettings, grouping: Grouping, examp
     Raises:
         GroupSearchError: when the options name a method for a weight that no site chooses one for.
     """
-    settings.options.check_weights(weights_with_choice(grouping.sites))
-    engine = make_private(
-        stage.model,
-        stage.optimizer,
-        ClipPlan(grouping),
-        noise_multiplier=settings.noise_multiplier,
-        expected_batch_size=examples,
-        options=settings.options,
-    )
-    try:
-        with engine.same_examples():  # a batch is one set of examples, however often the loss calls the model
-            return stage.counted_step()
-    finally:
-        engine.detach()
+    with made_private(stage, settings, grouping, examples):
+        return stage.counted_step()

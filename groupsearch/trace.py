@@ -119,17 +119,22 @@ class CrossTerm:
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """What lives through the whole step: bytes of weights, buffers, optimizer state and the batch."""
+    """Bytes that live through the whole step; ``workspaces`` are what libraries of a device keep, as cuBLAS does."""
 
     weights: int = 0
     buffers: int = 0
     optimizer: int = 0
     batch: int = 0
+    workspaces: int = 0
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.weights + self.buffers + self.optimizer + self.batch
+        return self.weights + self.buffers + self.optimizer + self.batch + self.workspaces
+
+    def to_json(self) -> dict[str, int]:
+        """Bytes by name; ``workspaces`` only where there are any, which is never on the CPU."""
+        return {name: size for name, size in asdict(self).items() if size or name != "workspaces"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +188,7 @@ class Trace:
             "instants": [[i.site, int(i.in_hook), i.live_bytes, i.forward_bytes] for i in self.instants],
             "booked": [[b.size_bytes, b.first_site, b.last_site, b.released, *b.between] for b in self.booked],
             "cross_terms": [[c.early, c.late, c.transient_bytes] for c in self.cross_terms],
-            "static": asdict(self.static),
+            "static": self.static.to_json(),
             "step_bytes": self.step_bytes,
             "nonprivate_peak_bytes": self.nonprivate_peak_bytes,
             "batch_size": self.batch_size,

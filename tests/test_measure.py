@@ -9,7 +9,7 @@ import torch
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
-from groupsearch.measure import CPU_METRIC, Measurement, measure_peak
+from groupsearch.measure import CPU_METRIC, CUDA_METRIC, Measurement, measure_peak, measure_step
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.workloads import load_workload
 from tests.benchmarks.accuracy import Subject
@@ -34,6 +34,8 @@ def test_a_fresh_process_measures_what_this_one_does(subject: Subject, measured:
 def test_a_measurement_says_how_it_was_taken(measured: Measurement) -> None:
     assert measured.metric == CPU_METRIC
     assert measured.reserved_bytes is None
+    assert measured.requested_bytes is None
+    assert measured.beside() == {}
     assert 0 < measured.step_seconds < 10
 
 
@@ -77,6 +79,29 @@ def test_a_device_that_cannot_be_used_is_named_with_the_reason(device: str) -> N
 def test_a_workload_that_cannot_be_loaded_gives_its_reason(tmp_path: Path) -> None:
     with pytest.raises(GroupSearchError, match=r"no file .*missing\.py"):
         measure_peak(f"{tmp_path}/missing.py:make", None, steps=1)
+
+
+def test_what_is_reserved_stands_beside_the_peak_and_fragmentation_is_the_rest() -> None:
+    measured = Measurement(1000, 0.1, CUDA_METRIC, reserved_bytes=1500, requested_bytes=900)
+    assert measured.fragmentation_bytes == 500
+    assert measured.beside() == {"reserved_bytes": 1500, "fragmentation_bytes": 500, "requested_bytes": 900}
+
+
+def test_on_a_gpu_the_peaks_are_those_of_a_step_that_is_not_the_first(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No device here: the statistics are those that a caching allocator would keep of these steps."""
+    told = ["synchronize", "reset_peak_memory_stats"]
+    events: list[str] = []
+    for name in told:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: events.append(name))
+    peaks = {"allocated_bytes.all.peak": 1000, "reserved_bytes.all.peak": 1500, "requested_bytes.all.peak": 900}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: events.append("read") or peaks)
+    monkeypatch.setattr(type(subject.real), "step", lambda stage: events.append("step"))
+    measured = measure_step(subject.real, torch.device("cuda"), steps=1)
+    assert (measured.peak_bytes, measured.reserved_bytes, measured.requested_bytes) == (1000, 1500, 900)
+    assert measured.metric == CUDA_METRIC
+    assert events[: events.index("read")] == ["step", *told, "step", "synchronize"]
 
 
 def test_a_profiled_peak_is_that_of_what_is_alive_together() -> None:

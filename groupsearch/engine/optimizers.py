@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -62,18 +62,35 @@ def warm_state(optimizer: Optimizer) -> None:
 
     One step with zero gradients at learning rate zero, after which step counters are put back to zero:
     the parameters are unchanged and, for the optimizers of :func:`make_optimizer`, the next step is
-    what it would have been. Works on fake tensors. Gradients are None afterwards, also those that were
-    there before. To be called before the optimizer is made private.
+    what it would have been. One parameter of every form takes it, and the others get copies of its
+    state. Works on fake tensors. Gradients are None afterwards, also those that were there before. To be
+    called before the optimizer is made private.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.zero_grad(set_to_none=True)
+    alike = _alike(optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for first in alike:
+        first.grad = torch.zeros_like(first)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for state in optimizer.state.values():
+    for first, others in alike.items():
+        state = optimizer.state.get(first, {})
         if isinstance(state.get("step"), Tensor):
             state["step"].zero_()
+        for other in others if state else ():
+            optimizer.state[other] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def _alike(optimizer: Optimizer) -> dict[Tensor, list[Tensor]]:
+    """Of parameters whose state has the same form the first, and the others."""
+    found: dict[Hashable, list[Tensor]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                form = (index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+                found.setdefault(form, []).append(parameter)
+    return {first: others for first, *others in found.values()}

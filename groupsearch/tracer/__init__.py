@@ -14,7 +14,7 @@ from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.sites import check_examples, observe_sites
-from groupsearch.tracer.step import Loss, StepSettings, fake_stage, make_stage, real_copy
+from groupsearch.tracer.step import Loss, StepSettings, fake_stage, real_stage
 from groupsearch.workloads.batches import count_examples
 
 __all__ = ["StepSettings", "observe_sites", "trace_methods", "trace_model"]
@@ -49,7 +49,9 @@ def trace_model(
         micro_batches: how many batches are accumulated before the optimizer's step. The trace is of the
             last one, which finds the sums of those before it.
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
-        device: a torch device to trace on with real tensors.
+        device: a torch device to trace on with real tensors. On a CUDA device every storage counts as what
+            the caching allocator hands out for it, a multiple of 512 bytes, an operation as the most it allocates
+            inside, and the workspaces of cuBLAS as alive throughout.
 
     Raises:
         UnsupportedModelError: for a layer, a parameter or a loss that cannot be made private.
@@ -65,8 +67,9 @@ def trace_model(
         except ValuesNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-    stage = make_stage(*real_copy(model, batch, torch.device(device or "cpu")), loss, settings)
-    return record_step(stage, settings, count_examples(batch), {**keys, "fake": False})
+    stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"))
+    keys |= {"fake": False, **stage.live.allocator.to_json()}
+    return record_step(stage, settings, count_examples(batch), keys)
 
 
 def trace_methods(model: nn.Module, batch: Any, loss: Loss, **settings: Any) -> Alternatives:

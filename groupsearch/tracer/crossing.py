@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from groupsearch.engine.entries import Entry, inner
 from groupsearch.trace import CrossTerm
+from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.sites import Observed
 
@@ -24,13 +25,17 @@ def blueprint(entry: Entry) -> Callable[[], Entry]:
     return lambda: cls(**{name: make() for name, make in outlines.items()})
 
 
-def cross_terms(arrivals: Sequence[Observed], blueprints: Sequence[Callable[[], Entry]]) -> tuple[CrossTerm, ...]:
+def cross_terms(
+    arrivals: Sequence[Observed], blueprints: Sequence[Callable[[], Entry]], granularity_bytes: int = 1
+) -> tuple[CrossTerm, ...]:
     """For every two sites on one parameter the bytes that their inner product takes.
 
     Args:
         arrivals: in the order backward reached the sites.
         blueprints: of their entries.
+        granularity_bytes: what every storage is rounded up to a multiple of.
     """
+    allocator = Allocator(granularity_bytes)
     last = len(arrivals) - 1
     users: dict[str, list[int]] = {}
     for step, seen in enumerate(arrivals):
@@ -38,14 +43,15 @@ def cross_terms(arrivals: Sequence[Observed], blueprints: Sequence[Callable[[], 
             users.setdefault(name, []).append(step)
     pairs = sorted({pair for steps in users.values() for pair in combinations(steps, 2)})
     return tuple(
-        CrossTerm(last - early, last - late, _transient(blueprints[early], blueprints[late])) for early, late in pairs
+        CrossTerm(last - early, last - late, _transient(blueprints[early], blueprints[late], allocator))
+        for early, late in pairs
     )
 
 
-def _transient(early: Callable[[], Entry], late: Callable[[], Entry]) -> int:
+def _transient(early: Callable[[], Entry], late: Callable[[], Entry], allocator: Allocator) -> int:
     with _disable_current_modes():
         one, other = early(), late()
-        live = LiveBytes()
+        live = LiveBytes(allocator=allocator)
         live.ignore((*one.booked, *other.booked))
         with torch.no_grad(), live:
             inner(one, other)

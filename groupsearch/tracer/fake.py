@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.tracer.recipes import Recipe, call_key, find_recipe
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_DEVICE = torch.ops.prim.device.default
 _ONES = ("aten::ones", "aten::ones_like", "aten::new_ones")
 _COPIES = ("aten::_to_copy", "aten::clone")
 
@@ -28,6 +30,7 @@ class _FakeMode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__()
         self._ones: dict[int, weakref.ref[Any]] = {}
+        self._recipes: dict[Hashable, Recipe] = {}
 
     def mark(self, tensor: Tensor) -> None:
         """It is all ones."""
@@ -40,13 +43,29 @@ class _FakeMode(FakeTensorMode):
         return tensor is not None and id(tensor.untyped_storage()) in self._ones
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out: Any = super().__torch_dispatch__(func, types, args, kwargs)
-        if func._schema.is_mutable:
+        if func is _DEVICE:  # asked for more often than anything else
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        key = call_key(func, args, kwargs)
+        recipe = self._recipes.get(key)
+        if recipe is not None:
+            out = recipe((*args, *kwargs.values()))
+        else:
+            out = self._work_out(key, func, types, args, kwargs)
+        if self._ones and func._schema.is_mutable:
             for written in pytree.tree_leaves((args, kwargs)):
                 if isinstance(written, Tensor):
                     self._ones.pop(id(written.untyped_storage()), None)
         elif func._schema.name in _ONES or (func._schema.name in _COPIES and self.marked(args[0])):
             self.mark(out)
+        return out
+
+    def _work_out(self, key: Hashable, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        out: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        if key is not None and key == call_key(func, args, kwargs):  # it has not changed the form of an argument
+            recipe = find_recipe(self, out, (*args, *kwargs.values()))
+            if recipe is not None:
+                self._recipes[key] = recipe
         return out
 
 

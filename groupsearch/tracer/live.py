@@ -1,11 +1,14 @@
 """Counts live bytes as operations allocate and free storages, on real or fake tensors.
 
 Autograd adds the gradients that meet at one input in place when nobody else holds the first of
-them; on fake tensors it never does. So that fake bytes are those of the real step, an addition by
-autograd whose first operand is released at once counts as the in-place addition it stands for.
+them; while operations are watched it never does. So that the bytes are those of a step by itself, an
+addition by autograd whose first operand is released at once counts as the in-place addition it stands for.
 
 Activation checkpointing keeps the state of the random generator for every block. No operation
 allocates it, so whoever asks torch for it is overheard.
+
+How many bytes a storage takes is the allocator's to say: a multiple of 512 on a CUDA device, where
+tensors of the CPU count for nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from groupsearch.tracer.allocator import Allocator
+
+_DEVICE = torch.ops.prim.device.default
+_ADD = torch.ops.aten.add.Tensor
 Scratch = Callable[[Any, Any, Any], int]
 """Given an operation, its arguments and keyword arguments: the most bytes it has allocated at any
 time inside, results included; 0 where that is its results alone."""
@@ -31,7 +37,12 @@ class LiveBytes(TorchDispatchMode):
 
     Storages that were there before are not counted; name them with :meth:`ignore`.
 
+    Args:
+        scratch: says what an operation allocates inside itself, where that is probed.
+        allocator: how bytes are counted; as they were asked for if not given.
+
     Attributes:
+        allocator: how bytes are counted.
         live_bytes: bytes alive now.
         log: for every allocation and release the bytes alive after it, and for an operation with
             scratch of its own the most inside it.
@@ -39,8 +50,9 @@ class LiveBytes(TorchDispatchMode):
         sizes: bytes by storage number.
     """
 
-    def __init__(self, scratch: Scratch | None = None) -> None:
+    def __init__(self, scratch: Scratch | None = None, allocator: Allocator | None = None) -> None:
         super().__init__()
+        self.allocator = allocator or Allocator()
         self.live_bytes = 0
         self.log: list[int] = []
         self.births: list[int] = []
@@ -69,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if id(storage) not in self._references:
                 self._references[id(storage)] = weakref.ref(storage, self._forgetter(id(storage)))
-                total += storage.nbytes()
+                total += self.allocator.bytes_of(tensor)
         return total
 
     def peak_since(self, position: int) -> int:
@@ -82,16 +94,27 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:  # allocates nothing, and is asked for more often than anything else
+            return func(*args, **kwargs)
         scratch_bytes = self._scratch(func, args, kwargs) if self._scratch is not None else 0
         if scratch_bytes:
             self.log.append(self.live_bytes + scratch_bytes)
-        out = func(*args, **kwargs)
+        accumulates = func is _ADD and _by_autograd(*args[:2])
+        out = func(*args, **kwargs) if accumulates else self._run(func, args, kwargs)
         self._added = None
-        for value in pytree.tree_leaves(out):
+        for value in (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out):
             if isinstance(value, Tensor):
                 self._see(value)
-        if func is torch.ops.aten.add.Tensor and _by_autograd(*args[:2]):
+        if accumulates:
             self._added = self.number(args[0])
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.allocator.watch is None:
+            return func(*args, **kwargs)
+        out, inside_bytes = self.allocator.watch(lambda: func(*args, **kwargs))
+        if inside_bytes:
+            self.log.append(self.live_bytes + self.allocator.rounded(inside_bytes))
         return out
 
     def _random_state(self) -> Tensor:
@@ -102,9 +125,9 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self._references:
+        if key in self._references or not self.allocator.counts(tensor):
             return
-        size = storage.nbytes()
+        size = self.allocator.bytes_of(tensor)
         number = len(self.sizes)
         self._references[key] = weakref.ref(storage, self._releaser(key, number))
         self._numbers[key] = number
@@ -133,7 +156,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _by_autograd(old: Any, new: Any) -> bool:
-    if not isinstance(old, FakeTensor) or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+    if not isinstance(old, Tensor) or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
         return False
     dense = old.untyped_storage().nbytes() == old.nbytes
     return isinstance(new, Tensor) and dense and old.shape == new.shape and old.dtype == new.dtype

@@ -1,14 +1,18 @@
-"""Peak allocated bytes of real work on the CPU, by the events of torch's memory profiler."""
+"""How many bytes a piece of work allocates at its peak, above what was there before: on the CPU, on a CUDA device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+Result = TypeVar("Result")
 
 
 def profiled_peak(work: Callable[[], object]) -> int:
-    """Most bytes that are allocated at any time while ``work`` runs, above what was there before.
+    """Most bytes that are allocated on the CPU at any time while ``work`` runs, above what was there before.
 
     Exact and repeatable: every allocation and release of torch's CPU allocator is an event. The
     work runs twice, so that what is allocated once and kept (a library's cache) is not counted.
@@ -24,3 +28,21 @@ def profiled_peak(work: Callable[[], object]) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def allocated_peak(work: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
+    """Run ``work`` once on a CUDA device: its result, and the most bytes that it had asked for at any time.
+
+    The peak statistics of the device start anew. Bytes are those asked for of the caching allocator, before it
+    rounds them: how much larger a block it finds for them depends on what was there before.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    before = _requested(device)["current"]
+    result = work()
+    return result, _requested(device)["peak"] - before
+
+
+def _requested(device: torch.device) -> dict[str, int]:
+    """Nested as the allocator gives them: one flat dictionary of all statistics takes longer than most operations."""
+    requested: dict[str, int] = torch.cuda.memory_stats_as_nested_dict(device)["requested_bytes"]["all"]
+    return requested

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class StepRecorder:
         self._sizes = {name: p.numel() for name, p in self.stage.model.named_parameters()}
         self._book = Book(lambda group, norm_B: torch.ones_like(norm_B), observer=self)
         self._log = self.stage.live.log
+        self._summed = self._summed_bytes = 0
 
     def begin(self) -> None:
         """A micro-batch begins; the clipped sums of those before it stay."""
@@ -98,7 +100,10 @@ class StepRecorder:
         self.stage.optimizer.zero_grad(set_to_none=True)
 
     def _sums_bytes(self) -> int:
-        return sum(total.untyped_storage().nbytes() for total in self._book.sums.values())
+        sums = self._book.sums  # each comes after those before it, and stays as it is
+        self._summed_bytes += self.stage.live.allocator.total(islice(reversed(sums.values()), len(sums) - self._summed))
+        self._summed = len(sums)
+        return self._summed_bytes
 
 
 def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any]) -> Trace:
@@ -138,7 +143,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
             Booked(live.sizes[number], sites[0], sites[-1], released[number], sites[1:-1])
             for number, sites in sorted(booked.items())
         ),
-        cross_terms=cross_terms(recorder.arrivals, recorder.blueprints),
+        cross_terms=cross_terms(recorder.arrivals, recorder.blueprints, live.allocator.granularity_bytes),
         static=stage.static,
         step_bytes=live.peak_since(backward_end) + stage.static.total,
         nonprivate_peak_bytes=nonprivate_peak_bytes,

@@ -1,14 +1,19 @@
-"""What an operation allocates inside itself, out of sight of a trace: probed once per shape.
+"""What no tensor shows: scratch inside operations, probed once per shape, and workspaces, probed once per device.
 
 Convolutions, fused attention and a few reductions on the CPU allocate scratch that never appears
 as a tensor; in half precision nearly every operation does, be it for a copy in float32 or in the
 layout of its kernel. Each such operation is run once on real tensors of the same shapes, in
 isolation, under torch's memory profiler.
+
+On a CUDA device a step is taken on real tensors, so every operation is watched as it runs
+(:func:`groupsearch.tracer.profiled.allocated_peak`), and needs no probe. What cuBLAS and cuBLASLt keep from
+their first call on is none of an operation's: it is found by calling them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +33,9 @@ _PROBED = (
     "aten::native_layer_norm_backward",
     "aten::native_group_norm_backward",
 )
+# Arguments that are means and deviations, and the weight whose dtype they have where input and weight differ in it:
+# fake kernels (torch 2.11 to 2.13) give them that of the input, with which the real one refuses them.
+_STATISTICS = {"aten::native_layer_norm_backward": (3, 4, 5), "aten::native_group_norm_backward": (2, 3, 4)}
 _HALF = (torch.bfloat16, torch.float16)
 PROBE_LIMIT_BYTES = 2**30
 
@@ -47,38 +55,99 @@ class CpuScratch:
         """Most bytes the operation allocates at any time, results included; 0 where it has no scratch."""
         if not isinstance(func, torch._ops.OpOverload):
             return 0
-        name = func._schema.name
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        if name not in _PROBED and not _in_half(func, leaves):
+        when = _when_probed(func)
+        if when == "never" or (when == "half" and not (_any_half(args) or _any_half(kwargs.values()))):
             return 0
-        key = (name, str(spec), *(_key(x) for x in leaves))
+        key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
         if key not in self._known:
-            self._known[key] = self._probe(func, leaves, spec)
+            self._known[key] = self._probe(func, args, kwargs)
         return self._known[key]
 
-    def _probe(self, func: Any, leaves: Sequence[Any], spec: pytree.TreeSpec) -> int:
+    def _probe(self, func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        leaves, spec = pytree.tree_flatten((_with_real_statistics(func, args), dict(kwargs)))
         if sum(x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)) > PROBE_LIMIT_BYTES:
             self.skipped.add(func._schema.name)
             return 0
         # Under a transform such as vmap the operation is seen below it, with plain tensors: so must the probe be.
         with temporarily_clear_interpreter_stack(), unset_fake_temporarily(), torch.no_grad():
-            args, kwargs = pytree.tree_unflatten([_real(x) for x in leaves], spec)
-            return profiled_peak(lambda: func(*args, **kwargs))
+            real_args, real_kwargs = pytree.tree_unflatten([_real(x) for x in leaves], spec)
+            return profiled_peak(lambda: func(*real_args, **real_kwargs))
 
 
 cpu_scratch = CpuScratch()
 
 
-def _in_half(func: torch._ops.OpOverload, leaves: Sequence[Any]) -> bool:
-    """Whether an operation computes on half precision; not if it draws, which would move a generator."""
-    if func.is_view or torch.Tag.nondeterministic_seeded in func.tags:
-        return False
-    return any(isinstance(x, Tensor) and x.dtype in _HALF for x in leaves)
+@cache
+def workspace_bytes(device: torch.device) -> int:
+    """What the libraries of a device keep of its memory once products have been taken there; 0 on the CPU.
+
+    cuBLAS and cuBLASLt each keep a workspace per handle and stream, and a handle is a thread's: the backward
+    pass has a thread of its own. What they keep is given up, then found by products in both threads. Where
+    torch allocates a workspace anew for every product it is none of this, but inside the operation.
+    """
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    _in_both_threads(device, torch._C._cuda_clearCublasWorkspaces)
+    before = torch.cuda.memory_allocated(device)
+    _in_both_threads(device, lambda: _take_products(device))
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device) - before
+
+
+def _in_both_threads(device: torch.device, work: Callable[[], object]) -> None:
+    """Do it in this thread and in that of the device's backward pass."""
+
+    def there(gradient: Tensor) -> None:
+        work()
+
+    work()
+    seen = torch.ones((), device=device, requires_grad=True) * 1
+    seen.register_hook(there)
+    seen.backward()
+
+
+@torch.no_grad()
+def _take_products(device: torch.device) -> None:
+    """One product by each of the routines that models take: plain, batched, with a bias added."""
+    left, right = torch.ones(2, 128, 128, device=device), torch.ones(2, 128, 128, device=device)
+    torch.mm(left[0], right[0])
+    torch.bmm(left, right)
+    torch.addmm(left[0, 0], left[0], right[0])
+
+
+@cache
+def _when_probed(func: torch._ops.OpOverload) -> str:
+    """Whether an operation is probed always, in half precision or never: not if it draws, which moves a generator."""
+    if func._schema.name in _PROBED:
+        return "always"
+    return "never" if func.is_view or torch.Tag.nondeterministic_seeded in func.tags else "half"
+
+
+def _any_half(values: Iterable[Any]) -> bool:
+    """Whether a tensor among the arguments is of half precision; arguments are nested in lists at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.dtype in _HALF:
+                return True
+        elif isinstance(value, list | tuple) and _any_half(value):
+            return True
+    return False
+
+
+def _with_real_statistics(func: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[Any, ...]:
+    mean, deviation, weight = _STATISTICS.get(func._schema.name, (0, 0, 0))
+    if not isinstance(args[weight], Tensor) or not weight:
+        return tuple(args)
+    dtype = args[weight].dtype
+    return tuple(x.to(dtype) if place in (mean, deviation) else x for place, x in enumerate(args))
 
 
 def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (tuple(value.shape), tuple(value.stride()), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
     return repr(value)
 
 

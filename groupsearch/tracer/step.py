@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from groupsearch.clipping import ClipPlan
+from groupsearch.engine import make_private
 from groupsearch.engine.optimizers import make_optimizer, warm_state
 from groupsearch.errors import GroupSearchError
+from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
-from groupsearch.trace import StaticBytes
+from groupsearch.trace import StaticBytes, weights_with_choice
+from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
+from groupsearch.tracer.scratch import workspace_bytes
 from groupsearch.workloads.batches import check_loss
 from groupsearch.workloads.blocks import checkpoint_as
 
@@ -119,33 +125,91 @@ class Stage:
         return self.live.peak_since(start) + self.static.total
 
 
+@contextmanager
+def made_private(stage: Stage, settings: StepSettings, grouping: Grouping, examples: int) -> Iterator[None]:
+    """Inside, the stage's step is private, and every pass of it is of the same examples.
+
+    Raises:
+        GroupSearchError: when the options name a method for a weight that no site chooses one for.
+    """
+    settings.options.check_weights(weights_with_choice(grouping.sites))
+    engine = make_private(
+        stage.model,
+        stage.optimizer,
+        ClipPlan(grouping),
+        noise_multiplier=settings.noise_multiplier,
+        expected_batch_size=examples,
+        options=settings.options,
+    )
+    try:
+        with engine.same_examples():  # a batch is one set of examples, however often the loss calls the model
+            yield
+    finally:
+        engine.detach()
+
+
 def fake_stage(
-    model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, scratch: Scratch | None = None
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    settings: StepSettings,
+    scratch: Scratch | None = None,
+    allocator: Allocator | None = None,
 ) -> tuple[FakeTensors, Stage]:
     """A stage of fake tensors; enter what is returned with it to step on it."""
     fake, device = FakeTensors(), torch.device("cpu")
     duplicate = fake_model(model, fake.mode, device)
     examples = fake_batch(batch, fake, device)
     with fake:
-        return fake, make_stage(duplicate, examples, loss, settings, scratch)
+        return fake, make_stage(duplicate, examples, loss, settings, LiveBytes(scratch, allocator))
+
+
+def real_stage(model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, device: torch.device) -> Stage:
+    """A stage on copies of a model and a batch on a device, counted as the device's allocator does.
+
+    A CUDA device has taken one step: its libraries are loaded, and their workspaces are among the static bytes.
+
+    Raises:
+        GroupSearchError: when the device is not there.
+    """
+    moved = real_copy(model, batch, device)
+    workspaces = workspace_bytes(device)
+    stage = make_stage(*moved, loss, settings, LiveBytes(allocator=Allocator.of(device)), workspaces)
+    if device.type == "cuda":
+        stage.step()
+    return stage
 
 
 def make_stage(
-    model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, scratch: Scratch | None = None
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    settings: StepSettings,
+    live: LiveBytes | None = None,
+    workspaces: int = 0,
 ) -> Stage:
     """A stage on the model's own tensors. The optimizer's state is allocated, gradients are none.
 
     Of many micro-batches it takes two: each after the second allocates and finds what the second did.
+
+    Args:
+        model: the model.
+        batch: the batch.
+        loss: one loss per example.
+        settings: how the step is taken.
+        live: counts its bytes; one that knows of no scratch and no rounding if not given.
+        workspaces: bytes that libraries of the device keep.
     """
     checkpoint_as(model, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, model.parameters(), 1e-3)
     warm_state(optimizer)
-    live = LiveBytes(scratch)
+    live = live or LiveBytes()
     static = StaticBytes(
         weights=live.ignore(model.parameters()),
         buffers=live.ignore(model.buffers()),
         optimizer=live.ignore(t for t in pytree.tree_leaves(_state(optimizer)) if isinstance(t, Tensor)),
         batch=live.ignore(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)),
+        workspaces=workspaces,
     )
     loss = _casting(loss, settings.autocast, next(model.parameters()).device)
     return Stage(model, optimizer, batch, loss, live, static, min(settings.micro_batches, 2))

@@ -28,8 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.clipping import ClipPlan
-from groupsearch.engine import make_private
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
@@ -38,7 +36,7 @@ from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.step import Stage, StepSettings, fake_stage, make_stage
+from groupsearch.tracer.step import Stage, StepSettings, fake_stage, made_private, make_stage
 from groupsearch.units import format_bytes
 from groupsearch.workloads import Workload
 from tests.benchmarks.architectures import ARCHITECTURES, CONFIGURATIONS, CONVOLUTIONS, WITHOUT_BLOCKS, small_workload
@@ -110,18 +108,8 @@ class Subject:
         stage = self.real
         if grouping is None:
             return stage.static.total + profiled_peak(stage.step)
-        engine = make_private(
-            stage.model,
-            stage.optimizer,
-            ClipPlan(grouping),
-            noise_multiplier=self.settings.noise_multiplier,
-            expected_batch_size=self.workload.batch_size,
-            options=self.settings.options,
-        )
-        try:
+        with made_private(stage, self.settings, grouping, self.workload.batch_size):
             return stage.static.total + profiled_peak(stage.step)
-        finally:
-            engine.detach()
 
     def groupings(self, count: int, seed: int = 0) -> dict[str, Grouping]:
         """All-layer, layer-wise and ``count`` random groupings, every other one of eight groups or fewer."""
@@ -168,16 +156,16 @@ def rows_of(name: str, checkpoint: str, subject: Subject, count: int) -> list[di
     return [{**row, "errors": errors_of(row)} for row in rows]
 
 
-def errors_of(row: Mapping[str, Any]) -> dict[str, float]:
+def errors_of(row: Mapping[str, Any], comparisons: Mapping[str, tuple[str, str]] = COMPARISONS) -> dict[str, float]:
     """Signed relative errors of every two levels that a row has."""
-    pairs = {name: pair for name, pair in COMPARISONS.items() if all(level in row for level in pair)}
+    pairs = {name: pair for name, pair in comparisons.items() if all(level in row for level in pair)}
     return {name: row[one] / row[other] - 1 for name, (one, other) in pairs.items()}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per comparison the median of the absolute error, the worst signed error, and how many are below zero."""
     summary = {}
-    for name in COMPARISONS:
+    for name in dict.fromkeys(name for row in rows for name in row["errors"]):
         errors = [row["errors"][name] for row in rows if name in row["errors"]]
         summary[name] = {
             "numbers": len(errors),
@@ -227,14 +215,14 @@ def missed(summary: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> 
     return found
 
 
-def environment() -> dict[str, Any]:
-    """Where the numbers are from."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where the numbers are from; a GPU by its name."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": "cpu",
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

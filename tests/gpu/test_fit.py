@@ -1,7 +1,7 @@
 """What fits on a CUDA device, under a limit that the allocator holds: the batch runs, a 5 % larger one does not.
 
-Unmeasured so far. Besides tensors a device holds workspaces of cuBLAS and cuDNN, and the allocator keeps
-what it rounds up: ``SLACK`` of the limit is left to them and not given to the search.
+Unmeasured so far. Workspaces and rounding are in the estimate; the segments that the allocator maps are larger than
+what it hands out of them: ``SLACK`` of the limit is left to them and not given to the search.
 """
 
 from __future__ import annotations

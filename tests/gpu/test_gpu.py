@@ -15,7 +15,12 @@ from groupsearch.grouping import Grouping
 from groupsearch.measure import CUDA_METRIC, measure_peak
 from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, EngineOptions
+from groupsearch.simulate import simulate_peak
 from groupsearch.tracer import observe_sites, trace_model
+from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator
+from groupsearch.tracer.live import LiveBytes
+from groupsearch.tracer.scratch import workspace_bytes
+from groupsearch.tracer.step import StepSettings, real_stage
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import load_workload
 from tests.benchmarks.accuracy import small_workload
@@ -30,7 +35,7 @@ CASES = (
     *("checkpoint-non-reentrant", "gpt2", "vit", "t5"),
 )
 TOLERANCE = 1.5e-2
-# Large enough that the workspaces of CUDA's libraries, which no trace sees, weigh little.
+# Large enough that tensors weigh more than the workspaces of CUDA's libraries.
 WORKLOADS = {
     "digits-vit": {"batch_size": 65536},
     "stdlib-gpt": {"batch_size": 2048},
@@ -110,6 +115,49 @@ def test_noise_has_the_standard_deviation_of_the_plan() -> None:
     assert float((before - model.weight.detach()).std()) == pytest.approx(3.0 * plan.sensitivity / 2, rel=0.02)
 
 
+def test_storages_are_rounded_as_the_allocator_does() -> None:
+    live, before = LiveBytes(allocator=Allocator.of(torch.device(DEVICE))), torch.cuda.memory_allocated()
+    with live:
+        kept = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in (1, 511, 513, 100_000)]
+        elsewhere = torch.empty(1000)
+        assert live.live_bytes == torch.cuda.memory_allocated() - before
+    assert len(kept) == 4
+    assert live.number(elsewhere) is None
+
+
+def test_what_an_operation_asks_for_inside_is_seen() -> None:
+    """A sort needs room besides its results."""
+    live = LiveBytes(allocator=Allocator.of(torch.device(DEVICE)))
+    numbers = torch.randn(100_000, device=DEVICE)
+    live.ignore([numbers])
+    with live:
+        numbers.sort()
+    assert max(live.log) > sum(live.sizes)
+
+
+def test_static_bytes_are_what_is_held_between_steps() -> None:
+    case, device = EVERY_CASE["linear-3d"], torch.device(DEVICE)
+    workspaces = workspace_bytes(device)
+    assert workspace_bytes.__wrapped__(device) == workspaces
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    stage = real_stage(case.model(torch.float32), case.batch(torch.float32), case.loss, StepSettings(), device)
+    gc.collect()
+    assert stage.static.workspaces == workspaces
+    assert torch.cuda.memory_allocated() - before == stage.static.total - workspaces
+
+
+def test_a_trace_on_the_device_is_rounded_and_agrees_with_the_engine_there() -> None:
+    case = EVERY_CASE["gpt2"]
+    model, batch = case.model(torch.float32), case.batch(torch.float32)
+    trace = trace_model(model, batch, case.loss, device=DEVICE)
+    assert trace.settings["granularity_bytes"] == CUDA_GRANULARITY_BYTES
+    assert {instant.live_bytes % CUDA_GRANULARITY_BYTES for instant in trace.instants} == {0}
+    for grouping in (Grouping.all_layer(trace), Grouping.layer_wise(trace)):
+        simulated = simulate_peak(model, batch, case.loss, grouping, device=DEVICE)
+        assert peak_memory(trace, grouping).peak_bytes == pytest.approx(simulated, rel=TOLERANCE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "checkpoint"), [*((name, "none") for name in WORKLOADS), ("stdlib-gpt", "blocks")])
 def test_estimates_from_a_trace_on_the_device_are_what_is_measured(name: str, checkpoint: str, tmp_path: Path) -> None:
@@ -123,7 +171,8 @@ def test_estimates_from_a_trace_on_the_device_are_what_is_measured(name: str, ch
     nonprivate = measure_peak(text, None, **shared)
     assert nonprivate.metric == CUDA_METRIC
     assert nonprivate.reserved_bytes is not None
-    assert nonprivate.reserved_bytes >= nonprivate.peak_bytes
+    assert nonprivate.requested_bytes is not None
+    assert nonprivate.reserved_bytes >= nonprivate.peak_bytes >= nonprivate.requested_bytes
     found = {"non-private": trace.nonprivate_peak_bytes / nonprivate.peak_bytes - 1}
     groupings = {"all-layer": Grouping.all_layer(trace)}
     if checkpoint == "blocks":

@@ -88,8 +88,11 @@ def _sum_of(branches: int) -> nn.Module:
 def test_gradients_that_meet_are_added_in_place_as_autograd_does(branches: int) -> None:
     """Each further gradient of the wide activation is added to the first; nobody holds a third copy."""
     batch = {"x": torch.randn(64, 32)}
-    counted, measured = nonprivate_peaks(_sum_of(branches), batch, lambda m, b: m(b["x"]).flatten(1).sum(1))
+    model, loss = _sum_of(branches), lambda m, b: m(b["x"]).flatten(1).sum(1)
+    counted, measured = nonprivate_peaks(model, batch, loss)
     assert abs(counted - measured) < 2048  # a copy of the activation is 131072 bytes
+    real = make_stage(*real_copy(model, batch, torch.device("cpu")), loss, StepSettings())
+    assert abs(real.counted_step() - measured) < 2048  # autograd adds in place only while nobody watches
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,35 @@ def test_half_precision_takes_more_than_its_results(name: str) -> None:
     assert expected > (0 if name.endswith("in place") else result.nbytes)
 
 
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (lambda x, w: aten.native_layer_norm(x, [8], w, w, 1e-5), aten.native_layer_norm_backward.default),
+        (lambda x, w: aten.native_group_norm(x, w, w, 64, 8, 1, 2, 1e-5), aten.native_group_norm_backward.default),
+    ],
+)
+def test_norms_of_half_precision_inputs_by_float32_weights_are_probed(forward: Any, backward: Any) -> None:
+    """Fake kernels say that their statistics are of half precision; the real ones are not, and want them so."""
+    found: list[tuple[int, tuple[Any, ...]]] = []
+    probe = CpuScratch()
+
+    def scratch_of(func: Any, args: Any, kwargs: Any) -> int:
+        size = probe(func, args, kwargs)
+        found.extend([(size, tuple(args))] if func is backward else [])
+        return size
+
+    with FakeTensorMode(), LiveBytes(scratch_of):
+        x, w = torch.ones(64, 8, dtype=torch.bfloat16, requires_grad=True), torch.ones(8, requires_grad=True)
+        forward(x, w)[0].backward(torch.ones(64, 8, dtype=torch.bfloat16))
+    [(size, args)] = found
+    real_x, real_w = torch.ones(64, 8, dtype=torch.bfloat16), torch.ones(8)
+    statistics = forward(real_x, real_w)[1:]
+    asked = [x for x in args if isinstance(x, torch.Tensor)]
+    assert {x.dtype for x in statistics} == {torch.float32}
+    real = {id(x): y for x, y in zip(asked, (real_x, real_x, *statistics, real_w, real_w), strict=False)}
+    assert size == profiled_peak(lambda: backward(*(real.get(id(x), x) for x in args)))
+
+
 def test_a_probe_under_a_transform_is_that_of_what_runs_below_it() -> None:
     """Per-example gradients of functions are taken by vmap, where an operation sees the whole batch."""
     found: list[int] = []
