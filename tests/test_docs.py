@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.cli.running import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -65,3 +69,39 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in anchors, target
+
+
+def commands(page: str) -> list[list[str]]:
+    """The command lines of a page, without the name of the program."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return [shlex.split(line)[1:] for line in re.findall(r"^    (groupsearch .*)$", text, re.MULTILINE)]
+
+
+def test_the_page_of_ones_own_task_shows_the_whole_example() -> None:
+    first, _ = next(snippets(ROOT / "docs" / "your-task.md"))
+    assert first.lstrip("\n") == (ROOT / "examples" / "own_task.py").read_text(encoding="utf-8")
+
+
+OF_OWN_TASK = commands("your-task.md")
+SHORTER = {
+    "profile": [],
+    "train": ["--steps", "2"],
+    "optimize": ["--steps", "2", "--trials", "2", "--seeds", "1", "--rungs", "full", "--verify", "none"],
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, id=c[0], marks=[pytest.mark.slow] * (c[0] == "optimize")) for c in OF_OWN_TASK],
+)
+def test_commands_on_ones_own_task_run(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # from where the page names the file
+    place = tmp_path / "result.json"
+    result = run(*command, *SHORTER[command[0]], "-o", place)
+    assert result.exit_code == 0, result.output
+    document = json.loads(place.read_text(encoding="utf-8"))
+    assert document["model"]["name"] == "examples/own_task.py:factory"
+
+
+def test_the_page_of_ones_own_task_has_every_command() -> None:
+    assert [command[0] for command in OF_OWN_TASK] == ["profile", "train", "optimize"]

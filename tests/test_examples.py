@@ -1,4 +1,4 @@
-"""The examples run as they stand, train privately, and all three do the same."""
+"""The examples run as they stand and train privately; the three loops do the same."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from torch import nn
 
 from groupsearch import ClipPlan, Grouping, UnsupportedModelError, make_private, trace_model
 from groupsearch.engine.sampling import PoissonSampler
+from groupsearch.training import TrainSettings, train
+from groupsearch.workloads import load_workload
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"), key=lambda path: path.stem != "plain_loop")
+OWN_TASK = ROOT / "examples" / "own_task.py"
+LOOPS = [ROOT / "examples" / f"{name}.py" for name in ("plain_loop", "accelerate_loop", "trainer")]
 # Runs a script as ``python script seed`` would, then keeps what it trained, and what it began with.
 RUNNER = """
 import runpy, sys
@@ -49,7 +52,7 @@ def run(script: Path, folder: Path, result: str) -> subprocess.CompletedProcess[
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, Any]]]:
     """What every example printed, and what it trained."""
     folder, found = tmp_path_factory.mktemp("examples"), {}
-    for path in EXAMPLES:
+    for path in LOOPS:
         done = run(path, folder, f"{path.stem}.pt")
         assert done.returncode == 0, done.stderr
         found[path.stem] = done.stdout, torch.load(folder / f"{path.stem}.pt")
@@ -67,16 +70,16 @@ def code_lines(path: Path) -> int:
     return len(lines - {number for node in strings for number in range(node.lineno, (node.end_lineno or 0) + 1)})
 
 
-def test_there_is_an_example_of_every_loop() -> None:
-    assert [path.stem for path in EXAMPLES] == ["plain_loop", "accelerate_loop", "trainer"]
+def test_every_example_is_tested() -> None:
+    assert {*LOOPS, OWN_TASK} == set((ROOT / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*LOOPS, OWN_TASK], ids=lambda path: path.stem)
 def test_an_example_has_fewer_than_40_lines(path: Path) -> None:
     assert 20 < code_lines(path) < 40
 
 
-@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
+@pytest.mark.parametrize("name", [path.stem for path in LOOPS])
 def test_an_example_trains_privately(trained: dict[str, tuple[str, dict[str, Any]]], name: str) -> None:
     printed, result = trained[name]
     assert result["steps"] == result["planned"] == 40
@@ -95,7 +98,7 @@ def test_the_plain_loop_learns(trained: dict[str, tuple[str, dict[str, Any]]]) -
     assert int(accuracy[1]) > 60
 
 
-@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES[1:]])
+@pytest.mark.parametrize("name", [path.stem for path in LOOPS[1:]])
 def test_every_loop_trains_what_the_plain_loop_does(trained: dict[str, tuple[str, dict[str, Any]]], name: str) -> None:
     plain, other = trained["plain_loop"][1]["parameters"], trained[name][1]["parameters"]
     assert plain.keys() == other.keys()
@@ -167,3 +170,27 @@ def test_an_engine_attached_before_prepare_or_to_the_inner_optimizer_clips(attac
 def test_an_engine_on_the_prepared_optimizer_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="it wraps"):
         step_with_accelerate("after")
+
+
+def test_the_own_task_learns_what_its_model_did_not_know() -> None:
+    workload = load_workload(f"{OWN_TASK}:factory")
+    assert workload.data is not None
+    assert workload.metric is not None
+    assert torch.equal(workload.build(1)[0].weight, workload.build(1)[0].weight)  # type: ignore[index]
+    with torch.no_grad():
+        untrained = workload.metric(workload.build(), workload.data.validation).mean().item()
+    trace = trace_model(workload.model, workload.make_batch(64), workload.loss)
+    settings = TrainSettings.of(workload, steps=30, physical_batch=512)
+    result = train(workload, Grouping.parse(trace, "best:2"), settings)
+    assert result.metric is not None
+    assert result.metric > untrained + 0.1
+    assert result.metric_name == "pixel accuracy"
+    assert 7.5 < result.epsilon <= 8.0
+
+
+def test_the_own_tasks_data_are_split_the_same_way_every_time() -> None:
+    first, again = (load_workload(f"{OWN_TASK}:factory").data for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert (first.train_size, first.validation_size) == (1437, 360)
+    assert all(torch.equal(first.validation[name], again.validation[name]) for name in ("upper", "lower"))

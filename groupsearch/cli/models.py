@@ -33,5 +33,6 @@ def command(as_json: bool) -> None:
         click.echo(f"{info.name:<{width}}  {use:<8}  {info.summary}; {info.task}")
     say(
         "Those marked optimize have data to train on; --json tells the settings of each. Your own model is "
-        "path/to/file.py:factory or package.module:factory, another transformers model is hf:NAME."
+        "path/to/file.py:factory or package.module:factory, another transformers model is hf:NAME, with data if "
+        "--setting data=FOLDER is given."
     )

@@ -97,8 +97,8 @@ def load_workload(text: str, **settings: Any) -> Workload:
 
     Args:
         text: ``digits-vit``, ``digits-cnn``, ``stdlib-gpt``; ``hf:NAME`` for a transformers model
-            with random weights; ``path/to/file.py:factory`` or ``package.module:factory`` for a
-            function that returns a :class:`Workload` or ``(model, batch, loss)``.
+            with random weights, ``hf:FOLDER`` for a saved one; ``path/to/file.py:factory`` or
+            ``package.module:factory`` for a function that returns a :class:`Workload` or ``(model, batch, loss)``.
         **settings: settings of that workload, as values or as the text of the command line.
 
     Returns:

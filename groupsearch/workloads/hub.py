@@ -1,4 +1,4 @@
-"""hf:NAME: models of transformers, built from a configuration with random weights, without network."""
+"""hf:NAME: models of transformers from a configuration, with random weights or those of a folder, without network."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.errors import GroupSearchError, UnsupportedModelError
+from groupsearch.errors import GroupSearchError
+from groupsearch.workloads.hub_data import DATA_SETTINGS, hub_data, with_data
+from groupsearch.workloads.pretrained import load_pretrained, weights_folder
 from groupsearch.workloads.settings import read_settings, require_choice
-from groupsearch.workloads.tasks import TASKS, Task
+from groupsearch.workloads.tasks import TASKS, Task, choose_task
 from groupsearch.workloads.workload import Workload, seeded
 
 HUB_PREFIX = "hf:"
@@ -28,12 +30,19 @@ HUB_SETTINGS: Mapping[str, Any] = {
     "dtype": "float32",
     "num_labels": None,
     "dropout": "off",
+    "task": None,
+    "weights": None,
+    "data": None,
+    "processor": None,
+    "validation": None,
+    "metric": None,
 }
 _CHOICES = {
     "attn_implementation": ("sdpa", "eager"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
     "dropout": ("off", "config"),
 }
+_FOLDERS = ("weights", "data", "processor")
 _SEQUENCE_LENGTH = 128
 
 
@@ -60,7 +69,7 @@ def known_architectures() -> dict[str, Architecture]:
 
 
 def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
-    """The workload of ``hf:NAME``, with random weights.
+    """The workload of ``hf:NAME``.
 
     NAME is a folder with a ``config.json``, or a name on the hub whose configuration is in the local
     cache or shipped with the package; nothing is downloaded. The head follows the model type:
@@ -68,33 +77,41 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
     classification, sequence to sequence. The model is in train mode, without a key-value cache,
     and without dropout unless ``dropout=config``.
 
+    Its weights are those of the folder NAME, where it holds any, or of the setting ``weights``; else they
+    are random. With the setting ``data``, a folder, it can be trained; see
+    :func:`groupsearch.workloads.hub_data.hub_data`.
+
     Raises:
-        GroupSearchError: when transformers is missing, the name is not known here, or a setting is wrong.
+        GroupSearchError: when transformers is missing, the name is not known here, a setting is wrong,
+            or a folder does not hold what it should.
         UnsupportedModelError: when the architecture has none of these heads.
     """
     settings = _read(text, given)
     transformers = _transformers(text)
-    config = _configuration(transformers, text)
-    task_name = _task_name(text, config)
+    name = _name(text)
+    config = _configuration(transformers, text, name)
+    task_name = choose_task(text, config, settings["task"])
     task = TASKS[task_name]
     settings = _complete(text, settings, config, task)
     _configure(config, settings, task)
+    weights = weights_folder(text, name, settings.get("weights"))
+    data = hub_data(text, settings, config, task, str(weights or name)) if "data" in settings else None
 
     def make() -> nn.Module:
-        auto_class = getattr(transformers, task.auto_class)
-        dtype = getattr(torch, settings["dtype"])
         # from_config sets the attention of the configuration it is given: let every model have its own.
         own_config = type(config).from_dict(config.to_dict())
-        attention = settings["attn_implementation"]
+        how = {"attn_implementation": settings["attn_implementation"], "dtype": getattr(torch, settings["dtype"])}
+        if weights is not None and torch.get_default_device().type != "meta":
+            return load_pretrained(transformers, text, task.auto_class, weights, own_config, **how).train()
         try:
-            model: nn.Module = auto_class.from_config(own_config, attn_implementation=attention, dtype=dtype)
+            model: nn.Module = getattr(transformers, task.auto_class).from_config(own_config, **how)
         except (ValueError, ImportError) as error:
             raise GroupSearchError(
                 f"transformers could not build {text}: {_paragraph(error)}. Change the setting or the configuration."
             ) from error
         return model.train()
 
-    return Workload(
+    workload = Workload(
         name=text,
         build=seeded(make),
         make_batch=lambda batch_size: task.make_batch(config, settings, batch_size),
@@ -102,6 +119,7 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
         batch_size=settings["batch_size"],
         settings={**settings, "task": task_name},
     )
+    return workload if data is None else with_data(workload, data, task)
 
 
 def _read(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +129,11 @@ def _read(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("sequence_length", "num_labels"):
         if settings[key] is not None:
             settings |= read_settings(text, {key: settings[key]}, {key: 1})
-    return settings
+    idle = [key for key in DATA_SETTINGS if settings[key] is not None]
+    if idle and settings["data"] is None:
+        raise GroupSearchError(f"Found {', '.join(idle)} of {text} without data. Give data=FOLDER, or leave it out.")
+    folders = {key: str(Path(str(settings[key])).expanduser()) for key in _FOLDERS if settings[key] is not None}
+    return settings | folders
 
 
 def _complete(text: str, settings: Mapping[str, Any], config: Any, task: Task) -> dict[str, Any]:
@@ -144,6 +166,8 @@ def _configure(config: Any, settings: Mapping[str, Any], task: Task) -> None:
     config.use_cache = False
     if task.labelled:
         config.num_labels = settings["num_labels"]
+    if task.text and task.labelled and getattr(config, "pad_token_id", None) is None and "data" not in settings:
+        config.pad_token_id = 0  # decoders look for the last token before the padding; the made-up batches have none
     if settings["dropout"] == "off":
         for key, value in config.to_dict().items():
             if ("drop" in key) and isinstance(value, float):
@@ -161,8 +185,12 @@ def _transformers(text: str) -> ModuleType:
     return transformers
 
 
-def _configuration(transformers: ModuleType, text: str) -> Any:
+def _name(text: str) -> str:
     name = text.removeprefix(HUB_PREFIX)
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _configuration(transformers: ModuleType, text: str, name: str) -> Any:
     shipped = known_architectures().get(name)
     if not name or (Path(name).is_dir() and not (Path(name) / "config.json").is_file() and shipped is None):
         raise GroupSearchError(
@@ -191,22 +219,3 @@ def _unknown(text: str, name: str, error: Exception) -> str:
 
 def _paragraph(error: Exception) -> str:
     return " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
-
-
-def _task_name(text: str, config: Any) -> str:
-    from transformers.models.auto import modeling_auto as auto
-
-    kind = config.model_type
-    if kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
-        return "seq2seq-lm"
-    if kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        return "image-classification"
-    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        return "sequence-classification"
-    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "causal-lm"
-    heads = "; ".join(task.summary for task in TASKS.values())
-    raise UnsupportedModelError(
-        f"{text} is of type {kind!r}, for which there is none of these heads: {heads}. Write a factory that returns "
-        "(model, batch, loss) and name it as path/to/file.py:factory."
-    )
