@@ -24,6 +24,12 @@ KINDS = ("profile", "search", "verify", "train")
 COMMANDS = {"profile": "profile", "search": "optimize", "verify": "verify", "train": "train"}
 PACKAGES = ("groupsearch", "torch", "numpy", "optuna", "plotly", "transformers", "dp-accounting", "scikit-learn")
 _HEADER = ("model", "environment", "settings")
+_NAMED_SETTINGS = {
+    "checkpoint": ("checkpoint", "none"),
+    "micro_batches": ("micro-batches", "1"),
+    "autocast": ("autocast", "none"),
+    "norm_method": ("norms", "mixed"),
+}
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -64,17 +70,19 @@ def new_document(
 def default_path(document: Mapping[str, Any]) -> Path:
     """Where a document goes when nobody says: ``profiles/<model>-b<batch>-<device>.json``.
 
-    Other kinds go to ``reports/`` with the kind at the end; a checkpointing that is not
-    ``none`` is part of the name, and so is that a profile also tells what fits. Only letters, digits,
-    dots, underscores and dashes are used.
+    Other kinds go to ``reports/`` with the kind at the end. What is not as usual about the step is part of
+    the name: checkpointing, several micro-batches, autocast, a norm method; and so is that a profile also
+    tells what fits. Only letters, digits, dots, underscores and dashes are used.
 
     >>> str(default_path({"kind": "profile", "model": {"name": "hf:gpt2", "batch_size": 4},
     ...                   "environment": {"device": "cpu"}, "settings": {}}))
     'profiles/hf-gpt2-b4-cpu.json'
     """
-    model, checkpoint = document["model"], str(document["settings"].get("checkpoint") or "none")
+    model, settings = document["model"], document["settings"]
     parts = [str(model["name"]), f"b{model['batch_size']}", str(document["environment"].get("device", "cpu"))]
-    parts += [] if checkpoint == "none" else ["checkpoint", checkpoint]
+    for key, (word, usual) in _NAMED_SETTINGS.items():
+        found = str(settings.get(key) or usual)
+        parts += [] if found == usual else [word, found]
     parts += ["fit"] if "fit" in document else []
     parts += [] if document["kind"] == "profile" else [document["kind"]]
     stem = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")

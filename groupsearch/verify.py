@@ -8,7 +8,7 @@ measurement runs it on the device, in a fresh process per number. Errors are sig
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 
 from groupsearch.errors import DocumentError
 from groupsearch.grouping import Grouping
+from groupsearch.joint import JOINT, Alternatives
 from groupsearch.measure import measure_peak
 from groupsearch.memory import peak_memory
-from groupsearch.options import EngineOptions
+from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.partition import front
 from groupsearch.records import COMMANDS
 from groupsearch.simulate import simulate_peak
@@ -64,12 +65,13 @@ class Setup:
             return cls(
                 workload=model["name"],
                 settings={**settings["workload"], "batch_size": model["batch_size"]},
-                **_how(StepSettings.from_json(settings)),
+                **_how(StepSettings.from_json(_with_methods(settings))),
                 device=device or document["environment"]["device"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else f"otherwise: {error}"
             raise DocumentError(
-                f"Expected the document to say its model and how a step was taken, found no {error}. "
+                f"Expected the document to say its model and how a step was taken, found {found}. "
                 f"Write it again with `groupsearch {COMMANDS[document['kind']]}`."
             ) from error
 
@@ -83,6 +85,18 @@ class Setup:
         workload = self.loaded  # a file's factory makes its batch as it is loaded, on a real device
         with torch.device("meta"):
             return workload.build()
+
+    def with_options(self, options: EngineOptions) -> Setup:
+        """The same step by other options of the engine."""
+        return replace(self, options=options)
+
+    def alternatives(self) -> Alternatives:
+        """The step traced by every norm method, so that methods can be chosen per weight.
+
+        Raises:
+            GroupSearchError: when the steps are not the same between hooks, see :class:`Alternatives`.
+        """
+        return Alternatives({method: self.with_options(EngineOptions(method)).trace() for method in SITE_METHODS})
 
     def describe_model(self) -> dict[str, Any]:
         """The ``model`` part of a document."""
@@ -116,7 +130,7 @@ class Setup:
         return trace_model(model, batch, self.loaded.loss, **_how(self.step), device=device)
 
     def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
-        """One simulated row of a document: the engine itself, on fake tensors."""
+        """One simulated row of a document: the engine itself, on fake tensors or, for a CUDA device, on real ones."""
         workload = self.loaded
         peak_bytes = simulate_peak(
             self.empty_model(),
@@ -124,6 +138,7 @@ class Setup:
             workload.loss,
             grouping,
             **_how(self.step),
+            device=None if self.device == "cpu" else self.device,
         )
         return {**_row(name, grouping, peak_bytes), "relative_error": estimate_bytes / peak_bytes - 1}
 
@@ -141,6 +156,7 @@ class Setup:
             "relative_error": estimate_bytes / measured.peak_bytes - 1,
             "step_seconds": measured.step_seconds,
             "metric": measured.metric,
+            **measured.beside(),
         }
 
 
@@ -195,29 +211,50 @@ def rows_to_check(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     ``peak_bytes`` of each is the document's estimate.
 
     Raises:
-        DocumentError: when the document has none.
+        DocumentError: when the document has none, or a row that is garbled.
     """
-    estimates = {tuple(row["boundaries"]): row["peak_bytes"] for row in document.get("estimates") or []}
-    measured = list(document.get("measurements") or document.get("estimates") or [])
-    if document["kind"] == "search":
-        recommended = document.get("recommended")
-        candidates = [row for row in document.get("candidates") or [] if row.get("on_front")]
-        estimates |= {tuple(row["boundaries"]): row["peak_bytes"] for row in candidates}
-        measured += candidates + ([recommended] if recommended else [])
-    names: dict[tuple[int, ...], str] = {}
-    for row in measured:
-        names.setdefault(tuple(row["boundaries"]), str(row.get("grouping") or row.get("source")))
-    rows = [
-        {"grouping": name, "boundaries": list(cuts), "peak_bytes": estimates[cuts]}
-        for cuts, name in names.items()
-        if cuts in estimates
-    ]
+    try:
+        rows = _known_rows(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DocumentError(
+            f"Expected rows with grouping, boundaries and peak_bytes, found one that lacks or garbles {error}. Write "
+            f"the document again with `groupsearch {COMMANDS[document['kind']]}`."
+        ) from error
     if not rows:
         raise DocumentError(
             "Expected a profile with estimates or a search with candidates to measure again, found a document "
             "with neither. Write it again with `groupsearch profile`."
         )
     return rows
+
+
+def _known_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    estimates = {tuple(row["boundaries"]): row["peak_bytes"] for row in document.get("estimates") or []}
+    measured = list(document.get("measurements") or document.get("estimates") or [])
+    if document["kind"] == "search":
+        # What needs least in another way of taking the step would be measured in the wrong one.
+        own = (document.get("variants") or [{}])[0].get("name")
+        recommended = document.get("recommended")
+        recommended = recommended if recommended and recommended.get("variant") == own else None
+        candidates = [row for row in document.get("candidates") or [] if row.get("on_front")]
+        candidates = [row for row in candidates if row.get("variant") == own]
+        estimates |= {tuple(row["boundaries"]): row["peak_bytes"] for row in candidates}
+        measured += candidates + ([recommended] if recommended else [])
+    names: dict[tuple[int, ...], str] = {}
+    for row in measured:
+        names.setdefault(tuple(row["boundaries"]), str(row.get("grouping") or row.get("source")))
+    return [
+        {"grouping": name, "boundaries": list(cuts), "peak_bytes": estimates[cuts]}
+        for cuts, name in names.items()
+        if cuts in estimates
+    ]
+
+
+def _with_methods(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings as the engine has them: a joint choice is a method for every weight that has the choice."""
+    if settings["norm_method"] != JOINT:
+        return settings
+    return {**settings, "norm_method": "mixed", "methods": settings["methods"]}
 
 
 def _how(step: StepSettings) -> dict[str, Any]:

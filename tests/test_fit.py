@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from groupsearch.engine.sampling import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit import BATCH, Room, Sizes, add_rates, fit_rows, largest_expected, largest_within, summarise
-from groupsearch.fit.rates import measured_batches
+from groupsearch.fit.rates import measured_batches, rate
 from groupsearch.grouping import Grouping, fewest_groups
 from groupsearch.memory import peak_memory
 from groupsearch.partition import floor_bytes
@@ -324,6 +324,12 @@ def test_rates_come_from_two_measured_batches(batch_size: int, model: str) -> No
     assert seconds == pytest.approx(max(line, first, second) if batch_size > 2 else second)
     if batch_size == 2:
         assert row["timings"][1]["peak_bytes"] == pytest.approx(peak_memory(trace, ()).peak_bytes, rel=0.01)
+
+
+def test_a_step_is_of_all_its_micro_batches() -> None:
+    timings = [{BATCH: 2, "step_seconds": 1.0}, {BATCH: 4, "step_seconds": 2.0}]
+    assert rate(timings, 8)["value"] == 8 / 4
+    assert rate(timings, 8, micro_batches=3)["value"] == 3 * 8 / 4
 
 
 @pytest.mark.slow

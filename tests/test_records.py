@@ -173,6 +173,23 @@ def test_new_document_refuses_an_unknown_kind_and_a_part_of_the_header() -> None
         ("profile", "gpt2", "cpu", {"checkpoint": "blocks"}, "profiles/gpt2-b8-cpu-checkpoint-blocks.json"),
         ("profile", "../etc/passwd", "NVIDIA H100", {}, "profiles/etc-passwd-b8-NVIDIA-H100.json"),
         ("profile", "file.py:make<b>", "cpu", {"checkpoint": "none"}, "profiles/file.py-make-b-b8-cpu.json"),
+        ("profile", "gpt2", "cpu", {"micro_batches": 4}, "profiles/gpt2-b8-cpu-micro-batches-4.json"),
+        ("profile", "gpt2", "cpu", {"autocast": "bfloat16"}, "profiles/gpt2-b8-cpu-autocast-bfloat16.json"),
+        ("train", "gpt2", "cpu", {"norm_method": "ghost"}, "reports/gpt2-b8-cpu-norms-ghost-train.json"),
+        (
+            "profile",
+            "gpt2",
+            "cpu",
+            {"checkpoint": "every:2", "micro_batches": 2, "autocast": "float16", "norm_method": "joint"},
+            "profiles/gpt2-b8-cpu-checkpoint-every-2-micro-batches-2-autocast-float16-norms-joint.json",
+        ),
+        (
+            "profile",
+            "gpt2",
+            "cpu",
+            {"checkpoint": "none", "micro_batches": 1, "autocast": "none", "norm_method": "mixed"},
+            "profiles/gpt2-b8-cpu.json",
+        ),
     ],
 )
 def test_default_path(kind: str, name: str, device: str, settings: dict[str, Any], expected: str) -> None:

@@ -505,7 +505,7 @@ def test_settings_come_from_the_workload_and_may_be_changed():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_warm_optimizer_has_its_state_and_steps_as_a_fresh_one(name):
-    fresh, warm = (nn.Linear(3, 2) for _ in range(2))
+    fresh, warm = (nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2)) for _ in range(2))  # alike, of their own state
     warm.load_state_dict(fresh.state_dict())
     optimizers = [make_optimizer(name, model.parameters(), 0.1) for model in (fresh, warm)]
     for parameter in warm.parameters():
@@ -542,3 +542,40 @@ def test_an_optimizer_needs_something_to_train():
         make_optimizer("sgd", nn.Linear(2, 2).requires_grad_(False).parameters(), 0.1)
     with pytest.raises(GroupSearchError, match="learning_rate > 0"):
         make_optimizer("sgd", nn.Linear(2, 2).parameters(), 0.0)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize(("autocast", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_autocast_reaches_the_loss_and_the_evaluation_and_changes_numbers_by_its_rounding(
+    grouping, autocast, tolerance
+):
+    """An SGD run in half precision is near the one in float32 and not the same, and the model saw half precision."""
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch["x"])
+        seen.append((torch.is_grad_enabled() and model.training, logits.dtype))
+        return F.cross_entropy(logits.float(), batch["label"], reduction="none")
+
+    made = workload(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Identity(), nn.Linear(8, 2)))
+    settings = Settings(6, 0.05, optimizer="sgd", noise_multiplier=1.0, physical_batch=20)
+    whole = weights(grouping, settings, dataclasses.replace(made, loss=watched))
+    assert {dtype for _, dtype in seen} == {torch.float32}
+    seen.clear()
+    half = weights(grouping, dataclasses.replace(settings, autocast=autocast), dataclasses.replace(made, loss=watched))
+    dtype = getattr(torch, autocast)
+    assert seen.count((True, dtype)) >= 6
+    assert (False, dtype) in seen
+    assert close(whole, half, tolerance)
+    assert not close(whole, half, 1e-6)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_empty_batches_are_steps_in_float16_too(grouping):
+    settings = Settings(12, 0.05, sampling_rate=0.005, noise_multiplier=1.0, autocast="float16")
+    assert train(workload(), GROUPINGS[grouping], settings).steps == 12
+
+
+def test_an_unknown_autocast_is_refused():
+    with pytest.raises(GroupSearchError, match="bfloat16, float16, found 'int8'"):
+        Settings(2, 0.05, noise_multiplier=1.0, autocast="int8")

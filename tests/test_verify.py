@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from groupsearch.errors import DocumentError
@@ -23,6 +25,31 @@ def document_of(setup):
 def test_a_document_tells_the_setup_it_came_from():
     assert Setup.from_document(document_of(SETUP)) == SETUP
     assert Setup.from_document(document_of(SETUP), device="cuda:1").device == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup("digits-vit", {"batch_size": 8}, checkpoint="every:2", micro_batches=3, autocast="bfloat16"),
+        Setup("digits-vit", {"batch_size": 8}, EngineOptions("mixed", {"head.weight": "recompute"})),
+    ],
+    ids=["step", "methods"],
+)
+def test_step_options_and_methods_are_in_the_document(setup):
+    found = Setup.from_document(json.loads(json.dumps(document_of(setup))))
+    assert found == setup
+    assert found.options.methods == setup.options.methods
+
+
+def test_a_joint_choice_is_a_method_per_weight():
+    document = document_of(SETUP)
+    document["settings"] |= {"norm_method": "joint", "methods": {"head.weight": "ghost"}}
+    assert Setup.from_document(document).options == EngineOptions("mixed", {"head.weight": "ghost"})
+    assert Setup.from_document(document).options.methods == {"head.weight": "ghost"}
+    for garbled in ({}, {"methods": None}, {"methods": ["head.weight"]}):
+        settings = {key: value for key, value in document["settings"].items() if key != "methods"} | garbled
+        with pytest.raises(DocumentError, match="Write it again with `groupsearch profile`"):
+            Setup.from_document({**document, "settings": settings})
 
 
 def test_the_model_part_has_name_batch_size_and_trainable_parameters():
@@ -74,6 +101,16 @@ def test_of_a_search_front_and_recommendation_are_measured_again_each_once():
     front = {tuple(row["boundaries"]) for row in document["candidates"] if row["on_front"]}
     assert front | {tuple(document["recommended"]["boundaries"])} <= set(rows)
     assert len(set(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("key", ["boundaries", "peak_bytes"])
+def test_a_garbled_row_is_refused(key):
+    document = profile_document() | {"measurements": []}
+    del document["estimates"][1][key]
+    with pytest.raises(DocumentError, match=f"garbles '{key}'.*groupsearch profile"):
+        rows_to_check(document)
+    with pytest.raises(DocumentError, match="garbles"):
+        rows_to_check(document | {"measurements": "abc"})
 
 
 def test_nothing_to_measure():

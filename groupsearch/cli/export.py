@@ -11,6 +11,7 @@ import click
 from groupsearch.cli.parameters import Positive, json_option, no_seed_option
 from groupsearch.errors import DocumentError
 from groupsearch.grouping import Grouping
+from groupsearch.joint import JOINT
 from groupsearch.trace import Trace
 
 FORMATS = ("fastdp", "jax-privacy")
@@ -56,7 +57,7 @@ def _grouping(path: str, document: Mapping[str, Any], text: str | None) -> Group
     trace = Trace.from_json(document["trace"])
     if text is not None:
         return Grouping.parse(trace, text)
-    own = document if document["kind"] == "train" else document.get("recommended") or {}
+    own = document if document["kind"] == "train" else document.get("recommended") or document.get(JOINT) or {}
     if "boundaries" not in own:
         raise DocumentError(
             f"Expected a document that recommends a grouping, found one of kind {document['kind']} that does not in "

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from groupsearch.cli.parameters import Positive, Share, Size, model_options, no_seed_option, output_options
+from groupsearch.cli.parameters import (
+    Positive,
+    Share,
+    Size,
+    model_options,
+    no_seed_option,
+    output_options,
+    step_options,
+)
 from groupsearch.units import format_bytes, format_number, format_percent, format_ratio
 
 if TYPE_CHECKING:
@@ -36,12 +44,16 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(min=1), default=65536, help="The largest batch or length that is tried.")
 @click.option("--dataset-size", type=click.IntRange(min=1), help="Training examples. [default: the model's data]")
 @click.option(
-    "--sampling-rate", type=Positive(), help="Of Poisson sampling: says in how many pieces batches are taken."
+    "--sampling-rate",
+    type=Positive(),
+    help="Of Poisson sampling: says in how many pieces batches are taken; steps then have "
+    "--micro-batches 2, unless given, and the same peak with more.",
 )
 @click.option(
     "--measure", is_flag=True, help="Measure each grouping's step at two smaller batches: examples per second."
 )
 @model_options
+@step_options
 @no_seed_option
 @output_options
 def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
@@ -58,16 +70,15 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     """
     from groupsearch.cli.console import say
     from groupsearch.cli.output import Output
-    from groupsearch.cli.stages import add_estimates, start_document
+    from groupsearch.cli.stages import add_estimates, say_tracing, start_document
 
     sizes, room = _plan(model, given)
     kept = ("groupings", "max_groups", "margin", "limit", "measure")
     document = start_document("profile", sizes.setup, device=sizes.setup.device, **{key: given[key] for key in kept})
     fit = document["fit"] = _start_fit(sizes, room)
     planned = Output.plan(document, output, force, as_json)
-    add_estimates(
-        document, sizes.setup, given["groupings"], max_groups=given["max_groups"], take_trace=lambda: sizes.first
-    )
+    say_tracing(document)
+    add_estimates(document, sizes.setup, given["groupings"], max_groups=given["max_groups"], trace=sizes.first)
     say(f"Looking for the largest {sizes.vary} within {format_bytes(room.usable_bytes)}, up to {fit['limit']}")
     try:
         _add_rows(fit, sizes, room, given)
@@ -91,6 +102,8 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Sizes, Room]:
         length = length_setting(model, dict(given["settings"]))
     if given["sequence_length"] is not None:
         given["settings"] = (*given["settings"], (length, given["sequence_length"]))
+    if given["micro_batches"] is None and given["sampling_rate"] is not None:
+        given["micro_batches"] = 2  # a batch that is taken in pieces adds to the sums of those before
     setup = make_setup(model, given)
     if given["find"] == "sequence-length" and length not in setup.loaded.settings:
         raise GroupSearchError(
@@ -113,7 +126,7 @@ def _start_fit(sizes: Sizes, room: Room) -> dict[str, Any]:
         "usable_bytes": room.usable_bytes,
         "varies": sizes.vary,
         "limit": sizes.limit(room.limit),
-        "poisson": poisson_part(room),
+        "poisson": poisson_part(room, sizes.setup.micro_batches),
         "rows": [],
         "summary": None,
     }
@@ -170,7 +183,7 @@ def print_fit(document: Mapping[str, Any]) -> None:
         cells += [format_ratio(row["size"] / reference) if reference else "", str(row["expected_batch_size"] or "")]
         cells += ["-".join(map(str, dict.fromkeys(row["pieces"] or ())))] if "pieces" in columns else []
         cells += ["" if peak is None else format_bytes(peak) for peak in peaks]
-        cells += [f"{format_number(rate['value'])} {rate['source']}" if rate else ""] if rated else []
+        cells += [f"{format_number(rate['value'], 4)} {rate['source']}" if rate else ""] if rated else []
         rows.append(cells)
     held = f"{format_bytes(fit['memory_bytes'])}, {format_percent(fit['margin'])} of it held back"
     fixed = "" if batch else f", batch {document['model']['batch_size']}"

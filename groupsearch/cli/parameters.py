@@ -10,6 +10,7 @@ import click
 
 from groupsearch.clipping import RULES
 from groupsearch.errors import GroupSearchError
+from groupsearch.joint import JOINT
 from groupsearch.options import NORM_METHODS, checkpoint_interval
 from groupsearch.units import parse_bytes
 
@@ -148,9 +149,9 @@ def model_options(command: F) -> F:
             ),
             click.option(
                 "--norm-method",
-                type=click.Choice(NORM_METHODS),
+                type=click.Choice([*NORM_METHODS, JOINT]),
                 default="mixed",
-                help="How per-example norms are taken.",
+                help="How per-example norms are taken; joint, in profile alone, chooses per weight with the grouping.",
             ),
         )
     ):
@@ -165,8 +166,8 @@ def step_options(command: F) -> F:
             click.option(
                 "--micro-batches",
                 type=click.IntRange(min=1),
-                default=1,
-                help="Batches accumulated before the optimizer's step.",
+                help="Batches accumulated before the optimizer's step. [default: 1; in training as many as the "
+                "sampling rate and the batch size make it]",
             ),
             click.option(
                 "--autocast", type=click.Choice(AUTOCASTS), default="none", help="What forward and loss are cast to."

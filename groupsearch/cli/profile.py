@@ -6,13 +6,20 @@ from typing import Any
 
 import click
 
-from groupsearch.cli.parameters import model_options, output_options, seed_option, step_options
+from groupsearch.cli.parameters import Size, model_options, output_options, seed_option, step_options
+from groupsearch.errors import GroupSearchError
+from groupsearch.joint import JOINT
 
 
 @click.command("profile")
 @click.argument("model")
 @model_options
 @step_options
+@click.option(
+    "--budget",
+    type=Size(),
+    help="Peak that --norm-method joint keeps within, with the fewest operations. [default: the least peak there is]",
+)
 @click.option(
     "--grouping",
     "groupings",
@@ -39,11 +46,19 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch profile digits-vit --verify all
     groupsearch profile hf:gpt2 --batch-size 16 --checkpoint blocks --verify simulate
     groupsearch profile mine.py:factory --grouping best:4 --grouping 3,17,40
+    groupsearch profile hf:gpt2 --batch-size 4 --norm-method joint --budget 2500MiB
     """
+    from groupsearch.cli.joint import choose_jointly, print_joint
     from groupsearch.cli.output import Output
-    from groupsearch.cli.stages import add_checks, add_estimates, make_setup, print_peaks, start_document
+    from groupsearch.cli.stages import add_checks, add_estimates, make_setup, print_peaks, say_tracing, start_document
 
-    setup = make_setup(model, given)
+    joint = given["norm_method"] == JOINT
+    if given["budget"] is not None and not joint:
+        raise GroupSearchError(
+            "Found --budget without --norm-method joint: with one rule for all norms there is nothing to choose but "
+            "the grouping. Give --norm-method joint too, or --grouping within:12GiB for the fewest groups in a budget."
+        )
+    setup = make_setup(model, {**given, "norm_method": "mixed"} if joint else given)
     document = start_document(
         "profile",
         setup,
@@ -53,8 +68,13 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
         random=given["randoms"],
         seed=given["seed"],
         verify=given["verify"],
+        **({"norm_method": JOINT, "budget_bytes": given["budget"]} if joint else {}),
     )
     planned = Output.plan(document, output, force, as_json)
+    trace = None
+    if joint:
+        say_tracing(document, " by every norm method")
+        setup, trace = choose_jointly(document, setup, given["budget"])
     trace = add_estimates(
         document,
         setup,
@@ -62,6 +82,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
         max_groups=given["max_groups"],
         randoms=given["randoms"],
         seed=given["seed"],
+        trace=trace,
     )
     try:
         add_checks(document, setup, trace, given["verify"])
@@ -71,5 +92,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
         raise KeyboardInterrupt(
             f"Interrupted; the document has every estimate and {done} checks of them."
         ) from interrupt
+    if joint:
+        print_joint(document)
     print_peaks(document)
     planned.save(document)

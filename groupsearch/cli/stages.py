@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from groupsearch.cli.console import print_table, progress, say
+from groupsearch.cli.joint import refuse_joint
 from groupsearch.cli.parameters import expand_ranges
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
+from groupsearch.joint import JOINT
 from groupsearch.options import EngineOptions
 from groupsearch.partition import floor_bytes
 from groupsearch.records import environment, new_document
-from groupsearch.report.finding import finding
+from groupsearch.report.finding import finding, joint_finding
 from groupsearch.trace import Trace
-from groupsearch.units import format_bytes, format_ratio, format_seconds, format_signed_percent
+from groupsearch.units import format_bytes, format_percent, format_ratio, format_seconds, format_signed_percent
 from groupsearch.verify import Setup, estimate_rows, front_rows
 from groupsearch.workloads import load_workload
 
 DEFAULT_GROUPINGS = ("all-layer", "layer-wise", "block-wise", "uniform:4", "best:2..8")
 LEVELS = {"none": (), "simulate": ("simulations",), "measure": ("measurements",)}
+RESERVED = ("reserved", "fragmented")
 LEVELS["all"] = LEVELS["simulate"] + LEVELS["measure"]
 
 
 def make_setup(model: str, given: Mapping[str, Any]) -> Setup:
-    """The setup that the options of :func:`groupsearch.cli.parameters.model_options` describe."""
+    """The setup that the options of :func:`groupsearch.cli.parameters.model_options` describe.
+
+    Raises:
+        GroupSearchError: for a device that is not there, a model that cannot be loaded, or a joint choice of norms.
+    """
+    refuse_joint(given["norm_method"])
     check_device(given["device"])
     settings = dict(given["settings"])
     settings |= {key: given[key] for key in ("batch_size", "dtype") if given[key] is not None}
@@ -36,8 +44,8 @@ def make_setup(model: str, given: Mapping[str, Any]) -> Setup:
         options=EngineOptions(norm_method=given["norm_method"]),
         optimizer=given["optimizer"] or (defaults.optimizer if defaults else "adam"),
         checkpoint=given["checkpoint"],
-        micro_batches=given.get("micro_batches", 1),
-        autocast=given.get("autocast", "none"),
+        micro_batches=given["micro_batches"] or 1,
+        autocast=given["autocast"],
         device=given["device"],
     )
 
@@ -55,9 +63,11 @@ def add_estimates(
     max_groups: int,
     randoms: int = 0,
     seed: int = 0,
-    take_trace: Callable[[], Trace] | None = None,
+    trace: Trace | None = None,
 ) -> Trace:
     """Trace one step and put the trace, the estimates and the front into the document.
+
+    What was chosen together with norm methods is the first of the estimates, under the name ``joint``.
 
     Args:
         document: is added to.
@@ -66,14 +76,18 @@ def add_estimates(
         max_groups: where the front ends.
         randoms: how many random groupings to add.
         seed: of the random groupings.
-        take_trace: traces the step, where the setup is not to do it.
+        trace: of the step, where it was taken already.
 
     Returns:
         The trace.
     """
-    say(f"Tracing one step of {setup.workload} at batch {document['model']['batch_size']}")
-    trace = (take_trace or setup.trace)()
-    chosen = _parse(trace, texts) if texts else _parse(trace, DEFAULT_GROUPINGS, as_far_as_possible=True)
+    if trace is None:
+        say_tracing(document)
+        trace = setup.trace()
+    joint = document.get(JOINT)
+    chosen = {} if joint is None else {JOINT: Grouping.from_boundaries(trace, joint["boundaries"])}
+    parsed = _parse(trace, texts) if texts else _parse(trace, DEFAULT_GROUPINGS, as_far_as_possible=True)
+    chosen |= {text: grouping for text, grouping in parsed.items() if grouping not in chosen.values()}
     chosen |= _random_groupings(trace, randoms, seed)
     document |= {
         "trace": trace.to_json(),
@@ -83,9 +97,15 @@ def add_estimates(
         "estimates": estimate_rows(trace, chosen),
         "simulations": [],
         "measurements": [],
-        "summary": finding(trace),
+        "summary": finding(trace) if joint is None else joint_finding(trace, joint),
     }
     return trace
+
+
+def say_tracing(document: Mapping[str, Any], how: str = "") -> None:
+    """Say what takes its time now."""
+    model = document["model"]
+    say(f"Tracing one step of {model['name']} at batch {model['batch_size']}{how}")
 
 
 def add_checks(document: dict[str, Any], setup: Setup, trace: Trace, level: str, names: Iterable[str] = ()) -> None:
@@ -119,13 +139,15 @@ def print_peaks(document: Mapping[str, Any]) -> None:
     measured = {tuple(row["boundaries"]): row for row in document["measurements"]}
     columns = ["grouping ", "groups", "estimate", "of non-private"]
     columns += ["simulated", "error"] if simulated else []
-    columns += ["measured", "error", "step"] if measured else []
+    reserved = any("reserved_bytes" in row for row in measured.values())
+    columns += ["measured", "error", *(RESERVED if reserved else ()), "step"] if measured else []
     rows = []
     for row in document["estimates"]:
         cuts, peak = tuple(row["boundaries"]), row["peak_bytes"]
         cells = [row["grouping"], str(row["groups"]), format_bytes(peak), format_ratio(peak / reference)]
         cells += _checked(simulated.get(cuts)) if simulated else []
         cells += _checked(measured.get(cuts)) if measured else []
+        cells += reserved_cells(measured.get(cuts, {})) if reserved else []
         if measured:
             cells.append(format_seconds(measured[cuts]["step_seconds"]) if cuts in measured else "")
         rows.append(cells)
@@ -133,6 +155,14 @@ def print_peaks(document: Mapping[str, Any]) -> None:
     title = f"{model['name']}, batch {model['batch_size']}: non-private {format_bytes(reference)}"
     print_table(columns, rows, title=title)
     say(document["summary"])
+
+
+def reserved_cells(row: Mapping[str, Any]) -> list[str]:
+    """What a GPU's caching allocator had reserved at a measured peak, and how much of that was not allocated."""
+    if "reserved_bytes" not in row:
+        return ["", ""]
+    reserved = row["reserved_bytes"]
+    return [format_bytes(reserved), format_percent(1 - row["peak_bytes"] / reserved)]
 
 
 def _checked(row: Mapping[str, Any] | None) -> list[str]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from groupsearch.cli.parameters import Positive, model_options, output_options, seed_option, training_options
+from groupsearch.cli.joint import joint_choice, names_document
+from groupsearch.cli.parameters import (
+    Positive,
+    model_options,
+    output_options,
+    seed_option,
+    step_options,
+    training_options,
+)
+from groupsearch.cli.training import describe, training_setup
 from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes, format_interval, format_number, format_seconds
@@ -19,7 +28,6 @@ if TYPE_CHECKING:
     from groupsearch.training import CurvePoint, TrainSettings
     from groupsearch.verify import Setup
 
-TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule", "max_grad_norm")
 MECHANISM = ("allocation", "noise_allocation")
 
 
@@ -48,8 +56,14 @@ class Allotment(click.ParamType[Any]):
 
 @click.command("train")
 @click.argument("model")
-@click.option("--grouping", required=True, help="all-layer, layer-wise, best:4, within:12GiB, 3,17,40, ...")
+@click.option(
+    "--grouping",
+    required=True,
+    help="all-layer, layer-wise, best:4, within:12GiB, 3,17,40, or a document of profile --norm-method joint, whose "
+    "norm methods are then used too.",
+)
 @model_options
+@step_options
 @training_options
 @click.option(
     "--thresholds",
@@ -76,18 +90,23 @@ def command(
 
     \b
     groupsearch train digits-vit --grouping best:4 --epsilon 8
+    groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
     from groupsearch.cli.output import Output
-    from groupsearch.cli.stages import make_setup, start_document
+    from groupsearch.cli.stages import start_document
     from groupsearch.grouping import Grouping
 
-    setup = make_setup(model, given)
-    settings = replace(train_settings(setup, given, evaluate_every), **_mechanism(given))
+    setup, settings = training_setup(model, given, evaluate_every)
+    settings = replace(settings, **_mechanism(given))
+    boundaries = None
+    if names_document(grouping):
+        boundaries, options = joint_choice(grouping, model)
+        setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
     document = start_document("train", setup, device=setup.device, grouping=grouping, seed=given["seed"], **plan)
     planned = Output.plan(document, output, force, as_json)
     trace = setup.trace()
-    chosen = Grouping.parse(trace, grouping)
+    chosen = Grouping.parse(trace, grouping) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
     settings.plan(chosen)  # refused before anything runs
     document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "thresholds": [], "steps": 0}
     try:
@@ -101,56 +120,6 @@ def command(
         ) from interrupt
     _print_result(document)
     planned.save(document)
-
-
-def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int | None = None) -> TrainSettings:
-    """The workload's own settings, with what was given on the command line in their place.
-
-    The noise multiplier is settled here, so that every run of a search has the same one.
-
-    Raises:
-        GroupSearchError: when the workload cannot be trained, or for a value outside its range.
-    """
-    from groupsearch.engine.accounting import default_delta, noise_multiplier_for
-    from groupsearch.training import TrainSettings
-
-    workload = setup.loaded
-    if workload.data is None:
-        raise GroupSearchError(
-            f"Expected a model with data to train on, found {setup.workload!r}, which can be profiled only. "
-            "`groupsearch models` marks those that can be trained; your own factory returns a "
-            "Workload with data and training."
-        )
-    changes = {key: given[key] for key in TRAINING if given[key] is not None}
-    chosen = TrainSettings.of(
-        workload,
-        **changes,
-        optimizer=setup.optimizer,
-        physical_batch=given["batch_size"],
-        seed=given["seed"],
-        device=setup.device,
-        options=setup.options,
-        checkpoint=setup.checkpoint,
-    )
-    delta = default_delta(workload.data.train_size) if chosen.delta is None else chosen.delta
-    assert chosen.epsilon is not None  # TrainingDefaults has one, and --epsilon is a number
-    noise = noise_multiplier_for(chosen.epsilon, delta, chosen.sampling_rate, chosen.steps)
-    every = max(1, chosen.steps // 10) if evaluate_every is None else evaluate_every
-    return replace(chosen, epsilon=None, delta=delta, noise_multiplier=noise, evaluate_every=every)
-
-
-def describe(settings: TrainSettings) -> dict[str, Any]:
-    """The part of a document that says how a run was trained; its epsilon is that of all steps."""
-    from groupsearch.engine.accounting import epsilon
-
-    assert settings.noise_multiplier is not None
-    assert settings.delta is not None
-    return {
-        "epsilon": epsilon(settings.noise_multiplier, settings.sampling_rate, settings.steps, settings.delta),
-        **{key: getattr(settings, key) for key in TRAINING if key != "epsilon"},
-        "noise_multiplier": settings.noise_multiplier,
-        "optimizer": settings.optimizer,
-    }
 
 
 def _mechanism(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,9 +67,12 @@ def command(
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     from groupsearch.cli.console import print_table
+    from groupsearch.cli.stages import RESERVED, reserved_cells
 
+    known = any("reserved_bytes" in row for row in rows)
+    columns = ("grouping ", "groups", "estimate", "measured", "error", *(RESERVED if known else ()), "step", "within")
     print_table(
-        ("grouping ", "groups", "estimate", "measured", "error", "step", "within"),
+        columns,
         [
             (
                 row["grouping"],
@@ -77,6 +80,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
                 format_bytes(row["estimate_bytes"]),
                 format_bytes(row["peak_bytes"]),
                 format_signed_percent(row["relative_error"]),
+                *(reserved_cells(row) if known else ()),
                 format_seconds(row["step_seconds"]),
                 "yes" if row["within"] else "no",
             )

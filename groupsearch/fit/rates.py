@@ -43,7 +43,8 @@ def add_rates(row: dict[str, Any], sizes: Sizes) -> None:
     """Measure a row's grouping at two batches, each in a fresh process, and put its rate into the row.
 
     Adds ``timings`` (``batch_size``, ``peak_bytes``, ``step_seconds``, ``metric`` of each) and
-    ``examples_per_second`` at the row's batch, whose ``source`` is ``measured`` or ``predicted``.
+    ``examples_per_second`` at the row's batch, whose ``source`` is ``measured`` or ``predicted``; a step is of
+    all its micro-batches.
 
     Args:
         row: of :func:`groupsearch.fit.fit_rows`, with a size above 0.
@@ -60,14 +61,14 @@ def add_rates(row: dict[str, Any], sizes: Sizes) -> None:
         measured = measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: examples}, **how)
         timings.append({BATCH: examples, **asdict(measured)})
     row["timings"] = timings
-    row["examples_per_second"] = rate(timings, row[BATCH])
+    row["examples_per_second"] = rate(timings, row[BATCH], setup.micro_batches)
 
 
-def rate(timings: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+def rate(timings: Sequence[Mapping[str, Any]], batch_size: int, micro_batches: int = 1) -> dict[str, Any]:
     """``examples_per_second`` of a row from its timings: the value, the batch it is for, and its source."""
     points = [(timing[BATCH], timing["step_seconds"]) for timing in timings]
     return {
-        "value": batch_size / step_seconds(points, batch_size),
+        "value": micro_batches * batch_size / step_seconds(points, batch_size),
         BATCH: batch_size,
         "source": "measured" if batch_size in dict(points) else "predicted",
     }

@@ -119,8 +119,13 @@ def largest_expected(batch_size: int, population: int | None = None) -> int:
     return largest_within(lambda expected: batch_quantile(size, expected / size, QUANTILE), batch_size, size, (1,))
 
 
-def poisson_part(room: Room) -> dict[str, Any]:
-    """How expected batches are found and, where there is a sampling rate, what batches it makes."""
+def poisson_part(room: Room, micro_batches: int = 1) -> dict[str, Any]:
+    """How expected batches are found and, where there is a sampling rate, what batches it makes.
+
+    Args:
+        room: says how batches are drawn.
+        micro_batches: of the step whose peaks are told.
+    """
     quantile = f"{format_percent(QUANTILE)} of all batches"
     of = f"{format_count(room.population)} examples" if room.population else "a data set much larger than a batch"
     rule = f"An expected batch is the largest with which {quantile} fit whole, under Poisson sampling from {of}."
@@ -130,6 +135,8 @@ def poisson_part(room: Room) -> dict[str, Any]:
         part |= {"expected_batch_size": expected, "quantile_batch_size": room.quantile_batch_size}
         rule += f" At rate {format_number(room.sampling_rate)} a batch has {format_number(expected, 4)} examples on "
         rule += f"average and {quantile} have at most {room.quantile_batch_size}: pieces are how many physical ones."
+    if micro_batches > 1:
+        rule += " Peaks are those of a step that accumulates several physical batches, however many."
     return {**part, "rule": rule}
 
 

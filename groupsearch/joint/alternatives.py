@@ -127,11 +127,12 @@ class Alternatives:
     def operations(self, methods: Mapping[str, str] | str) -> int:
         """Multiply-accumulates of the norms and clipped sums of all sites with a choice, see :func:`operations`."""
         chosen = self.site_methods(methods)
-        return sum(
-            operations(replace(self.base.sites[index], method=chosen[index]), self.base.batch_size)
-            for index, chooses in enumerate(self.choosing)
-            if chooses
-        )
+        return self.operations_of([replace(s, method=m) for s, m in zip(self.base.sites, chosen, strict=True)])
+
+    def operations_of(self, sites: Sequence[Site]) -> int:
+        """As :meth:`operations`, of these sites by their own methods: of a trace that is not among the alternatives."""
+        by_choice = zip(sites, self.choosing, strict=True)
+        return sum(operations(site, self.base.batch_size) for site, chooses in by_choice if chooses)
 
     def hook(self, index: int, method: str) -> tuple[Instant, ...]:
         """The instants in a site's hook by a method.

@@ -14,6 +14,8 @@ from groupsearch.joint.problem import Form, Problem
 from groupsearch.memory import peak_memory
 from groupsearch.units import format_bytes
 
+JOINT = "joint"
+"""What documents and the command line call norm methods that were chosen together with the grouping."""
 WIDTH = 256
 Boundaries = tuple[int, ...]
 
@@ -56,7 +58,8 @@ def fewest_operations(alternatives: Alternatives, budget_bytes: int, width: int 
         width: how many partial decisions are kept at a site.
 
     Raises:
-        BudgetError: when nothing within the budget was found; the message says whether there is nothing.
+        BudgetError: when nothing within the budget was found; the message says whether there is nothing, and
+            the least peak that was found.
     """
     problem = Problem(alternatives)
     # one number for both: operations count more than any number of groups
@@ -71,12 +74,7 @@ def fewest_operations(alternatives: Alternatives, budget_bytes: int, width: int 
     if problem.outside_bytes <= budget_bytes:
         best, bound = decide(problem, 0, score, rest, width)
     if best is None:
-        known = "no grouping and choice of norm methods reaches it" if bound is None else "the search was cut short"
-        raise BudgetError(
-            f"Expected a budget that a grouping of this model keeps to with some choice of norm methods, found "
-            f"{format_bytes(budget_bytes)} ({budget_bytes} bytes): {known}. Raise the budget, lower the batch size "
-            f"or turn activation checkpointing on."
-        )
+        raise _refusal(problem, budget_bytes, width, cut_short=bound is not None)
     return _choice(alternatives, best, (best.score if bound is None else min(bound, best.score)) // unit)
 
 
@@ -86,17 +84,35 @@ def least_peak_choice(alternatives: Alternatives, width: int = WIDTH) -> tuple[C
     Returns:
         The choice, and the bytes that no choice goes below: its peak where it is exact.
     """
-    problem = Problem(alternatives)
+    best, bound_bytes = _least(Problem(alternatives), width)
+    choice = _choice(alternatives, best, 0)
+    with suppress(BudgetError):  # where that is cut short what was found stands
+        choice = fewest_operations(alternatives, best.score, width)
+    return choice, bound_bytes
+
+
+def _least(problem: Problem, width: int) -> tuple[Label, int]:
+    """The decisions with the least peak, and the bytes that none go below."""
 
     def score(before: int, form: Form, moment: int, closes: bool) -> int | None:
         return max(before, moment)
 
     best, bound = decide(problem, problem.outside_bytes, score, [0] * problem.length, width)
     assert best is not None  # nothing is refused
-    choice = _choice(alternatives, best, 0)
-    with suppress(BudgetError):  # where that is cut short what was found stands
-        choice = fewest_operations(alternatives, best.score, width)
-    return choice, best.score if bound is None else min(bound, best.score)
+    return best, best.score if bound is None else min(bound, best.score)
+
+
+def _refusal(problem: Problem, budget_bytes: int, width: int, *, cut_short: bool) -> BudgetError:
+    least, bound_bytes = _least(problem, width)
+    known = "the search was cut short" if cut_short else "no grouping and choice of norm methods reaches it"
+    exact = least.score == bound_bytes
+    reach = "which is the least there is" if exact else f"and none goes below {format_bytes(bound_bytes)}"
+    return BudgetError(
+        f"Expected a budget that a grouping of this model keeps to with some choice of norm methods, found "
+        f"{format_bytes(budget_bytes)} ({budget_bytes} bytes): {known}. One with {format_bytes(least.score)} "
+        f"({least.score} bytes) was found, {reach}. Raise the budget, lower the batch size or turn activation "
+        f"checkpointing on."
+    )
 
 
 def _choice(alternatives: Alternatives, label: Label, bound: int) -> Choice:

@@ -6,9 +6,11 @@ bytes; nothing is advised that the trace does not hold.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from groupsearch.grouping import Grouping
 from groupsearch.lifetimes import lifetimes
@@ -57,7 +59,47 @@ def finding(trace: Trace) -> str:
     """
     few = _fewest(trace)
     left = peak_memory(trace, few)
-    return f"{_first(trace, left, len(few) + 1)} {_second(trace, left)}"
+    return f"{_first(trace, left, len(few) + 1)} {_second(trace, few, left)}"
+
+
+def joint_finding(trace: Trace, joint: Mapping[str, Any]) -> str:
+    """What a joint choice of grouping and norm methods gives, and :func:`finding`'s second sentence about its peak.
+
+    Args:
+        trace: of the step with the methods chosen.
+        joint: the document's part ``joint``.
+    """
+    cuts = tuple(joint["boundaries"])
+    return f"{joint_sentence(trace, joint)} {_second(trace, cuts, peak_memory(trace, cuts))}"
+
+
+def joint_sentence(trace: Trace, joint: Mapping[str, Any]) -> str:
+    """How many weights go by each method in how many groups, what that takes against ``mixed``, and how exact it is."""
+    by_method = {row["norm_method"]: row for row in joint["compared"]}
+    mixed, weights = by_method["mixed"], joint["weights"]
+    chosen = " and ".join(f"{count} by {method}" for method, count in weights.items())
+    budget = joint["budget_bytes"]
+    aim = "the least peak" if budget is None else f"the fewest operations within {format_bytes(budget)}"
+    groups = f"{joint['groups']} group{'' if joint['groups'] == 1 else 's'}"
+    return (
+        f"Norms and grouping chosen together for {aim}: {groups}, norms of weights {chosen or 'none'}, peak at "
+        f"{_told(trace, joint['peak_bytes'])}, with {_times(joint['operations'], mixed['operations'])} the operations "
+        f"of mixed, which needs {format_bytes(mixed['all_layer_bytes'])} all-layer and "
+        f"{format_bytes(mixed['floor_bytes'])} at the least; {_exactness(joint['bound'])}."
+    )
+
+
+def _times(operations: int, of_mixed: int) -> str:
+    return format_ratio(operations / of_mixed) if of_mixed else "none of"
+
+
+def _exactness(bound: Mapping[str, Any]) -> str:
+    what = "bytes" if bound["of"] == "peak_bytes" else "operations"
+    if bound["gap"] == 0:
+        return f"no choice takes fewer {what}" + (" within it" if what == "operations" else "")
+    if bound["gap"] is None or not math.isfinite(bound["gap"]):
+        return f"how few {what} might do is not known"
+    return f"at most {format_percent(bound['gap'], 2)} more {what} than the best choice may take"
 
 
 def parts(trace: Trace, peak: PeakEstimate) -> list[Part]:
@@ -74,15 +116,16 @@ def parts(trace: Trace, peak: PeakEstimate) -> list[Part]:
         _head_part(trace, loss),
         _blocks_part(trace, in_blocks, blocks),
         Part("activations outside repeated blocks", alive.activations - loss - in_blocks),
-        Part(_passing(trace, peak), alive.transients),
+        Part("workspaces of the device's libraries", trace.static.workspaces),
+        Part(_passing(trace, peak), alive.transients - trace.static.workspaces),
     ]
     return sorted(found, key=lambda part: -part.size_bytes)
 
 
-def growing_share(peak: PeakEstimate) -> float:
+def growing_share(trace: Trace, peak: PeakEstimate) -> float:
     """How much of a peak grows with the number of examples in the batch, of 1."""
     alive = peak.breakdown
-    passing = 0 if peak.where == "optimizer step" else alive.transients + alive.book
+    passing = 0 if peak.where == "optimizer step" else alive.transients - trace.static.workspaces + alive.book
     return (alive.activations + alive.batch + passing) / peak.peak_bytes
 
 
@@ -104,20 +147,20 @@ def _first(trace: Trace, left: PeakEstimate, groups: int) -> str:
     )
 
 
-def _second(trace: Trace, left: PeakEstimate) -> str:
+def _second(trace: Trace, cuts: tuple[int, ...], left: PeakEstimate) -> str:
     named = [part for part in parts(trace, left) if part.size_bytes >= WORTH_NAMING * left.peak_bytes]
     listed = "; ".join(f"{format_bytes(p.size_bytes)} {p.name}{f' ({p.remedy})' if p.remedy else ''}" for p in named)
-    share = growing_share(left)
+    share = growing_share(trace, left)
     grows = (
         f"{format_percent(share, 0)} of it grow with the batch" if share >= WORTH_NAMING else "the batch is no lever"
     )
-    return f"What is left peaks {_moment(left)}: {listed}; {grows}.{_before_the_step(trace, left)}"
+    return f"What is left peaks {_moment(left)}: {listed}; {grows}.{_before_the_step(trace, cuts, left)}"
 
 
-def _before_the_step(trace: Trace, left: PeakEstimate) -> str:
+def _before_the_step(trace: Trace, cuts: tuple[int, ...], left: PeakEstimate) -> str:
     if left.where != "optimizer step":
         return ""
-    site, live_bytes = max(timeline(trace, _fewest(trace))[:-1], key=lambda moment: moment[1])
+    site, live_bytes = max(timeline(trace, cuts)[:-1], key=lambda moment: moment[1])
     where = f"in the backward pass at {trace.sites[site].name}" if site >= 0 else "in the forward pass and the loss"
     return f" Before that step the most is {format_bytes(live_bytes)}, {where}."
 
@@ -157,7 +200,7 @@ def _head_part(trace: Trace, loss_bytes: int) -> Part:
 
 def _blocks_part(trace: Trace, in_blocks: int, blocks: list[int]) -> Part:
     remedy = ""
-    if trace.settings.get("checkpoint", "none") == "none" and len(blocks) > 1:
+    if trace.settings.get("checkpoint", "none") not in ("blocks", "every:1") and len(blocks) > 1:
         remedy = f"--checkpoint blocks keeps their inputs and one block's {format_bytes(max(blocks))} at a time"
     return Part(f"activations of {len(blocks)} blocks", in_blocks, remedy)
 

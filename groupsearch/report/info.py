@@ -88,9 +88,8 @@ class BreakdownRow(NamedTuple):
 
 def front_info(subject: Subject) -> FrontInfo | None:
     """Every candidate that was trained and did not diverge."""
-    shown = {entry.boundaries: entry for entry in subject.shown}
     rows = [row for row in subject.document.get("candidates") or [] if metric_of(row)]
-    points = [_front_point(row, shown.get(tuple(row["boundaries"]))) for row in rows]
+    points = [_front_point(row, subject.shown_as(row)) for row in rows]
     if not points:
         return None
     points.sort(key=lambda point: (point.peak_bytes, point.metric.mean, point.groups))

@@ -14,13 +14,15 @@ from groupsearch.report.canvas import (
     NEUTRAL,
     PART_COLOURS,
     bytes_axis,
+    faded,
     new_figure,
     padded,
     plain_axis,
 )
+from groupsearch.report.fits import FitInfo
 from groupsearch.report.info import BreakdownRow, GroupsInfo, StripInfo, TimelineInfo
 from groupsearch.report.subject import PARTS
-from groupsearch.units import format_bytes
+from groupsearch.units import format_bytes, format_count
 
 
 def draw_timeline(info: TimelineInfo) -> go.Figure:
@@ -141,6 +143,44 @@ def draw_breakdown(rows: Sequence[BreakdownRow]) -> go.Figure:
                 textposition="none",
                 hovertemplate="%{text}<extra></extra>",
             )
+    return figure
+
+
+def draw_fit(info: FitInfo) -> go.Figure:
+    """A bar to the largest size of each grouping, filled where that was run, and a diamond wherever it was run."""
+    rows = info.rows[::-1]
+    reach = max(1, *(row.size for row in rows))
+    across = {**plain_axis(f"largest {info.what} that fits"), "range": [0, 1.12 * reach]}
+    figure = new_figure({**plain_axis(""), "showgrid": False}, across, height=130 + 38 * len(rows))
+    figure.update_layout(bargap=0.35, barmode="overlay")
+    for run, name in ((True, "measured at that size"), (False, "predicted: traced, not run")):
+        shown = [row for row in rows if (row.size in row.measured) is run]
+        colours = [LOOKS[row.role].colour for row in shown]
+        if shown:
+            figure.add_bar(
+                x=[row.size for row in shown],
+                y=[_broken(row.name) for row in shown],
+                orientation="h",
+                name=name,
+                marker={
+                    "color": colours if run else [faded(colour, 0.16) for colour in colours],
+                    "line": {"color": colours, "width": 1.5},
+                },
+                text=[format_count(row.size) for row in shown],
+                textposition="outside",
+                cliponaxis=False,
+                hovertemplate="%{y}: %{x}<extra></extra>",
+            )
+    figure.add_scatter(
+        x=[size for row in rows for size in row.measured],
+        y=[_broken(row.name) for row in rows for _ in row.measured],
+        mode="markers",
+        marker={"symbol": "diamond", "size": 8, "color": NEUTRAL},
+        name="step measured",
+        hovertemplate="%{y}: step measured at %{x}<extra></extra>",
+        showlegend=any(row.measured for row in rows),
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=[_broken(row.name) for row in rows])
     return figure
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
-import plotly.graph_objects as go
-import plotly.io
 from plotly.offline import get_plotlyjs
 
 from groupsearch.errors import DocumentError
-from groupsearch.report import curves, info, memory_figures, tables, training_figures, words
+from groupsearch.report import curves, info, memory_figures, rungs, tables, training_figures, words
 from groupsearch.report.comparisons import comparisons, summary_of
+from groupsearch.report.profile_sections import fit_section, joint_section
+from groupsearch.report.section import Section, plot, unbroken
 from groupsearch.report.style import CSS, SCRIPT
 from groupsearch.report.subject import PARTS, Subject, groups_word
 from groupsearch.units import format_bytes, format_count
 
-TITLES = {"search": "search report", "profile": "memory profile", "verify": "verification", "train": "training report"}
-
-
-class Section(NamedTuple):
-    """One heading of the page with what stands under it, as HTML."""
-
-    title: str
-    body: str
+TITLES = {
+    "search": "search report",
+    "profile": "memory profile",
+    "fit": "what fits",
+    "verify": "verification",
+    "train": "training report",
+}
 
 
 def render_page(document: Mapping[str, Any]) -> str:
@@ -52,9 +50,9 @@ def render_page(document: Mapping[str, Any]) -> str:
 def _page(subject: Subject, sections: list[Section]) -> str:
     model = subject.document["model"]
     batch = model.get("batch_size")
-    eyebrow = f"groupsearch {TITLES[subject.kind]} · {subject.model_name}" + (f" · batch {batch}" if batch else "")
+    eyebrow = f"groupsearch {TITLES[subject.topic]} · {subject.model_name}" + (f" · batch {batch}" if batch else "")
     keys = "".join(
-        f'<div><dt>{escape(key.label)}</dt><dd class="value">{_unbroken(escape(key.value))}</dd>'
+        f'<div><dt>{escape(key.label)}</dt><dd class="value">{unbroken(escape(key.value))}</dd>'
         f'<dd class="note">{escape(key.note)}</dd></div>'
         for key in words.key_figures(subject)
     )
@@ -65,30 +63,14 @@ def _page(subject: Subject, sections: list[Section]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>{escape(eyebrow)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n'
         f'<main>\n<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n'
-        f"<h1>{_unbroken(escape(words.headline(subject)))}</h1>\n"
+        f"<h1>{unbroken(escape(words.headline(subject)))}</h1>\n"
         + (f'<dl class="keys">{keys}</dl>\n' if keys else "")
-        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.kind]}</p>\n</header>\n'
+        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n</header>\n'
         + "".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>\n" for s in sections)
         + f"<footer>Made by groupsearch from a {escape(subject.kind)} document, schema "
         f"{escape(str(subject.document['schema_version']))}. The page needs no network.</footer>\n</main>\n"
         f"{scripts}\n</body>\n</html>\n"
     )
-
-
-def _plot(name: str, figure: go.Figure, lede: str, caption: str) -> str:
-    # "<" only ever stands inside JSON strings, where its escape means the same and cannot end the script
-    data = str(plotly.io.to_json(figure, validate=False, engine="json")).replace("<", "\\u003c")
-    return (
-        f'<p class="lede">{escape(lede)}</p>\n<figure>\n'
-        f'<div class="plot" id="figure-{name}" role="img" aria-label="{escape(caption)}"></div>\n'
-        f'<script type="application/json" id="figure-{name}-data">{data}</script>\n'
-        f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
-    )
-
-
-def _unbroken(text: str) -> str:
-    """No line ends between a number and its unit or its interval."""
-    return re.sub(r"(?<=[\d±]) (?=%|±|[KMGT]i?B|B\b|\d)", "\N{NO-BREAK SPACE}", text)
 
 
 def _front(subject: Subject) -> Section | None:
@@ -105,7 +87,7 @@ def _front(subject: Subject) -> Section | None:
         f"on the front: {styles}. Bars are intervals over the seeds; a point without one was trained once."
     )
     title = f"What {found.metric_name} costs in memory"
-    return Section(title, _plot("front", training_figures.draw_front(found), lede, caption))
+    return Section(title, plot("front", training_figures.draw_front(found), lede, caption))
 
 
 def _timeline(subject: Subject) -> Section | None:
@@ -121,7 +103,7 @@ def _timeline(subject: Subject) -> Section | None:
     plain = found.nonprivate_peak_bytes
     caption = f"Peaks: {peaks}" + (f"; without privacy {format_bytes(plain)}." if plain else ".")
     return Section(
-        "Memory over one training step", _plot("timeline", memory_figures.draw_timeline(found), lede, caption)
+        "Memory over one training step", plot("timeline", memory_figures.draw_timeline(found), lede, caption)
     )
 
 
@@ -135,7 +117,7 @@ def _groups(subject: Subject) -> Section | None:
     )
     least = "; ".join(f"{groups_word(m)} {format_bytes(b)}" for m, b in found.least[:8])
     caption = f"Least peak: {least}" + (f"; floor {format_bytes(found.floor_bytes)}." if found.floor_bytes else ".")
-    return Section("How many groups are enough", _plot("groups", memory_figures.draw_groups(found), lede, caption))
+    return Section("How many groups are enough", plot("groups", memory_figures.draw_groups(found), lede, caption))
 
 
 def _strip(subject: Subject) -> Section | None:
@@ -145,7 +127,7 @@ def _strip(subject: Subject) -> Section | None:
     lede = "The layers in order, each use of a layer (a site) one cell; neighbours of one colour are clipped together."
     sizes = "; ".join(f"{row.name}: {groups_word(row.group_of[-1] + 1)}" for row in found.rows)
     caption = f"{format_count(len(found.sites))} sites. {sizes}. Point at a cell for its name."
-    return Section("Where the model is cut", _plot("strip", memory_figures.draw_strip(found), lede, caption))
+    return Section("Where the model is cut", plot("strip", memory_figures.draw_strip(found), lede, caption))
 
 
 def _breakdown(subject: Subject) -> Section | None:
@@ -160,7 +142,7 @@ def _breakdown(subject: Subject) -> Section | None:
     kept = "; ".join(f"{row.name} {format_bytes(row.part_bytes[book] + row.part_bytes[sums])}" for row in rows)
     caption = f"Book and sums at the peak: {kept}."
     return Section(
-        "What fills memory at the peak", _plot("breakdown", memory_figures.draw_breakdown(rows), lede, caption)
+        "What fills memory at the peak", plot("breakdown", memory_figures.draw_breakdown(rows), lede, caption)
     )
 
 
@@ -188,7 +170,7 @@ def _curves(subject: Subject) -> Section | None:
     runs = "Lines are means over the seeds; a band reaches from the worst to the best seed." if several else "One run."
     steps = max(curve.steps[-1] for curve in found.curves if curve.steps)
     caption = f"Up to step {format_count(steps)}. {runs}"
-    return Section("How training went", _plot("curves", training_figures.draw_curves(found), lede, caption))
+    return Section("How training went", plot("curves", training_figures.draw_curves(found), lede, caption))
 
 
 def _cost(subject: Subject) -> Section | None:
@@ -196,12 +178,22 @@ def _cost(subject: Subject) -> Section | None:
     if not cost:
         return _privacy(subject)
     training = subject.document.get("training") or {}
-    note = (
+    note = rungs.selection(subject) or (
         "Epsilon is what each training run spends. Choosing among runs by the accuracy on private validation data "
         "spends more, which is not counted here; choosing on public or synthetic data spends nothing."
     )
     facts = tables.cost_list({"epsilon": training.get("epsilon"), **cost})
-    return Section("What the search cost", f'{facts}\n<p class="lede">{note}</p>\n{_training(training)}')
+    return Section("What the search cost", f'{facts}\n<p class="lede">{escape(note)}</p>\n{_training(training)}')
+
+
+def _differences(subject: Subject) -> Section | None:
+    body = rungs.differences(subject)
+    return None if body is None else Section("Is one of them better?", body)
+
+
+def _evidence(subject: Subject) -> Section | None:
+    body = rungs.evidence(subject)
+    return None if body is None else Section("How the front was found", body)
 
 
 def _privacy(subject: Subject) -> Section | None:
@@ -240,4 +232,7 @@ def _origin(subject: Subject) -> Section:
     return Section("Where the numbers come from", f'<div class="side">{body}</div>')
 
 
-_SECTIONS = (_front, _timeline, _groups, _strip, _breakdown, _comparison, _curves, _cost, _numbers, _origin)
+_SECTIONS = (
+    *(_front, _differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section, _comparison),
+    *(_curves, _evidence, _cost, _numbers, _origin),
+)

@@ -62,6 +62,11 @@ class Subject:
         return str(self.document["kind"])
 
     @property
+    def topic(self) -> str:
+        """The kind, or ``fit`` where a profile also tells what fits into a memory."""
+        return "fit" if (self.document.get("fit") or {}).get("rows") else self.kind
+
+    @property
     def model_name(self) -> str:
         """The model as the user named it."""
         return str(self.document["model"].get("name", "the model"))
@@ -82,8 +87,11 @@ class Subject:
     def chosen(self) -> tuple[int, ...] | None:
         """The boundaries the page recommends: the search's, the trained ones, or the fewest groups near the floor.
 
-        Where a profile's front ends above the floor, that is its last entry.
+        Where a profile's front ends above the floor, that is its last entry; where norm methods were chosen
+        together with the grouping, it is that one.
         """
+        if self.document.get("joint"):
+            return tuple(self.document["joint"]["boundaries"])
         if self.document.get("recommended"):
             return tuple(self.document["recommended"]["boundaries"])
         if self.kind == "train" and self.document.get("boundaries") is not None:
@@ -99,6 +107,7 @@ class Subject:
         if self.chosen is None:
             return tuple(Shown(name, name, cuts) for name, cuts in found.items())
         word = {"train": "trained", "profile": "least peak"}.get(self.kind, "recommended")
+        word = "joint" if self.document.get("joint") else word
         same = [name for name, cuts in found.items() if cuts == self.chosen]
         if same:
             return tuple(Shown(f"{n} ({word})" if n in same else n, n, cuts) for n, cuts in found.items())
@@ -119,9 +128,16 @@ class Subject:
         return Peak(estimate.peak_bytes, _parts(asdict(estimate.breakdown)), estimate.site, str(estimate.where))
 
     def candidate(self, boundaries: Sequence[int] | None) -> Mapping[str, Any] | None:
-        """The search's candidate with these boundaries."""
-        rows = self.document.get("candidates") or []
+        """The search's candidate with these boundaries; of several with other rules or thresholds the recommended."""
+        recommended = self.document.get("recommended")
+        rows = [*([recommended] if recommended else []), *(self.document.get("candidates") or [])]
         return next((row for row in rows if boundaries is not None and row["boundaries"] == list(boundaries)), None)
+
+    def shown_as(self, row: Mapping[str, Any]) -> Shown | None:
+        """What a candidate is shown as, which of several with the same boundaries is :meth:`candidate`."""
+        found = next((entry for entry in self.shown if entry.boundaries == tuple(row["boundaries"])), None)
+        same = found is not None and options_of(self.candidate(found.boundaries) or row) == options_of(row)
+        return found if same else None
 
     def metric(self, boundaries: Sequence[int] | None) -> Metric | None:
         """The metric of the candidate with these boundaries, if it was trained and did not diverge."""
@@ -139,6 +155,11 @@ def metric_of(row: Mapping[str, Any] | None) -> Metric | None:
     if not isinstance(found, Mapping) or found.get("mean") is None:
         return None
     return Metric(str(found.get("name", "metric")), float(found["mean"]), found.get("half_width"))
+
+
+def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The clip rule and the allocation of thresholds of a candidate or a curve, where a search chose them."""
+    return tuple(str(row[name]) for name in ("rule", "allocation") if row.get(name) is not None)
 
 
 def groups_word(groups: int) -> str:

@@ -9,16 +9,18 @@ from typing import Any
 from groupsearch.report.comparisons import Comparison
 from groupsearch.report.curves import CurvesInfo
 from groupsearch.report.info import BreakdownRow
-from groupsearch.report.subject import PARTS, Subject, is_share, metric_of
+from groupsearch.report.subject import PARTS, Subject, is_share, metric_of, options_of
 from groupsearch.units import (
     format_bytes,
     format_count,
     format_interval,
     format_number,
+    format_percent,
     format_seconds,
     format_signed_percent,
 )
 
+RESERVED = ("reserved", "fragmented")
 COST_WORDS = {
     "seconds": "wall-clock time",
     "trials": "groupings tried",
@@ -46,10 +48,11 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], w
 
 
 def comparison_table(rows: Sequence[Comparison]) -> str:
-    """Estimate against what was seen."""
+    """Estimate against what was seen; beside what was allocated on a GPU, what was reserved for it and left over."""
+    known = any(row.reserved_bytes for row in rows)
     return table(
         "Estimate against what was seen (error = estimate / seen - 1)",
-        ("grouping", "level", "groups", "estimate", "seen", "error", "step", "verdict"),
+        ("grouping", "level", "groups", "estimate", "seen", "error", *(RESERVED if known else ()), "step", "verdict"),
         [
             (
                 row.grouping,
@@ -58,6 +61,7 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
                 format_bytes(row.estimate_bytes),
                 format_bytes(row.seen_bytes),
                 format_signed_percent(row.relative_error),
+                *(_reserved(row) if known else ()),
                 "" if row.step_seconds is None else format_seconds(row.step_seconds),
                 _verdict(row),
             )
@@ -76,7 +80,7 @@ def candidates_table(subject: Subject) -> str:
         [
             (
                 _boundaries(row["boundaries"]),
-                str(row.get("source", "")),
+                ", ".join(filter(None, (str(row.get("source", "")), *options_of(row), row.get("variant")))),
                 format_count(row["groups"]),
                 format_bytes(row["peak_bytes"]),
                 found.text if (found := metric_of(row)) else "not trained",
@@ -159,6 +163,12 @@ def cost_list(cost: Mapping[str, Any]) -> str:
 def facts_table(caption: str, facts: Mapping[str, Any]) -> str:
     """Names and values, nested mappings flattened, in the order of the names."""
     return table(caption, ("name", "value"), sorted(_flat(facts)), words=2)
+
+
+def _reserved(row: Comparison) -> tuple[str, str]:
+    if not row.reserved_bytes:
+        return "", ""
+    return format_bytes(row.reserved_bytes), format_percent(1 - row.seen_bytes / row.reserved_bytes)
 
 
 def _verdict(row: Comparison) -> str:

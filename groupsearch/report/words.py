@@ -25,6 +25,7 @@ EXPLAINER = (
 PURPOSE = {
     "search": "This page shows which cuts are worth having for this model, and what each costs.",
     "profile": "This page shows how much memory each way to cut this model needs.",
+    "fit": "This page shows how much fits into a given memory, for each way to cut this model.",
     "verify": "This page compares the memory that was predicted with the memory that was used.",
     "train": "This page shows a training run with one such cut.",
 }
@@ -40,7 +41,8 @@ class KeyFigure(NamedTuple):
 
 def headline(subject: Subject) -> str:
     """The page's finding in one sentence."""
-    recorded = subject.document.get("summary")
+    fit = subject.document["fit"] if subject.topic == "fit" else {}
+    recorded = fit.get("summary") or subject.document.get("summary")
     if subject.kind == "profile" and isinstance(recorded, str) and recorded.strip():
         return recorded.strip()
     makers = {"search": _search_line, "profile": _profile_line, "verify": _verify_line, "train": _train_line}
@@ -49,8 +51,8 @@ def headline(subject: Subject) -> str:
 
 def key_figures(subject: Subject) -> tuple[KeyFigure, ...]:
     """Three or four numbers; those the document does not know are left out."""
-    makers = {"verify": _verify_figures}
-    return tuple(figure for figure in makers.get(subject.kind, _grouping_figures)(subject) if figure is not None)
+    makers = {"verify": _verify_figures, "fit": _fit_figures}
+    return tuple(figure for figure in makers.get(subject.topic, _grouping_figures)(subject) if figure is not None)
 
 
 def _search_line(subject: Subject) -> str:
@@ -146,6 +148,22 @@ def _verify_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
         else None,
         KeyFigure("largest error", format_signed_percent(worst.relative_error), worst.grouping),
         KeyFigure("under-estimates", f"{under} of {len(rows)}", "used more than was predicted"),
+    )
+
+
+def _fit_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
+    fit = subject.document["fit"]
+    what = "largest batch" if fit["varies"] == "batch_size" else "longest sequence"
+    plain = fit["rows"][0]["size"]
+    labels = {"best": f"{what}, best grouping", "all-layer": "all-layer", "layer-wise": "layer-wise"}
+    found = {row["grouping"]: row["size"] for row in fit["rows"]}
+    return (
+        *(
+            KeyFigure(label, format_count(size), f"{format_ratio(size / plain)} of non-private" if plain else "")
+            for name, label in labels.items()
+            if (size := found.get(name)) is not None
+        ),
+        KeyFigure("without privacy", format_count(plain), f"in {format_bytes(fit['memory_bytes'])}"),
     )
 
 

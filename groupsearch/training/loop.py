@@ -11,11 +11,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.accounting import epsilon
@@ -31,6 +32,8 @@ from groupsearch.training.settings import TrainSettings
 from groupsearch.workloads.blocks import checkpoint_as
 from groupsearch.workloads.workload import Batch, Data, Workload
 
+# float16 takes small gradients for zero. A scale that adapts tells of overflows without noise, so it stays as it is.
+_LOSS_SCALE = 2.0**10
 _STREAMS = ("weights", "sampling", "noise", "dropout")
 
 OnStep = Callable[[int, CurvePoint | None], None]
@@ -117,6 +120,7 @@ class _Run:
         self.device = torch.device(settings.device)
         self.model = workload.build(self.seeds["weights"]).to(self.device)
         checkpoint_as(self.model, settings.checkpoint)
+        self.scaler = GradScaler(self.device.type, _LOSS_SCALE, enabled=settings.autocast == "float16")
         self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
         self.batches = PoissonBatches(
             data.train,
@@ -147,6 +151,7 @@ class _Run:
                 noise_multiplier=self.noise_multiplier,
                 batches=self.batches,
                 loss_reduction="sum",
+                grad_scaler=self.scaler,
                 options=settings.options,
                 generator=torch.Generator(self.device).manual_seed(self.seeds["noise"]),
             )
@@ -167,16 +172,25 @@ class _Run:
         begin = time.perf_counter()
         total = torch.zeros((), device=self.device)
         for batch in logical:
-            loss = self.workload.loss(self.model, {name: t.to(self.device) for name, t in batch.items()}).sum()
+            with self._casting():
+                loss = self.workload.loss(self.model, {name: t.to(self.device) for name, t in batch.items()}).sum()
             # The engine divides by the expected batch size itself.
-            torch.autograd.backward(loss if self.grouping is not None else loss / self.batches.expected_batch_size)
+            share = loss if self.grouping is not None else loss / self.batches.expected_batch_size
+            torch.autograd.backward(self.scaler.scale(share))
             total += loss.detach()
         self._check_finite(step, "training", total.item())
-        self.optimizer.step()
+        self._take_step(logical)
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begin
+
+    def _take_step(self, logical: LogicalBatch) -> None:
+        if self.grouping is None and not logical.examples:
+            self.optimizer.step()  # a scaler expects gradients to look at
+            return
+        self.scaler.step(self.optimizer)
+        self.scaler.update(_LOSS_SCALE)
 
     def is_due(self, step: int) -> bool:
         every = self.settings.evaluate_every
@@ -188,7 +202,7 @@ class _Run:
         count = self.data.validation_size
         limit = self.settings.physical_batch or self.workload.batch_size
         loss = metric = 0.0
-        with _evaluation_mode(self.model):
+        with _evaluation_mode(self.model), self._casting():
             for chunk in physical_chunks(torch.arange(count, device="cpu"), limit):
                 batch = self._select(self.data.validation, chunk)
                 loss += self.workload.loss(self.model, batch).double().sum().item()
@@ -198,6 +212,11 @@ class _Run:
         return CurvePoint(
             step, loss / count, None if self.workload.metric is None else metric / count, self._adaptive_thresholds()
         )
+
+    def _casting(self) -> AbstractContextManager[None]:
+        if self.settings.autocast == "none":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.autocast))
 
     def _adaptive_thresholds(self) -> tuple[float, ...]:
         if self.engine is None or self.engine.plan.adaptive is None:

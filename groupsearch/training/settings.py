@@ -11,6 +11,7 @@ from groupsearch.engine.accounting import default_delta, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
+from groupsearch.tracer.step import AUTOCASTS
 from groupsearch.workloads.workload import Workload
 
 
@@ -38,6 +39,8 @@ class TrainSettings:
         checkpoint: ``none``, or ``blocks`` (``every:K``) to recompute every repeated block (one in K) in the
             backward pass instead of keeping its activations, which changes memory and time and, but for
             rounding, no number.
+        autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to, in training and
+            evaluation; float16 comes with a loss scale.
     """
 
     steps: int
@@ -57,12 +60,15 @@ class TrainSettings:
     device: str = "cpu"
     options: EngineOptions = field(default_factory=EngineOptions)
     checkpoint: str = "none"
+    autocast: str = "none"
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise GroupSearchError(f"Expected {name} >= {least}, found {getattr(self, name)}.")
         checkpoint_interval(self.checkpoint)
+        if self.autocast not in AUTOCASTS:
+            raise GroupSearchError(f"Expected autocast to be one of {', '.join(AUTOCASTS)}, found {self.autocast!r}.")
 
     @classmethod
     def of(cls, workload: Workload, **changes: Any) -> TrainSettings:

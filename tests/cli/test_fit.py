@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from groupsearch.memory import peak_memory
 from groupsearch.records import read_document
 from groupsearch.units import parse_bytes
+from groupsearch.verify import Setup
 from tests.cli.running import ROOT, refused, run
 from tests.test_fit import FACTORIES
 
@@ -52,8 +54,26 @@ def test_the_document_is_a_profile_that_also_tells_what_fits(fit):
         assert row["peak_bytes"] <= part["usable_bytes"] < row["next_peak_bytes"]
         assert "examples_per_second" not in row, "never measured"
     assert {row["size"] for row in part["rows"]} <= set(part["traced"])
+    assert document["settings"]["micro_batches"] == 2, "batches that are taken in pieces add up"
+    assert "accumulates several" in part["poisson"]["rule"]
     assert part["poisson"]["quantile_batch_size"] > part["poisson"]["expected_batch_size"] == 200
     assert document["model"]["batch_size"] == document["trace"]["batch_size"] == 16
+
+
+def test_micro_batches_and_autocast_are_those_of_every_trace(mine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    how = ("--memory", "128KiB", "--optimizer", "sgd", "--grouping", "all-layer")
+    assert run("fit", f"{mine}:blocks", *how, "--micro-batches", 3, "--autocast", "bfloat16").exit_code == 0
+    (path,) = (tmp_path / "profiles").iterdir()
+    assert path.name.endswith("-cpu-micro-batches-3-autocast-bfloat16-fit.json")
+    document = read_document(path)
+    assert document["trace"]["settings"]["autocast"] == "bfloat16"
+    row = next(row for row in document["fit"]["rows"] if row["grouping"] == "all-layer")
+    settings = {"batch_size": row["size"]}
+    whole = Setup(f"{mine}:blocks", settings, optimizer="sgd", micro_batches=3, autocast="bfloat16").trace()
+    assert row["peak_bytes"] == peak_memory(whole, ()).peak_bytes
+    plain = Setup(f"{mine}:blocks", settings, optimizer="sgd").trace()
+    assert row["peak_bytes"] != peak_memory(plain, ()).peak_bytes
 
 
 def test_the_table_and_the_sentence_are_said(fit):

@@ -135,6 +135,63 @@ def profile_document(name: str = "synthetic-vit") -> dict[str, Any]:
     )
 
 
+def fit_document(name: str = "synthetic-vit") -> dict[str, Any]:
+    """A profile that also tells what fits: measured at the size itself, at smaller ones, and nowhere; and one at 0."""
+    sizes = {"non-private": 64, "best": 60, "all-layer": 40, "layer-wise": 60, "best:2": 1, "uniform:4": 0}
+    rows = [
+        {
+            "grouping": text,
+            "boundaries": None if text == "non-private" else [],
+            "groups": None if text == "non-private" else 4,
+            "size": size,
+            "batch_size": size,
+            "expected_batch_size": None if text == "non-private" else size // 2,
+            "pieces": None,
+            "peak_bytes": 1000 * size or None,
+            "next_peak_bytes": 1000 * (size + 1),
+            "limited_by": "limit" if text == "non-private" else "memory",
+        }
+        for text, size in sizes.items()
+    ]
+    rows[1]["timings"] = [{"batch_size": at, "step_seconds": 0.1 * at} for at in (15, 30)]
+    rows[1]["examples_per_second"] = {"value": 1234.5, "batch_size": 60, "source": "predicted"}
+    rows[4]["timings"] = [{"batch_size": 1, "step_seconds": 0.1}]
+    rows[4]["examples_per_second"] = {"value": 10.0, "batch_size": 1, "source": "measured"}
+    fit = {
+        "memory_bytes": 2**16,
+        "margin": 0.005,
+        "usable_bytes": 65208,
+        "varies": "batch_size",
+        "limit": 64,
+        "poisson": {"rule": "An expected batch is the largest that fits whole."},
+        "rows": rows,
+        "summary": "Non-private training fits a batch of at least 64.",
+    }
+    return {**profile_document(name), "fit": fit, "summary": "Grouping saves much here."}
+
+
+def joint_document(name: str = "synthetic-vit") -> dict[str, Any]:
+    """A profile whose norm methods were chosen with the grouping, measured on a GPU."""
+    document = profile_document(name)
+    compared = [
+        {"norm_method": method, "all_layer_bytes": 2**20 * k, "floor_bytes": 2**19 * k, "operations": 10**6 * k}
+        for k, method in enumerate(("mixed", "ghost", "instantiate", "recompute", "joint"), 1)
+    ]
+    document["joint"] = {
+        "budget_bytes": 2**24,
+        "boundaries": list(STYLES["3"]),
+        "groups": 3,
+        "peak_bytes": peak(transformer_trace(), STYLES["3"]).peak_bytes,
+        "operations": 500_000,
+        "bound": {"of": "operations", "least": 500_000, "gap": 0.0},
+        "weights": {"ghost": 5, "instantiate": 13},
+        "compared": compared,
+    }
+    for row in document["measurements"]:
+        row["reserved_bytes"] = 2 * row["peak_bytes"]
+    return document
+
+
 def search_document(name: str = "synthetic-vit") -> dict[str, Any]:
     trace = transformer_trace()
     means = {"all-layer": 0.935, "4": 0.931, "2": 0.934, "3": 0.9325, "7": 0.927, "layer-wise": 0.917}

@@ -12,11 +12,11 @@ import pytest
 from groupsearch.grouping import Grouping
 from groupsearch.memory import PeakEstimate, peak_memory
 from groupsearch.partition import floor_bytes, front
-from groupsearch.report.finding import WORTH_NAMING, Part, finding, growing_share, parts
+from groupsearch.report.finding import WORTH_NAMING, Part, finding, growing_share, joint_finding, parts
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 from groupsearch.verify import Setup
-from tests.report.synthetic import transformer_trace
+from tests.report.synthetic import joint_document, transformer_trace
 
 GPT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 64}
 MLP = "tests.benchmarks.networks:mlp"
@@ -78,10 +78,47 @@ def test_checkpointing_saves_what_the_blocks_are_said_to_take(gpt) -> None:
     assert "--checkpoint" not in finding(again)
 
 
+def test_checkpointing_the_other_blocks_saves_what_they_are_said_to_take(gpt) -> None:
+    some, every = gpt(checkpoint="every:2"), gpt(checkpoint="blocks")
+    told, inputs = part(some, "activations of 6 blocks"), 6 * 4 * 8 * 64 * 64
+    saved = some.nonprivate_peak_bytes - every.nonprivate_peak_bytes
+    assert told.size_bytes == pytest.approx(saved + inputs, rel=0.1)
+    assert "--checkpoint blocks keeps" in told.remedy
+    assert "--checkpoint blocks keeps" in finding(gpt(vocabulary=800, checkpoint="every:2"))
+
+
+def test_where_grouping_saves_nothing_what_would_is_named_with_its_bytes(gpt) -> None:
+    """Chunks of the loss and a smaller head for logits, checkpointing for blocks, an optimizer for its state."""
+    text = finding(gpt(vocabulary=2000))
+    assert text.startswith("Grouping saves nothing here")
+    logits, blocks = part(gpt(vocabulary=2000), "logits"), part(gpt(vocabulary=2000), "activations of 6 blocks")
+    assert f"{format_bytes(logits.size_bytes)} {logits.name} (a loss taken in chunks, a smaller head)" in text
+    assert f"{format_bytes(blocks.size_bytes)} {blocks.name} (--checkpoint blocks keeps" in text
+    assert "(an optimizer that keeps less)" in finding(mlp())
+
+
+def test_a_joint_choice_is_told_with_how_exact_it_is() -> None:
+    document = joint_document()
+    trace, joint = Trace.from_json(document["trace"]), document["joint"]
+    text = joint_finding(trace, joint)
+    assert "the fewest operations within 16.0 MiB: 3 groups, norms of weights 5 by ghost and 13 by instantiate" in text
+    assert f"peak at {format_bytes(joint['peak_bytes'])}" in text
+    assert "0.50x the operations of mixed, which needs 1.00 MiB all-layer and 512 KiB at the least" in text
+    assert "no choice takes fewer operations within it" in text
+    assert format_bytes(peak_memory(trace, tuple(joint["boundaries"])).breakdown.book) in text
+    loose = joint_finding(trace, {**joint, "bound": {"of": "operations", "least": 400_000, "gap": 0.25}})
+    assert "at most 25.00 % more operations than the best choice may take" in loose
+    unknown = {"of": "operations", "least": 0, "gap": float("inf")}
+    assert "how few operations might do is not known" in joint_finding(trace, {**joint, "bound": unknown})
+    least = {**joint, "budget_bytes": None, "bound": {"of": "peak_bytes", "least": 1, "gap": 0.0}}
+    assert "for the least peak: 3 groups" in joint_finding(trace, least)
+    assert "no choice takes fewer bytes." in joint_finding(trace, least)
+
+
 def test_the_share_that_grows_with_the_batch_does(gpt) -> None:
     full, half = gpt(), gpt(batch_size=4)
     fallen = 1 - whole(half).peak_bytes / whole(full).peak_bytes
-    assert fallen == pytest.approx(growing_share(whole(full)) / 2, abs=0.01)
+    assert fallen == pytest.approx(growing_share(full, whole(full)) / 2, abs=0.01)
 
 
 def test_a_checkpointed_vit_is_told_what_few_groups_save() -> None:

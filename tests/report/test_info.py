@@ -156,8 +156,8 @@ def test_comparisons_are_signed_and_under_estimates_counted(documents: Documents
     }
     rows = comparisons(Subject(document))
     assert rows == (
-        ("simulation", "all-layer", 1, 990, 1000, -0.01, 0.5, None),
-        ("measurement", "all-layer", 1, 1020, 1000, 0.02, 0.5, None),
+        ("simulation", "all-layer", 1, 990, 1000, -0.01, 0.5, None, None),
+        ("measurement", "all-layer", 1, 1020, 1000, 0.02, 0.5, None, None),
     )
     assert summary_of(rows) == (
         "Errors of the estimate run from -1.00 % to +2.00 %, and 1 of 2 are under-estimates by more than 0.01 %."
