@@ -28,11 +28,11 @@ def with_numbers(text: str) -> str:
 
 
 def _accuracy() -> Iterator[str]:
-    yield from _table("models", "peaks compared", "median error", "worst", "under-estimates", "worst of them")
+    yield from table_head("models", "peaks compared", "median error", "worst", "under-estimates", "worst of them")
     for kind, part in document("accuracy")["summary"].items():
         if kind in ("all", "transformers", "convolutions"):
             errors = part["estimate/measurement"]
-            yield _row(
+            yield table_row(
                 kind,
                 format_count(errors["numbers"]),
                 format_percent(errors["median_absolute"], 3),
@@ -44,7 +44,7 @@ def _accuracy() -> Iterator[str]:
 
 def _evidence() -> Iterator[str]:
     groups = ("2 groups", "4 groups", "8 groups")
-    yield from _table(
+    yield from table_head(
         "model",
         "batch",
         "precision",
@@ -59,7 +59,7 @@ def _evidence() -> Iterator[str]:
     for row in document("evidence")["rows"]:
         plain = row["nonprivate_peak_bytes"]
         fewest = f"{row['groups_at_floor']} group{'s' if row['groups_at_floor'] > 1 else ''}"
-        yield _row(
+        yield table_row(
             row["model"],
             f"{row['batch_size']} of {row['given']}",
             "float32" if row["autocast"] == "none" else row["autocast"],
@@ -73,7 +73,7 @@ def _evidence() -> Iterator[str]:
 
 
 def _sweep() -> Iterator[str]:
-    yield from _table(
+    yield from table_head(
         "model", "attention", "checkpointing", "no privacy", "all-layer", "two groups, best", "below",
         "fastDP all-layer", "fastDP two groups, best", "below", "without one-hot", "below",
     )  # fmt: skip
@@ -81,7 +81,7 @@ def _sweep() -> Iterator[str]:
         bests = []
         for key in ("ours_bytes", "fastdp_bytes", "fastdp_without_one_hot_bytes"):
             bests += [format_bytes(min(curve[key])), f"`{_short(_best_site(curve, key))}`"]
-        yield _row(
+        yield table_row(
             curve["model"],
             curve["attention"],
             curve["checkpoint"],
@@ -105,14 +105,14 @@ def _rows() -> Iterator[str]:
         yield ""
         edges = next(iter(chosen.values()))["block_boundaries"]
         steps = range(len(edges) // 6, len(edges), len(edges) // 6)
-        yield from _table("boundary below block", *(f"{step}" for step in steps))
+        yield from table_head("boundary below block", *(f"{step}" for step in steps))
         for (attention, checkpoint), curve in chosen.items():
             label = f"{attention}{', checkpointed' if checkpoint != 'none' else ''}"
             at = [edges[step] - 1 for step in steps]
-            yield _row(f"groupsearch, {label}", *(_gib(curve["ours_bytes"][b]) for b in at))
+            yield table_row(f"groupsearch, {label}", *(_gib(curve["ours_bytes"][b]) for b in at))
             pairs = zip(curve["fastdp_bytes"], curve["fastdp_without_one_hot_bytes"], strict=True)
             cells = [f"{_gib(whole)} ({_gib(without)})" for whole, without in pairs]
-            yield _row(f"fastDP, {label}", *(cells[b] for b in at))
+            yield table_row(f"fastDP, {label}", *(cells[b] for b in at))
         yield ""
 
 
@@ -155,11 +155,13 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f}"
 
 
-def _table(*names: str) -> tuple[str, str]:
-    return _row(*names), _row(*["---"] * len(names))
+def table_head(*names: str) -> tuple[str, str]:
+    """The head of a table."""
+    return table_row(*names), table_row(*["---"] * len(names))
 
 
-def _row(*cells: str) -> str:
+def table_row(*cells: str) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 

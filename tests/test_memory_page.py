@@ -55,7 +55,7 @@ def test_checkpointing_is_where_grouping_buys_most() -> None:
 def test_without_checkpointing_all_layer_costs_a_few_percent() -> None:
     for row in document("evidence")["rows"]:
         if row["checkpoint"] == "none":
-            assert row["all_layer_bytes"] < 1.05 * row["nonprivate_peak_bytes"]
+            assert row["all_layer_bytes"] < 1.06 * row["nonprivate_peak_bytes"]
 
 
 def test_where_language_models_peak_with_checkpointing() -> None:
