@@ -70,8 +70,8 @@ class SharedStorage(BaseStorage):
                 if TrialState.RUNNING in arguments:
                     raise  # Optuna takes the next one that waits
                 return False
-            except (OSError, StorageInternalError) as error:
-                if not _is_outage(error):
+            except Exception as error:  # each database driver has exceptions of its own
+                if not is_outage(error):
                     raise
                 self._wait(error, pause, time.monotonic() - begun)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -101,15 +101,20 @@ def _forward(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in SharedStorage.__abstractmethods__:
+# The last has a body in the base class, which reads all trials.
+for _name in (*SharedStorage.__abstractmethods__, "get_trial_id_from_study_id_trial_number"):
     setattr(SharedStorage, _name, _forward(_name))
 update_abstractmethods(SharedStorage)  # type: ignore[type-abstract]
 
 
-def _is_outage(error: Exception) -> bool:
+def is_outage(error: Exception) -> bool:
     """Whether an error says that the storage is out of reach, not that it was asked for something wrong."""
     if isinstance(error, OSError):
         return True
-    from sqlalchemy.exc import InterfaceError, OperationalError  # only here: a journal does without
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if not type(cause).__module__.startswith("sqlalchemy"):
+        return False
+    from sqlalchemy import exc  # only here: a journal does without
 
-    return isinstance(error.__cause__, InterfaceError | OperationalError)
+    lost = getattr(cause, "connection_invalidated", False)  # in the middle of an operation
+    return bool(lost) or isinstance(cause, exc.InterfaceError | exc.OperationalError | exc.PendingRollbackError)

@@ -12,9 +12,11 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.journal import Journal
-from groupsearch.search.patience import SharedStorage, share
+from groupsearch.search.patience import SharedStorage, is_outage, share
 
 _ATTEMPTS = 10
+_PATIENCE_SECONDS, _PAUSE_SECONDS = 600.0, 1.0
+_USED: set[str] = set()  # databases that were opened
 
 
 def open_storage(storage: str | Path | None) -> SharedStorage:
@@ -66,18 +68,33 @@ def _open_journal(path: Path) -> BaseStorage:
 
 
 def _open_database(url: str) -> BaseStorage:
-    try:
+    begun = time.monotonic()
+    while True:
+        try:
+            return _database(url)
+        except Exception as error:  # each database driver has exceptions of its own
+            # What this process has used before is away for a while; what it has not may be a wrong name.
+            if url not in _USED or not is_outage(error) or time.monotonic() - begun > _PATIENCE_SECONDS:
+                raise _refusal(url, error) from error
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _database(url: str) -> BaseStorage:
+    if url not in _USED:  # looking for tables takes longer than all else
         _make_tables(url)
-        database = RDBStorage(url, skip_table_creation=True)
-        weakref.finalize(database, database.engine.dispose)  # else its connections stay open
-        return optuna.storages.get_storage(database)  # adds Optuna's cache of finished trials
-    except Exception as error:  # each database driver has exceptions of its own
-        reason = str(error).replace(url, shown(url)).partition("\n")[0]
-        raise GroupSearchError(
-            f"Expected a database of studies at {shown(url)}, found: {type(error).__name__}: {reason}. Check the URL "
-            f"and that the driver is installed (for postgresql://: `pip install 'groupsearch[postgresql]'`), or name "
-            f"a file with --storage."
-        ) from error
+    database = RDBStorage(url, skip_table_creation=True)
+    _USED.add(url)
+    weakref.finalize(database, database.engine.dispose)  # else its connections stay open
+    return optuna.storages.get_storage(database)  # adds Optuna's cache of finished trials
+
+
+def _refusal(url: str, error: Exception) -> GroupSearchError:
+    reason = str(error).replace(url, shown(url)).partition("\n")[0]
+    return GroupSearchError(
+        f"Expected a database of studies at {shown(url)}, found: {type(error).__name__}: {reason}. Check the URL "
+        f"and that the driver is installed (for postgresql://: `pip install 'groupsearch[postgresql]'`), or name "
+        f"a file with --storage."
+    )
 
 
 def _make_tables(url: str) -> None:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.search.choice import Choice
+from groupsearch.search.fingerprint import differences, problem_fingerprint
+from groupsearch.search.orders import Order, Proposer, begun_anew, trial_of
 from groupsearch.search.patience import WORKER, SharedStorage
 from groupsearch.search.settings import SearchSettings
 from groupsearch.search.space import Space
 from groupsearch.search.storage import open_storage, shown, study_names
 from groupsearch.search.workers import Watch, is_known_dead
-from groupsearch.trace import Trace
 
-_DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)  # the metric, the peak
+_ANSWER = "answer"  # the user attribute that says why a trial was not trained
+_DIRECTIONS = {"metric": StudyDirection.MAXIMIZE, "peak": StudyDirection.MINIMIZE, "time": StudyDirection.MINIMIZE}
 _FINGERPRINT = "fingerprint"
 _RECORDS = "/evaluations"  # what the name of the study that holds the evaluations ends with
 _LOOK_SECONDS = 1.0  # between looks for the dead
@@ -38,6 +41,7 @@ class SharedStudy(Study):
         shared: the storage of both.
         records: the study of evaluations; it has no sampler's trials.
         place: a number that no other worker has, nor had: a sampler seeded by it repeats nobody's draws.
+        study_id: what the storage calls this study.
     """
 
     def __init__(self, name: str, storage: SharedStorage) -> None:
@@ -45,32 +49,97 @@ class SharedStudy(Study):
         self.shared = storage
         self.records = optuna.load_study(study_name=name + _RECORDS, storage=storage)
         self.place = 0
+        self.study_id = storage.get_study_id_from_name(name)
         self._watch = Watch()
         self._looked = self._beats_at = -math.inf
         self._beats: dict[str, Any] = {}
 
     def ask(self, *arguments: Any, **named: Any) -> Trial:
         """The next trial; before that, what dead workers left is queued again."""
-        if time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self.take_back()
+        self._look()
         return super().ask(*arguments, **named)
 
+    def begin(self, space: Space) -> Order:
+        """What waits, or else what the sampler suggests; this worker runs it then.
+
+        What our sampler suggests is stored in one step, and nothing of it is read again: on a database every
+        further operation costs several statements and a transaction.
+        """
+        self._look()
+        if isinstance(self.sampler, Proposer):
+            trials = self.get_trials(deepcopy=False)
+            waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+            for trial in waiting:
+                if (trial_id := self._take(trial)) is not None:
+                    return Order(Choice.from_json(trial.user_attrs), trial_id)
+            if waiting:  # others took them all
+                return self.begin(space)
+            choice = self.sampler.propose(trials, len(trials))
+            if choice is not None:
+                template = trial_of(space, choice, TrialState.RUNNING, sparse=True)
+                return Order(choice, self.shared.create_new_trial(self.study_id, template))
+        return self._ask(space)
+
+    def end(self, order: Order, state: TrialState, values: Sequence[float] | None = None, answer: str = "") -> None:
+        """Tell a trial, and why it was not trained where that is so.
+
+        One that another worker took for abandoned and ended stays as it is.
+        """
+        if answer:
+            self.shared.set_trial_user_attr(order.trial_id, _ANSWER, answer)
+        if order.trial is None:
+            self.shared.set_trial_state_values(order.trial_id, state, values)
+        else:
+            self.tell(order.trial, values, state, skip_if_finished=True)
+
     def take_back(self, *, own: bool = False) -> None:
-        """Queue the groupings of dead workers' trials again and end the trials; with ``own`` also this worker's."""
+        """Queue the groupings of dead workers' trials again and end the trials.
+
+        With ``own`` also this worker's, and those that nobody signed: a worker that lives and is about to sign
+        one then evaluates it all the same, and tells nobody but the ledger.
+        """
         for trial in self.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self.is_abandoned(trial, own=own):
                 continue
             if "boundaries" in trial.user_attrs:  # else it ended before it was a grouping
                 # Queued first: to be killed between the two costs a repetition, not a grouping.
-                self.enqueue_trial(trial.params, user_attrs={"boundaries": trial.user_attrs["boundaries"]})
+                self.add_trial(begun_anew(trial))
             self.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _take(self, trial: FrozenTrial) -> int | None:
+        """What the storage calls a waiting trial, which this worker runs now; None where another was quicker."""
+        trial_id = self._id(trial.number)
+        try:
+            return trial_id if self.shared.set_trial_state_values(trial_id, TrialState.RUNNING) else None
+        except UpdateFinishedTrialError:
+            return None
+
+    def _ask(self, space: Space) -> Order:
+        trial = self.ask()
+        if "boundaries" in trial.user_attrs:
+            return Order(Choice.from_json(trial.user_attrs), self._id(trial.number), trial)
+        choice = space.suggest(trial)
+        for name, excess in space.limits(choice.boundaries).items():
+            trial.set_constraint(name, excess)
+        for name, value in reversed(choice.to_json().items()):  # boundaries last: with them it is known whole
+            trial.set_user_attr(name, value)
+        return Order(choice, self._id(trial.number), trial)
+
+    def _id(self, number: int) -> int:
+        return self.shared.get_trial_id_from_study_id_trial_number(self.study_id, number)
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.take_back()
 
     def is_abandoned(self, trial: FrozenTrial, *, own: bool = False) -> bool:
         """Whether the worker that runs a trial is dead, or silent for too long."""
         worker = trial.user_attrs.get(WORKER, "")  # none: killed between taking a trial and signing it
+        if own and worker in ("", self.shared.worker):
+            return True
         if worker == self.shared.worker:
-            return own
+            return False
         if is_known_dead(worker, self.shared.worker):
             return True
         if time.monotonic() - self._beats_at > _LOOK_SECONDS:
@@ -98,7 +167,7 @@ def open_study(space: Space, settings: SearchSettings) -> SharedStudy:
         GroupSearchError: when there is one and neither ``resume`` nor ``force`` is set, when it is of
             another problem (the message names what differs), or when the storage cannot be opened.
     """
-    fingerprint = problem_fingerprint(space.trace, settings)
+    fingerprint = problem_fingerprint(space, settings)
     storage, name = open_storage(settings.storage), settings.study_name
     names = study_names(storage)
     if name in names and settings.force:
@@ -111,45 +180,34 @@ def open_study(space: Space, settings: SearchSettings) -> SharedStudy:
         )
     # The records first: where there is a study, there are records.
     optuna.create_study(study_name=name + _RECORDS, storage=storage, direction="maximize", load_if_exists=True)
-    optuna.create_study(study_name=name, storage=storage, directions=_DIRECTIONS, load_if_exists=True)
+    directions = [_DIRECTIONS[objective] for objective in settings.objectives]
+    optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
     study = SharedStudy(name, storage)
     study.place = _join(study, fingerprint)
     study.take_back()
     return study
 
 
-def problem_fingerprint(trace: Trace, settings: SearchSettings) -> dict[str, Any]:
-    """What must be equal for evaluations of one run to count in another; as it reads back from JSON."""
-    problem = {
-        "metric_name": settings.metric_name,
-        "seed": settings.seed,
-        "budget_bytes": settings.budget_bytes,
-        "max_groups": settings.max_groups,
-        "granularity": settings.granularity,
-        "trace": hashlib.sha256(json.dumps(trace.to_json(), sort_keys=True).encode()).hexdigest(),
-    }
-    clash = sorted(problem.keys() & settings.fingerprint.keys())
-    if clash:
-        raise GroupSearchError(
-            f"Found {', '.join(clash)} in the fingerprint, which the search keeps there itself. Leave it out."
-        )
-    plain: dict[str, Any] = json.loads(json.dumps({**problem, **settings.fingerprint}))
-    return plain
+def queue(study: Study, space: Space, choice: Choice) -> None:
+    """Let a coming trial be this choice."""
+    study.add_trial(trial_of(space, choice, TrialState.WAITING, sparse=isinstance(study.sampler, Proposer)))
 
 
-def queue(study: Study, space: Space, boundaries: tuple[int, ...]) -> None:
-    """Let a coming trial be this grouping."""
-    study.enqueue_trial(space.parameters(boundaries), user_attrs={"boundaries": list(boundaries)})
-
-
-def queued(study: Study) -> set[tuple[int, ...]]:
-    """The groupings that wait."""
+def queued(study: Study) -> set[Choice]:
+    """The choices that wait."""
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    return {tuple(trial.user_attrs["boundaries"]) for trial in waiting}
+    return {Choice.from_json(trial.user_attrs) for trial in waiting}
+
+
+def count_answers(study: Study) -> Counter[str]:
+    """How many trials were ``trained``, ``failed``, ``rejected`` or ``cached``; those that a kill ended are none."""
+    trials = study.get_trials(deepcopy=False)
+    trained = {TrialState.COMPLETE: "trained"}
+    return Counter(filter(None, (t.user_attrs.get(_ANSWER, trained.get(t.state)) for t in trials)))
 
 
 def requeue_running(study: SharedStudy, space: Space) -> None:
-    """Give back what this worker, when it is interrupted, and dead ones have begun."""
+    """Give back what this worker, when it is interrupted, and dead ones have begun, at the end of a search."""
     study.take_back(own=True)
 
 
@@ -168,27 +226,9 @@ def _join(study: SharedStudy, fingerprint: Mapping[str, Any]) -> int:
 
 def _check_fingerprint(study: SharedStudy, fingerprint: Mapping[str, Any]) -> None:
     said = (record.user_attrs.get(_FINGERPRINT) for record in study.records.get_trials(deepcopy=False))
-    stored = next((each for each in said if each is not None), None)
-    if stored is None:
-        return
-    old, new = _flat(stored), _flat(fingerprint)
-    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if different:
-        changes = "; ".join(f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in different)
+    stored = next((each for each in said if each is not None), fingerprint)
+    if changes := differences(stored, fingerprint):
         raise GroupSearchError(
             f"Expected to resume the study {study.study_name!r} on the problem it was begun with, found another one "
             f"({changes}). Ask for what it was begun with, or begin anew with --force or another --storage."
         )
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value under its dotted name, so that a message can name the one that differs."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.evaluations import POLL_SECONDS, Evaluate, Ledger
@@ -12,10 +13,12 @@ from groupsearch.search.run import run_search
 from groupsearch.search.settings import Notify, SearchSettings, ignore
 from groupsearch.search.storage import open_storage, shown, study_names
 from groupsearch.search.study import SharedStudy, quiet_optuna
-from groupsearch.trace import Trace
+from groupsearch.search.variants import Traces
 
 
-def run_together(trace: Trace, evaluate: Evaluate, settings: SearchSettings, on_event: Notify = ignore) -> SearchResult:
+def run_together(
+    trace: Traces, evaluate: Evaluate, settings: SearchSettings, on_event: Notify = ignore
+) -> SearchResult:
     """:func:`run_search` in one of several processes that work on the study, to the end of what all of them do.
 
     * ``evaluate`` is called once for a grouping and a seed, by one process. When that process dies, another
@@ -57,6 +60,9 @@ def await_study(settings: SearchSettings, patience_seconds: float = 600.0) -> No
 
 
 def _begun(settings: SearchSettings) -> bool:
+    where = str(settings.storage)
+    if "://" not in where and not Path(where).exists():
+        return False  # opening it would make the file, and whoever begins the search would find one there
     with quiet_optuna():
         return settings.study_name in study_names(open_storage(settings.storage))
 

@@ -1,8 +1,11 @@
 """Many workers, and large studies: ``python -m tests.benchmarks.scale -o profiles/scale-cpu.json``.
 
-Throughput: one worker and eight against a real PostgreSQL server on this machine, with an objective that
-sleeps, so that what is measured is the search and its storage. Size: a study of 5,000 finished trials, in a
-journal and in PostgreSQL, is opened, resumed by two more trials, concluded and drawn, in a fresh process.
+Throughput: one to eight worker processes on a journal and on a real PostgreSQL server on this machine, with an
+objective that sleeps, so that what is measured is the search and its storage. A worker's cycle is the time from
+the beginning of one of its evaluations to the next, counted from when all have begun; what it is longer than the
+sleep is the overhead of a trial; and so many cycles as there are workers are the throughput. Start and end of the
+processes are told apart. Operations: what one trial of one worker costs without a sleep. Size: a study of 5,000
+finished trials is opened, resumed by two more trials, concluded and drawn, in a fresh process.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -25,47 +30,78 @@ from unittest import mock
 
 import numpy as np
 import optuna
-from optuna.distributions import IntDistribution
-from optuna.trial import create_trial
+import sqlalchemy
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from groupsearch.records import new_document
 from groupsearch.report import render_page
-from groupsearch.search import Evaluation, SearchSettings, run_search
-from groupsearch.search.evaluations import Ledger
-from groupsearch.search.space import Boundaries, Space
-from groupsearch.search.study import SharedStudy, open_study
+from groupsearch.search import Choice, Evaluation, Outcome, SearchSettings, run_search
+from groupsearch.search.orders import trial_of
+from groupsearch.search.space import Space
+from groupsearch.search.study import open_study
 from groupsearch.units import format_bytes, format_ratio, format_seconds
 from tests.search.crew import Crew, Sleeper
 from tests.search.postgres import missing, running_server
 from tests.search.problem import Problem
 
-SLEEP_SECONDS = 5.0
+SLEEP_SECONDS, ROUNDS = 5.0, 6
+WORKERS = (1, 2, 4, 8)
 TRIALS, LENGTH = 5000, 24
+COUNTED = (20, 60)  # between these evaluations operations are counted
 TARGETS = {"speedup": 6.0, "seconds": 20.0, "bytes": 2**30}
 
 
-def throughput(storage: str, workers: int, trials: int, folder: Path) -> dict[str, Any]:
-    """Evaluations per second of so many workers, from the first that begins to the last that ends."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    log = folder / f"log-{workers}"
-    settings = SearchSettings(trials=trials, seeds=1, storage=storage, resume=True)
-    crew = Crew(Sleeper(Problem(LENGTH, noise=0.01), log, SLEEP_SECONDS), settings)
+def throughput(storage: str, workers: int, folder: Path) -> dict[str, Any]:
+    """Evaluations per second of so many workers."""
+    settings = SearchSettings(trials=ROUNDS * workers, seeds=1, storage=storage, resume=True)
+    log = folder / f"log-{workers}-{time.monotonic_ns()}"
+    crew, start = Crew(Sleeper(Problem(LENGTH, noise=0.01), log, SLEEP_SECONDS), settings), time.monotonic()
     for _ in range(workers):
         crew.hire()
-    crew.wait_for("begin", 1)
-    start = time.perf_counter()
     crew.finish(600)
-    seconds = time.perf_counter() - start
-    count = sum(crew.ended().values())
-    twice = count - len(crew.ended())
+    begun, count = crew.begun(), sum(crew.ended().values())
+    from_here = max(moments[0] for moments in begun.values())
+    cycles = [b - a for moments in begun.values() for a, b in pairwise(moments) if a >= from_here - SLEEP_SECONDS]
+    cycle = statistics.fmean(cycles)
     return {
         "workers": workers,
+        "working": len(begun),
         "evaluations": count,
-        "evaluated_twice": twice,
-        "seconds": seconds,
-        "per_second": count / seconds,
-        "overhead_seconds_per_trial": workers * seconds / count - SLEEP_SECONDS,
+        "evaluated_twice": count - len(crew.ended()),
+        "per_second": workers / cycle,
+        "overhead_seconds_per_trial": cycle - SLEEP_SECONDS,
+        "start_seconds": from_here - start,
+        "total_seconds": time.monotonic() - start,
+        "load": os.getloadavg()[0],
     }
+
+
+def operations(storage: str) -> dict[str, float]:
+    """What a trial of one worker costs without any sleep: time, processor time, SQL statements, commits."""
+    counts: Counter[str] = Counter()
+    marks: list[tuple[float, float, Counter[str]]] = []
+    problem = Problem(LENGTH, noise=0.01)
+
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        marks.append((time.perf_counter(), time.process_time(), counts.copy()))
+        return problem.evaluate(choice, seed)
+
+    listeners = {"before_cursor_execute": "statements", "commit": "commits"}
+    for event, name in listeners.items():
+        sqlalchemy.event.listen(sqlalchemy.engine.Engine, event, _counter(counts, name))
+    run_search(problem.trace, evaluate, SearchSettings(trials=COUNTED[1] + 1, seeds=1, storage=storage))
+    first, last = (marks[index] for index in COUNTED)
+    trials = COUNTED[1] - COUNTED[0]
+    seconds = {"seconds": (last[0] - first[0]) / trials, "processor_seconds": (last[1] - first[1]) / trials}
+    return seconds | {name: (last[2][name] - first[2][name]) / trials for name in listeners.values()}
+
+
+def _counter(counts: Counter[str], name: str) -> Callable[..., None]:
+    def count(*arguments: Any) -> None:
+        counts[name] += 1
+
+    return count
 
 
 def fill(storage: str, *, one_by_one: bool) -> None:
@@ -73,47 +109,48 @@ def fill(storage: str, *, one_by_one: bool) -> None:
 
     A journal keeps every step of a trial as a line of its own; a database looks the same either way.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = Problem(LENGTH, noise=0.01)
-    settings = SearchSettings(trials=TRIALS, seeds=1, storage=storage, resume=True, sampler="random")
+    settings = SearchSettings(trials=TRIALS, seeds=1, storage=storage, resume=True)
     space = Space.of(problem.trace, settings)
     rng = np.random.default_rng(0)
-    drawn: dict[Boundaries, None] = {}
+    drawn: dict[Choice, None] = {}
     while len(drawn) < TRIALS:
-        drawn[tuple(b for b in space.cuts if rng.random() < 0.25)] = None
+        drawn[Choice(tuple(b for b in space.cuts if rng.random() < 0.12))] = None
     with mock.patch.object(os, "fsync"):  # only the filling is spared the wait for the disk
         study = open_study(space, settings)
-        ledger = Ledger(study, problem.evaluate)
-        for boundaries in drawn:
-            _add(study, space, boundaries, ledger, problem, one_by_one=one_by_one)
+        study.sampler = Given(list(drawn))
+        for choice in drawn:
+            evaluation = _evaluation(problem, choice)
+            values = [evaluation.value, float(space.peak_bytes(choice.boundaries))]
+            record = create_trial(value=evaluation.value, user_attrs={"evaluation": evaluation.to_json()})
+            if one_by_one:
+                order = study.begin(space)
+                study.records.add_trial(record)
+                study.end(order, TrialState.COMPLETE, values)
+            else:
+                study.records.add_trial(record)
+                trial = trial_of(space, choice, TrialState.RUNNING, sparse=True)
+                trial.state, trial.values = TrialState.COMPLETE, values
+                trial.datetime_complete = trial.datetime_start
+                study.add_trial(trial)
 
 
-def _add(
-    study: SharedStudy, space: Space, boundaries: Boundaries, ledger: Ledger, problem: Problem, *, one_by_one: bool
-) -> None:
-    from groupsearch.search.evaluations import _record
+class Given(RandomSampler):
+    """Suggests what is given, one after the other."""
 
-    attributes = {"boundaries": list(boundaries), "answer": "trained"}
-    outcome = problem.evaluate(boundaries, 0)
+    def __init__(self, choices: list[Choice]) -> None:
+        super().__init__()
+        self._choices = choices
+
+    def propose(self, trials: Sequence[FrozenTrial], number: int) -> Choice | None:
+        """The next of them."""
+        return self._choices[number]
+
+
+def _evaluation(problem: Problem, choice: Choice) -> Evaluation:
+    outcome = problem.evaluate(choice, 0)
     points = tuple((step, outcome.value * step / 100) for step in range(0, 101, 10))
-    evaluation = Evaluation(boundaries, 0, outcome.value, 0.001, 100, points, 1.0, None)
-    values = [outcome.value, float(space.peak_bytes(boundaries))]
-    parameters = space.parameters(boundaries)
-    if one_by_one:
-        study.enqueue_trial(parameters, user_attrs={"boundaries": list(boundaries)})
-        trial = optuna.Study.ask(study)
-        space.suggest(trial)
-        study.records.add_trial(_record(evaluation))
-        trial.set_user_attr("answer", "trained")
-        study.tell(trial, values)
-        return
-    study.records.add_trial(_record(evaluation))
-    cut = IntDistribution(0, 1)
-    study.add_trial(
-        create_trial(
-            params=parameters, distributions=dict.fromkeys(parameters, cut), values=values, user_attrs=attributes
-        )
-    )
+    return Evaluation(choice, 0, outcome.value, 0.001, 100, points, 1.0, None)
 
 
 def reopen(storage: str, folder: str, answers: Any) -> None:
@@ -181,50 +218,63 @@ def database(folder: Path) -> Iterator[Any]:
         yield server
 
 
-def measure(folder: Path, parts: list[str]) -> dict[str, Any]:
-    """All rows."""
-    found: dict[str, Any] = {"throughput": [], "size": []}
+def measure(folder: Path, parts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All rows, each with the name of its list, as they are found."""
     with database(folder) as server:
-        if server is not None and "throughput" in parts:
-            for workers, trials in ((1, 10), (8, 80)):
-                row = throughput(server.create(f"throughput{workers}"), workers, trials, folder)
-                print(
-                    f"{workers} workers: {row['per_second']:.2f} evaluations of {SLEEP_SECONDS} s per second, "
-                    f"{format_seconds(row['overhead_seconds_per_trial'])} more per trial"
-                )
-                found["throughput"].append(row)
-            one, eight = found["throughput"]
-            found["speedup"] = eight["per_second"] / one["per_second"]
-            print(f"8 workers do {format_ratio(found['speedup'])} of one (at least {TARGETS['speedup']:.0f})")
-        if "size" in parts:
-            stores = {"journal": str(folder / "large.journal")}
-            if server is not None:
-                stores["postgresql"] = server.create("large")
-            for kind, storage in stores.items():
+        makers = {"journal": lambda name: str(folder / f"{name}.journal")}
+        if server is not None:
+            makers["postgresql"] = server.create
+        for kind, make in makers.items():
+            if "throughput" in parts:
+                rows = []
+                for workers in WORKERS:
+                    row = {"storage": kind, **throughput(make(f"throughput{workers}"), workers, folder)}
+                    row["speedup"] = row["per_second"] / (rows or [row])[0]["per_second"]
+                    rows.append(row)
+                    yield "throughput", row
+            if "operations" in parts:
+                yield "operations", {"storage": kind, **operations(make("operations"))}
+            if "size" in parts:
+                storage = make("large")
                 fill(storage, one_by_one=kind == "journal")
-                row = {"storage": kind, "trials": TRIALS, "sites": LENGTH, **in_fresh_process(storage, folder)}
-                print(
-                    f"{kind}: {TRIALS} trials in {format_seconds(row['total_seconds'])} "
-                    f"({', '.join(f'{name} {format_seconds(s)}' for name, s in row['seconds'].items())}), "
-                    f"{format_bytes(row['peak_bytes'])}"
-                )
-                found["size"].append(row)
-    return found
+                yield "size", {"storage": kind, "trials": TRIALS, "sites": LENGTH, **in_fresh_process(storage, folder)}
+
+
+def shown(name: str, row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    if name == "throughput":
+        overhead = format_seconds(row["overhead_seconds_per_trial"])
+        return (
+            f"{row['storage']}, {row['workers']} workers: {row['per_second']:.2f} evaluations of {SLEEP_SECONDS} s per "
+            f"second, {format_ratio(row['speedup'])} of one, {overhead} more per trial, load {row['load']:.1f}"
+        )
+    if name == "operations":
+        return f"{row['storage']}: {row['statements']:.1f} SQL statements, {format_seconds(row['seconds'])} per trial"
+    parts = ", ".join(f"{part} {format_seconds(seconds)}" for part, seconds in row["seconds"].items())
+    return (
+        f"{row['storage']}: {row['trials']} trials in {format_seconds(row['total_seconds'])} ({parts}), "
+        f"{format_bytes(row['peak_bytes'])}"
+    )
 
 
 def main() -> None:
-    """Print every row and write them where asked."""
+    """Print every row and write them where asked, after each of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", action="append", choices=["throughput", "size"], help="measure only this")
+    parts = ["throughput", "operations", "size"]
+    parser.add_argument("--part", action="append", choices=parts, help="measure only this")
     parser.add_argument("-o", "--output", type=Path)
     chosen = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    where = {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
+    document: dict[str, Any] = {"environment": {**where, "optuna": optuna.__version__}, "targets": TARGETS}
+    document["sleep_seconds"] = SLEEP_SECONDS
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), chosen.part or ["throughput", "size"])
-    if chosen.output is not None:
-        where = {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
-        where["load"] = os.getloadavg()
-        document = {"environment": {**where, "optuna": optuna.__version__}, "targets": TARGETS, **found}
-        chosen.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for name, row in measure(Path(folder), chosen.part or parts):
+            print(shown(name, row), flush=True)
+            document.setdefault(name, []).append(row)
+            document["environment"]["load"] = os.getloadavg()
+            if chosen.output is not None:
+                chosen.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

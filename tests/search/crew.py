@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from groupsearch.search import Outcome, SearchResult, SearchSettings, journal, workers
+from groupsearch.search import Choice, Outcome, SearchResult, SearchSettings, journal, workers
+from groupsearch.search.patience import SharedStorage
 from groupsearch.search.together import await_study, run_together
 from tests.search.problem import Boundaries, Problem
 
@@ -28,15 +30,15 @@ class Sleeper:
     log: Path
     seconds: float = 0.0
 
-    def __call__(self, boundaries: Boundaries, seed: int) -> Outcome:
-        self._note("begin", boundaries, seed)
+    def __call__(self, choice: Choice, seed: int) -> Outcome:
+        self._note("begin", choice.boundaries, seed)
         time.sleep(self.seconds)
-        outcome = self.problem.evaluate(boundaries, seed)
-        self._note("end", boundaries, seed)
+        outcome = self.problem.evaluate(choice, seed)
+        self._note("end", choice.boundaries, seed)
         return outcome
 
     def _note(self, word: str, boundaries: Boundaries, seed: int) -> None:
-        line = f"{word} {os.getpid()} {seed} {','.join(map(str, boundaries))}\n"
+        line = f"{word} {os.getpid()} {seed} {','.join(map(str, boundaries))} {time.monotonic()}\n"
         file = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.write(file, line.encode())
         os.close(file)
@@ -52,10 +54,11 @@ class Crew:
     members: list[BaseProcess] = field(default_factory=list)
     killed: list[int] = field(default_factory=list)
 
-    def hire(self, *, wait: bool = False, user: int | None = None) -> BaseProcess:
-        """Start one more worker."""
+    def hire(self, *, wait: bool = False, user: int | None = None, fatal: int | None = None) -> BaseProcess:
+        """Start one more worker; at its storage operation ``fatal``, just before or just after it, it kills itself."""
         arguments = (self.sleeper, self.settings, self.grace_seconds, wait, user)
-        member = _FORK.Process(target=_work, args=arguments, daemon=True)
+        target, arguments = (_work, arguments) if fatal is None else (_work_until, (fatal, *arguments))
+        member = _FORK.Process(target=target, args=arguments, daemon=True)
         member.start()
         self.members.append(member)
         return member
@@ -69,6 +72,14 @@ class Crew:
         self.members.remove(member)
         self.killed.append(member.pid)
 
+    def bury(self, member: BaseProcess, timeout: float = 60) -> None:
+        """Wait until a worker has killed itself."""
+        member.join(timeout)
+        assert member.exitcode == -signal.SIGKILL
+        assert member.pid is not None
+        self.members.remove(member)
+        self.killed.append(member.pid)
+
     def finish(self, timeout: float = 120) -> None:
         """Wait until all that are left have ended the study, without error."""
         end = time.monotonic() + timeout
@@ -77,18 +88,39 @@ class Crew:
             assert member.exitcode == 0, f"worker ended with {member.exitcode}"
 
     def notes(self) -> list[list[str]]:
-        text = self.sleeper.log.read_text() if self.sleeper.log.exists() else ""
-        return [line.split(" ") for line in text.splitlines()]
+        """What began and ended, in order: the word, who, the seed, the boundaries."""
+        return [line[:4] for line in self._lines()]
+
+    def begun(self) -> dict[str, list[float]]:
+        """When each worker began its evaluations, by the clock that all processes of a machine share."""
+        moments: dict[str, list[float]] = {}
+        for word, worker, _, _, moment in self._lines():
+            if word == "begin":
+                moments.setdefault(worker, []).append(float(moment))
+        return moments
 
     def ended(self) -> Counter[tuple[str, str]]:
         """How often an evaluation was made to its end."""
         return Counter((seed, cuts) for word, _, seed, cuts in self.notes() if word == "end")
+
+    def _lines(self) -> list[list[str]]:
+        text = self.sleeper.log.read_text() if self.sleeper.log.exists() else ""
+        return [line.split(" ") for line in text.splitlines()]
 
     def wait_for(self, word: str, count: int, timeout: float = 60) -> None:
         """Wait until so many evaluations have begun or ended."""
         end = time.monotonic() + timeout
         while sum(note[0] == word for note in self.notes()) < count:
             assert time.monotonic() < end, f"fewer than {count} evaluations {word} in {timeout} s"
+            ended = [member.exitcode for member in self.members if member.exitcode]
+            assert not ended, f"a worker ended with {ended[0]}"
+            time.sleep(0.01)
+
+    def wait_for_all(self, timeout: float = 60) -> None:
+        """Wait until every worker is at an evaluation, or has been."""
+        end = time.monotonic() + timeout
+        while len(self.begun()) < len(self.members):
+            assert time.monotonic() < end, f"only {len(self.begun())} workers began in {timeout} s"
             time.sleep(0.01)
 
     def spared(self) -> set[tuple[str, str]]:
@@ -119,6 +151,21 @@ def _work(sleeper: Sleeper, settings: SearchSettings, grace_seconds: float, wait
     if wait:
         await_study(settings, 30)
     run_together(sleeper.problem.trace, sleeper, settings)
+
+
+def _work_until(fatal: int, *arguments: Any) -> None:
+    """Work to the storage operation of this number: odd ones are not made, even ones are."""
+    patiently, count = SharedStorage.patiently, itertools.count(1)
+
+    def mortal(self: SharedStorage, name: str, *given: Any, **named: Any) -> Any:
+        number = next(count)
+        answer = None if number == fatal and fatal % 2 else patiently(self, name, *given, **named)
+        if number == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    SharedStorage.patiently = mortal  # type: ignore[method-assign]
+    _work(*arguments)
 
 
 def result_of(crew: Crew) -> SearchResult:

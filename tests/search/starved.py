@@ -15,7 +15,7 @@ import torch
 
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peaks
-from groupsearch.search import Outcome, SearchSettings, run_search
+from groupsearch.search import Choice, Outcome, SearchSettings, run_search
 from groupsearch.training import TrainSettings, train
 from groupsearch.verify import Setup
 
@@ -34,13 +34,13 @@ def main(storage: str) -> None:
     trace, begun = setup.trace(), []
     training = TrainSettings(steps=1, learning_rate=0.01, noise_multiplier=1.0, sampling_rate=0.7, checkpoint="blocks")
 
-    def evaluate(boundaries: tuple[int, ...], seed: int) -> Outcome:
-        begun.append((boundaries, seed))
-        result = train(setup.loaded, Grouping.from_boundaries(trace, boundaries), training)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        begun.append((choice, seed))
+        result = train(setup.loaded, Grouping.from_boundaries(trace, choice.boundaries), training)
         return Outcome(result.metric, result.step_seconds, result.steps)
 
     layer_wise = tuple(range(1, trace.length))
-    evaluate(layer_wise, 0)  # what a frugal grouping needs, all else included
+    evaluate(Choice(layer_wise), 0)  # what a frugal grouping needs, all else included
     begun.clear()
     most, least = (int(peak) for peak in peaks(trace, [(), layer_wise]))
     room = address_space_bytes() + (most - least) // 2

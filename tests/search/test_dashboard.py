@@ -58,6 +58,10 @@ def test_the_dashboard_shows_the_search_and_its_evaluations(
             trials = fetch(f"http://127.0.0.1:{port}/api/studies/{study['study_id']}?after=0")["trials"]
             shown[name] = [trial for trial in trials if trial["state"] == "Complete"]
         assert len(shown["groupsearch"]) == 8
+        for trial in shown["groupsearch"]:  # every cut that is made is a parameter, and the grouping is an attribute
+            attributes = {each["key"]: each["value"] for each in trial["user_attrs"]}
+            made = [f"cut{boundary:05d}" for boundary in json.loads(attributes["boundaries"])]
+            assert sorted(each["name"] for each in trial["params"]) == made
         assert len(shown["groupsearch/evaluations"]) == len(result.evaluations)
     finally:
         dashboard.terminate()

@@ -13,8 +13,8 @@ import optuna
 import pytest
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.search import Outcome, SearchSettings, run_search
-from tests.search.problem import Boundaries, Problem
+from groupsearch.search import Choice, Outcome, SearchSettings, run_search
+from tests.search.problem import Problem
 
 # Evaluates for ever at the evaluation with the number in argv[3], so that it can be killed in the middle of it.
 WORKER = """
@@ -26,15 +26,15 @@ from tests.search.problem import Problem
 log, storage, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 problem = Problem(12, noise=0.01)
 
-def evaluate(boundaries, seed):
+def evaluate(choice, seed):
     with log.open("a") as file:
-        file.write(f"begin {list(boundaries)} {seed}\\n")
+        file.write(f"begin {list(choice.boundaries)} {seed}\\n")
     if log.read_text().count("begin") == stop:
         log.with_suffix(".hangs").touch()
         time.sleep(600)
-    outcome = problem.evaluate(boundaries, seed)
+    outcome = problem.evaluate(choice, seed)
     with log.open("a") as file:
-        file.write(f"end {list(boundaries)} {seed}\\n")
+        file.write(f"end {list(choice.boundaries)} {seed}\\n")
     return outcome
 
 run_search(problem.trace, evaluate, SearchSettings(trials=20, storage=storage, resume=True))
@@ -64,9 +64,9 @@ def test_kill_9_loses_the_evaluation_in_flight_and_nothing_else(tmp_path: Path, 
     storage = str(tmp_path / "study.journal") if kind == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
     problem, made = Problem(12, noise=0.01), []
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        made.append(f" {list(boundaries)} {seed}")
-        return problem.evaluate(boundaries, seed)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        made.append(f" {list(choice.boundaries)} {seed}")
+        return problem.evaluate(choice, seed)
 
     kill_in_evaluation(15, log, storage)  # in the search
     kill_in_evaluation(28, log, storage)  # in the replication: 20 trials, one begun twice, then more seeds
@@ -85,13 +85,13 @@ def test_kill_9_loses_the_evaluation_in_flight_and_nothing_else(tmp_path: Path, 
 def test_an_interrupted_trial_is_made_again_on_resume(tmp_path: Path) -> None:
     problem = Problem(12)
     settings = SearchSettings(trials=30, seeds=1, storage=tmp_path / "study.journal")
-    asked: list[Boundaries] = []
+    asked: list[Choice] = []
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        asked.append(boundaries)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        asked.append(choice)
         if len(asked) == 20:
             raise KeyboardInterrupt
-        return problem.evaluate(boundaries, seed)
+        return problem.evaluate(choice, seed)
 
     first = run_search(problem.trace, evaluate, settings)
     assert first.interrupted
@@ -107,7 +107,7 @@ def test_resume_of_a_finished_search_evaluates_nothing_and_gives_the_same(tmp_pa
     settings = SearchSettings(trials=20, storage=tmp_path / "study.journal")
     first = run_search(problem.trace, problem.evaluate, settings)
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
+    def evaluate(choice: Choice, seed: int) -> Outcome:
         raise AssertionError("evaluated again")
 
     again = run_search(problem.trace, evaluate, replace(settings, resume=True))

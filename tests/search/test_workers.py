@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.search import Outcome, SearchSettings, run_search, workers
+from groupsearch.search import Choice, Outcome, SearchSettings, run_search, workers
 from groupsearch.search.evaluations import Ledger
 from groupsearch.search.samplers import make_sampler
 from groupsearch.search.space import Space
@@ -19,7 +19,7 @@ from groupsearch.search.study import SharedStudy, open_study
 from groupsearch.search.together import await_study, run_together
 from tests.search.crew import Crew, Sleeper, result_of
 from tests.search.postgres import Server
-from tests.search.problem import Boundaries, Problem
+from tests.search.problem import Problem
 
 
 @pytest.fixture(params=["journal", "postgresql"])
@@ -56,6 +56,7 @@ def test_a_worker_waits_for_the_study_to_be_begun(tmp_path: Path) -> None:
     crew.hire(wait=True)
     time.sleep(0.5)
     assert crew.notes() == []
+    assert not (tmp_path / "study.journal").exists()  # else who begins the search would find one there
     crew.hire()
     crew.finish()
     crew.check(result_of(crew))
@@ -123,30 +124,30 @@ def test_a_claim_of_a_silent_worker_is_taken_and_of_a_living_one_is_not(
     ledgers = Ledgers(SearchSettings(storage=storage))
     begun, end = threading.Event(), threading.Event()
 
-    def slow(boundaries: Boundaries, seed: int) -> Outcome:
+    def slow(choice: Choice, seed: int) -> Outcome:
         begun.set()
         end.wait(30)
-        return ledgers.problem.evaluate(boundaries, seed)
+        return ledgers.problem.evaluate(choice, seed)
 
     far = Ledger(ledgers.open("far"), slow)
-    thread = threading.Thread(target=far.obtain, args=((2,), 0))
+    thread = threading.Thread(target=far.obtain, args=(Choice((2,)), 0))
     thread.start()
     begun.wait(10)
-    calls: list[Boundaries] = []
+    calls: list[Choice] = []
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        calls.append(boundaries)
-        return ledgers.problem.evaluate(boundaries, seed)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        calls.append(choice)
+        return ledgers.problem.evaluate(choice, seed)
 
     near = Ledger(ledgers.open(), evaluate)
     for _ in range(12):  # far longer than the grace: it says that it lives
         time.sleep(0.1)
-        assert near.obtain((2,), 0).under_way
-    assert near.under_way == (((2,), 0),)
+        assert near.obtain(Choice((2,)), 0).under_way
+    assert near.under_way == ((Choice((2,)), 0),)
     monkeypatch.setattr(workers, "BEAT_SECONDS", 1000.0)  # it falls silent, as if its machine were gone
     assert near.wait_for_others()
-    assert near.obtain((2,), 0).value is not None
-    assert calls == [(2,)]
+    assert near.obtain(Choice((2,)), 0).value is not None
+    assert calls == [Choice((2,))]
     end.set()  # what was thought dead comes back: its evaluation was made twice, and counts once
     thread.join()
     assert len(Ledger(ledgers.open(), evaluate).evaluations) == 1
@@ -154,12 +155,12 @@ def test_a_claim_of_a_silent_worker_is_taken_and_of_a_living_one_is_not(
 
 def test_two_that_claim_at_the_same_time_evaluate_once(tmp_path: Path, storage: str) -> None:
     ledgers = Ledgers(SearchSettings(storage=storage))
-    calls: list[tuple[Boundaries, int]] = []
+    calls: list[tuple[Choice, int]] = []
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        calls.append((boundaries, seed))
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        calls.append((choice, seed))
         time.sleep(0.05)
-        return ledgers.problem.evaluate(boundaries, seed)
+        return ledgers.problem.evaluate(choice, seed)
 
     barrier = threading.Barrier(4)
     both = [Ledger(ledgers.open(f"host{i}"), evaluate) for i in range(4)]
@@ -167,14 +168,14 @@ def test_two_that_claim_at_the_same_time_evaluate_once(tmp_path: Path, storage: 
     def race(ledger: Ledger) -> None:
         for seed in range(8):
             barrier.wait(60)
-            ledger.obtain((1, 3), seed)
+            ledger.obtain(Choice((1, 3)), seed)
 
     threads = [threading.Thread(target=race, args=(ledger,)) for ledger in both]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(calls) == [((1, 3), seed) for seed in range(8)]
+    assert sorted(calls) == [(Choice((1, 3)), seed) for seed in range(8)]
     assert {len(ledger.evaluations) for ledger in both} == {8}
 
 
@@ -191,13 +192,13 @@ def test_workers_draw_differently(tmp_path: Path) -> None:
 def test_an_interrupted_worker_gives_its_trial_back_at_once(tmp_path: Path) -> None:
     problem = Problem(12)
     settings = SearchSettings(trials=12, seeds=1, storage=tmp_path / "study.journal", resume=True)
-    asked: list[Boundaries] = []
+    asked: list[Choice] = []
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        asked.append(boundaries)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        asked.append(choice)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return problem.evaluate(boundaries, seed)
+        return problem.evaluate(choice, seed)
 
     assert run_together(problem.trace, evaluate, settings).interrupted
     study = Ledgers(settings, 12).study
