@@ -10,6 +10,7 @@ import click
 from groupsearch.cli.console import print_table
 from groupsearch.cli.parameters import Share, json_option, no_seed_option
 from groupsearch.errors import DocumentError, ToleranceError
+from groupsearch.report.subject import options_of
 from groupsearch.units import format_bytes, format_number, format_percent, format_signed_percent
 
 PARTS = {"estimates": "estimate", "simulations": "simulated", "measurements": "measured", "rows": "measured"}
@@ -90,7 +91,8 @@ def _numbers(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], flo
         for row in document.get(part) or []:
             yield (what, row["grouping"]), row["peak_bytes"]
     for row in document.get("candidates") or []:
-        name = ",".join(map(str, row["boundaries"])) or "all-layer"
+        cuts = ",".join(map(str, row["boundaries"])) or "all-layer"
+        name = ", ".join((cuts, *options_of(row)))
         yield ("candidate", name), row["peak_bytes"]
         metric = (row.get("metric") or {}).get("mean")
         if metric is not None:

@@ -12,7 +12,10 @@ NEGLIGIBLE = 1e-4
 
 
 class Comparison(NamedTuple):
-    """One grouping's estimate against what was seen; ``relative_error`` = estimate / seen - 1."""
+    """One grouping's estimate against what was seen; ``relative_error`` = estimate / seen - 1.
+
+    ``reserved_bytes`` is what a GPU's caching allocator had reserved; None elsewhere.
+    """
 
     level: str
     grouping: str
@@ -22,6 +25,7 @@ class Comparison(NamedTuple):
     relative_error: float
     step_seconds: float | None
     within: bool | None
+    reserved_bytes: int | None = None
 
     @property
     def is_under(self) -> bool:
@@ -55,4 +59,5 @@ def _comparison(default_level: str, row: Mapping[str, Any], subject: Subject) ->
     estimate = row.get("estimate_bytes") or (recorded[0]["peak_bytes"] if recorded else round(seen * (1 + error)))
     name = str(row.get("grouping") or ",".join(map(str, row["boundaries"])) or "all-layer")
     level, groups = str(row.get("level", default_level)), int(row["groups"])
-    return Comparison(level, name, groups, int(estimate), seen, error, row.get("step_seconds"), row.get("within"))
+    seconds, reserved = row.get("step_seconds"), row.get("reserved_bytes")
+    return Comparison(level, name, groups, int(estimate), seen, error, seconds, row.get("within"), reserved)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from groupsearch.report.subject import Shown, Subject, groups_word, metric_of
+from groupsearch.report.subject import Shown, Subject, groups_word, metric_of, options_of
+
+_Choice = tuple[tuple[int, ...], tuple[str, ...]]  # boundaries, and what else was chosen
 
 
 class Curve(NamedTuple):
@@ -34,19 +36,28 @@ def curves_info(subject: Subject) -> CurvesInfo | None:
     if subject.document.get("curve"):
         return _training_curve(subject)
     recorded = (subject.document.get("training") or {}).get("curves") or []
-    runs: dict[tuple[int, ...], list[list[tuple[int, float]]]] = defaultdict(list)
+    runs: dict[_Choice, list[list[tuple[int, float]]]] = defaultdict(list)
     for curve in recorded:
         points = [(int(step), float(value)) for step, value in curve["points"] if value is not None]
-        runs[tuple(curve["boundaries"])].append(points)
-    shown = {entry.boundaries: entry for entry in subject.shown}
-    front = {tuple(c["boundaries"]) for c in subject.document.get("candidates") or [] if c.get("on_front")}
+        runs[_choice(curve)].append(points)
+    shown = {_choice(curve): entry for curve in recorded if (entry := subject.shown_as(curve)) is not None}
+    front = {_choice(row) for row in subject.document.get("candidates") or [] if row.get("on_front")}
     curves = [
-        _mean_curve(runs[cuts], shown.get(cuts, Shown(groups_word(len(cuts) + 1), "", cuts)))
-        for cuts in sorted(runs, key=lambda cuts: (len(cuts), cuts))
-        if cuts in front or cuts in shown
+        _mean_curve(runs[choice], shown.get(choice) or _unnamed(choice))
+        for choice in sorted(runs, key=lambda choice: (len(choice[0]), choice))
+        if choice in front or choice in shown
     ]
     metric = subject.metric(subject.chosen)
     return CurvesInfo(metric.name if metric else "metric", tuple(curves)) if curves else None
+
+
+def _choice(row: Mapping[str, Any]) -> _Choice:
+    return tuple(row["boundaries"]), options_of(row)
+
+
+def _unnamed(choice: _Choice) -> Shown:
+    boundaries, options = choice
+    return Shown(", ".join((groups_word(len(boundaries) + 1), *options)), "", boundaries)
 
 
 def _training_curve(subject: Subject) -> CurvesInfo:

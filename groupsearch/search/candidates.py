@@ -1,4 +1,4 @@
-"""Groupings that were evaluated, with the mean over their seeds and its interval."""
+"""Choices that were evaluated, with the mean over their seeds and its interval."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.evaluations import Evaluation
 from groupsearch.search.front import pareto
 from groupsearch.search.intervals import half_width, pooled_deviation, student_t
@@ -16,31 +17,38 @@ from groupsearch.search.space import Space
 
 @dataclass(frozen=True)
 class Candidate:
-    """A grouping that was evaluated at least once, and never failed.
+    """A choice that was evaluated at least once, and never failed.
 
     Attributes:
-        boundaries: the grouping.
+        choice: the grouping, and what else is searched.
         peak_bytes: its estimated peak.
         source: ``all-layer``, ``layer-wise``, ``block-wise``, ``uniform:k``, ``exact front`` or ``search``.
         values: the metric by seed.
         step_seconds: median time of one step.
-        on_front: whether no other candidate has both a mean and a peak that are as good, and one better.
+        on_front: whether no other candidate is as good in all objectives, and better in one.
         noise: (standard deviation, degrees of freedom) of a run over seeds, pooled over all candidates with
             several; None where there are none.
+        variant: which way of taking the step the peak and the step's time are those of; None where there is one.
     """
 
-    boundaries: tuple[int, ...]
+    choice: Choice
     peak_bytes: int
     source: str
     values: dict[int, float]
     step_seconds: float
     on_front: bool = False
     noise: tuple[float, int] | None = None
+    variant: str | None = None
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The grouping alone."""
+        return self.choice.boundaries
 
     @property
     def groups(self) -> int:
         """M, the number of groups."""
-        return len(self.boundaries) + 1
+        return self.choice.groups
 
     @property
     def mean(self) -> float:
@@ -67,7 +75,8 @@ class Candidate:
     def to_json(self, metric_name: str) -> dict[str, Any]:
         """One entry of the search document's ``candidates``."""
         return {
-            "boundaries": list(self.boundaries),
+            **self.choice.to_json(),
+            **({} if self.variant is None else {"variant": self.variant}),
             "groups": self.groups,
             "peak_bytes": self.peak_bytes,
             "metric": {
@@ -86,26 +95,27 @@ class Candidate:
         }
 
 
-def gather(space: Space, evaluations: Sequence[Evaluation]) -> tuple[Candidate, ...]:
-    """The candidates that evaluations make, by falling peak, the front marked.
+def gather(space: Space, evaluations: Sequence[Evaluation], *, timed: bool = False) -> tuple[Candidate, ...]:
+    """The candidates that evaluations make, by falling peak, the front marked; ``timed`` with step time to judge by.
 
-    A grouping that failed with any seed is left out: its mean would be over the seeds it survived.
+    A choice that failed with any seed is left out: its mean would be over the seeds it survived.
     """
-    by_boundaries: dict[tuple[int, ...], list[Evaluation]] = {}
+    by_choice: dict[Choice, list[Evaluation]] = {}
     for evaluation in evaluations:
-        by_boundaries.setdefault(evaluation.boundaries, []).append(evaluation)
+        by_choice.setdefault(evaluation.choice, []).append(evaluation)
     found = [
         Candidate(
-            boundaries=boundaries,
-            peak_bytes=space.peak_bytes(boundaries),
-            source=space.source(boundaries),
+            choice=choice,
+            peak_bytes=space.peak_bytes(choice.boundaries),
+            source=space.source(choice.boundaries),
             values={e.seed: e.value for e in sorted(group, key=lambda e: e.seed) if e.value is not None},
             step_seconds=statistics.median(e.step_seconds for e in group),
+            variant=space.variants.cheapest(choice.boundaries) if space.variants.free else None,
         )
-        for boundaries, group in by_boundaries.items()
+        for choice, group in by_choice.items()
         if all(e.error is None for e in group)
     ]
-    found.sort(key=lambda c: (-c.peak_bytes, c.groups, c.boundaries))
-    marks = pareto([(c.mean, c.peak_bytes) for c in found])
+    found.sort(key=lambda c: (-c.peak_bytes, c.groups, c.choice))
+    marks = pareto([(c.mean, c.peak_bytes, *([c.step_seconds] if timed else [])) for c in found])
     noise = pooled_deviation([list(c.values.values()) for c in found])
     return tuple(replace(c, on_front=mark, noise=noise) for c, mark in zip(found, marks, strict=True))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from groupsearch.search.candidates import Candidate
+from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.intervals import half_width
 from groupsearch.units import format_number
 
@@ -19,18 +20,23 @@ class Comparison:
     """A grouping against the best one, with the same seeds and so with the same weights, batches and noise.
 
     Attributes:
-        boundaries: the grouping.
+        choice: the grouping, and what else is searched.
         versus: the best one.
         seeds: how many seeds they were compared with.
         gap: how far its mean is below that of the best.
         half_width: half the width of the interval of the gap; None with fewer than two seeds.
     """
 
-    boundaries: tuple[int, ...]
-    versus: tuple[int, ...]
+    choice: Choice
+    versus: Choice
     seeds: int
     gap: float
     half_width: float | None
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The grouping alone."""
+        return self.choice.boundaries
 
     @property
     def below(self) -> bool:
@@ -39,9 +45,16 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """One entry of the search document's ``comparisons``."""
-        verdict = "below the best" if self.below else "no difference found"
-        plain = {**asdict(self), "boundaries": list(self.boundaries), "versus": list(self.versus)}
-        return {**plain, "verdict": verdict}
+        versus = self.versus.to_json()
+        return {
+            **self.choice.to_json(),
+            "versus": versus.pop("boundaries"),
+            **{f"versus_{name}": value for name, value in versus.items()},
+            "seeds": self.seeds,
+            "gap": self.gap,
+            "half_width": self.half_width,
+            "verdict": "below the best" if self.below else "no difference found",
+        }
 
 
 def compare(candidates: Sequence[Candidate], chosen_by: int, confidence: float = 0.95) -> tuple[Comparison, ...]:
@@ -55,28 +68,23 @@ def compare(candidates: Sequence[Candidate], chosen_by: int, confidence: float =
     * and by n (n - 1) for n seeds, which sums to 1 over all n, because one may look after every seed.
     """
     fresh = {
-        c.boundaries: {seed: value for seed, value in c.values.items() if seed != chosen_by}
+        c.choice: {seed: value for seed, value in c.values.items() if seed != chosen_by}
         for c in candidates
         if c.on_front or not c.boundaries
     }
-    fresh = {boundaries: values for boundaries, values in fresh.items() if len(values) >= FEWEST}
+    fresh = {choice: values for choice, values in fresh.items() if len(values) >= FEWEST}
     if len(fresh) < 2:
         return ()
-    best = max(fresh, key=lambda boundaries: (statistics.fmean(fresh[boundaries].values()), -len(boundaries)))
+    best = max(fresh, key=lambda choice: (statistics.fmean(fresh[choice].values()), -choice.groups))
     error = (1 - confidence) / (len(fresh) * (len(fresh) - 1) / 2)
-    return tuple(_compare(b, best, fresh, error) for b in fresh if b != best)
+    return tuple(_compare(choice, best, fresh, error) for choice in fresh if choice != best)
 
 
-def _compare(
-    boundaries: tuple[int, ...],
-    best: tuple[int, ...],
-    fresh: Mapping[tuple[int, ...], Mapping[int, float]],
-    error: float,
-) -> Comparison:
-    common = sorted(fresh[boundaries].keys() & fresh[best].keys())
-    gaps, count = [fresh[best][seed] - fresh[boundaries][seed] for seed in common], len(common)
+def _compare(choice: Choice, best: Choice, fresh: Mapping[Choice, Mapping[int, float]], error: float) -> Comparison:
+    common = sorted(fresh[choice].keys() & fresh[best].keys())
+    gaps, count = [fresh[best][seed] - fresh[choice][seed] for seed in common], len(common)
     width = half_width(gaps, 1 - error / (count * (count - 1))) if count >= FEWEST else None
-    return Comparison(boundaries, best, count, statistics.fmean(gaps) if gaps else 0.0, width)
+    return Comparison(choice, best, count, statistics.fmean(gaps) if gaps else 0.0, width)
 
 
 def answer(comparisons: Sequence[Comparison], confidence: float) -> str:

@@ -1,7 +1,7 @@
-"""The ledger of evaluations: one per grouping and seed, on disk before anything else happens.
+"""The ledger of evaluations: one per choice and seed, on disk before anything else happens.
 
 Evaluations are records of their own, not trials of the search: they are then independent of the
-search's encoding, several seeds of a grouping fit, and a kill between two evaluations loses neither.
+search's encoding, several seeds of a choice fit, and a kill between two evaluations loses neither.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import math
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from groupsearch.search.choice import Boundaries, Choice
+from groupsearch.search.patience import WORKER
 from groupsearch.search.study import SharedStudy
 from groupsearch.search.workers import beating
 
@@ -23,12 +24,12 @@ POLL_SECONDS = 0.5
 _STALE_SECONDS = 0.5
 _EVALUATION, _CLAIM = "evaluation", "claim"
 _ERROR_CHARACTERS = 1000
-_Key = tuple[tuple[int, ...], int]
+_Key = tuple[Choice, int]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What evaluating one grouping with one seed gives.
+    """What evaluating one choice with one seed gives.
 
     Attributes:
         value: the metric; larger is better. Not finite means that the evaluation failed.
@@ -43,7 +44,7 @@ class Outcome:
     points: Sequence[tuple[int, float]] = ()
 
 
-Evaluate = Callable[[tuple[int, ...], int], Outcome]
+Evaluate = Callable[[Choice, int], Outcome]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Evaluation:
     """An outcome as it is remembered.
 
     Attributes:
-        boundaries: the grouping.
+        choice: the grouping, and what else is searched.
         seed: the seed.
         value: the metric; None where the evaluation failed or is under way.
         step_seconds: time of one step, 0 where it raised.
@@ -61,7 +62,7 @@ class Evaluation:
         error: why it failed, or None.
     """
 
-    boundaries: tuple[int, ...]
+    choice: Choice
     seed: int
     value: float | None
     step_seconds: float
@@ -71,15 +72,27 @@ class Evaluation:
     error: str | None
 
     @property
+    def boundaries(self) -> Boundaries:
+        """The grouping alone."""
+        return self.choice.boundaries
+
+    @property
     def under_way(self) -> bool:
         """Whether another process is making it; such an evaluation is never stored."""
         return self.value is None and self.error is None
 
+    def to_json(self) -> dict[str, Any]:
+        """What the ledger writes: the choice's parts beside the others."""
+        others = asdict(self)
+        del others["choice"]
+        return {**self.choice.to_json(), **others}
+
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Evaluation:
+    def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
         """What the ledger wrote."""
+        others = {field.name: data[field.name] for field in fields(cls) if field.name not in ("choice", "points")}
         points = tuple((int(step), float(value)) for step, value in data["points"])
-        return cls(**{**data, "boundaries": tuple(data["boundaries"]), "points": points})
+        return cls(choice=Choice.from_json(data), points=points, **others)
 
 
 class Ledger:
@@ -90,14 +103,17 @@ class Ledger:
 
     Several processes may share a study. Whoever begins an evaluation first adds a claim to the records,
     and storages number records in the order in which they are added: of two claims on the same evaluation
-    the one with the smaller number counts. A claim ends with its evaluation, or when its worker is dead.
+    the one with the smaller number counts. A claim becomes the record of its evaluation, or ends when its worker
+    is dead.
     """
 
     def __init__(self, study: SharedStudy, evaluate: Evaluate) -> None:
         self._study = study
+        self._storage, self._place = study.shared, study.shared.get_study_id_from_name(study.records.study_name)
         self._evaluate = evaluate
         self._known: dict[_Key, Evaluation] = {}
         self._claims: dict[_Key, FrozenTrial] = {}  # the first claim on all that is under way, here or elsewhere
+        self._mine: list[FrozenTrial] = []  # all claims of this worker
         self._settled = 0  # records before this one have ended and were read
         self._read_at = -math.inf
 
@@ -109,32 +125,30 @@ class Ledger:
 
     @property
     def under_way(self) -> tuple[_Key, ...]:
-        """(boundaries, seed) of what other processes evaluate now."""
+        """(choice, seed) of what other processes evaluate now."""
         self._read()
         return tuple(self._claims)
 
-    def get(self, boundaries: tuple[int, ...], seed: int) -> Evaluation | None:
-        """What is known of a grouping and a seed; that it is ``under_way`` in another process is something known."""
+    def get(self, choice: Choice, seed: int) -> Evaluation | None:
+        """What is known of a choice and a seed; that it is ``under_way`` in another process is something known."""
         self._read()
-        key = (boundaries, seed)
+        key = (choice, seed)
         return self._known.get(key) or (_under_way(*key) if key in self._claims else None)
 
-    def obtain(self, boundaries: tuple[int, ...], seed: int) -> Evaluation:
-        """What is known of a grouping and a seed, after evaluating it if nothing is."""
-        key = (boundaries, seed)
+    def obtain(self, choice: Choice, seed: int) -> Evaluation:
+        """What is known of a choice and a seed, after evaluating it if nothing is."""
+        key = (choice, seed)
         known = self.get(*key)
         if known is not None:
             return known
-        claim = uuid.uuid4().hex
+        claim, evaluation = self._claim(key), None
         try:
-            if not self._claim(key, claim):
+            if not self._is_first(key):
                 return self.get(*key) or _under_way(*key)
-            with beating(self._study.records.set_user_attr, self._study.shared.worker):
+            with beating(self._study.records.set_user_attr, self._storage.worker):
                 evaluation = _attempt(self._evaluate, *key)
-            self._study.records.add_trial(_record(evaluation))
         finally:
-            self._end(claim)
-        self._known.setdefault(key, evaluation)
+            self._end(claim, key, evaluation)
         return self._known[key]
 
     def wait_for_others(self) -> bool:
@@ -146,19 +160,39 @@ class Ledger:
             self._read(fresh=True)
         return bool(before)
 
-    def _claim(self, key: _Key, claim: str) -> bool:
-        """Whether this evaluation is ours now."""
-        attributes = {"boundaries": list(key[0]), "seed": key[1], _CLAIM: claim}
-        self._study.records.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+    def _claim(self, key: _Key) -> int:
+        """Add a claim; what the storage calls the first of this worker, for an outage may have made it twice."""
+        template = create_trial(state=TrialState.RUNNING, user_attrs={_CLAIM: {**key[0].to_json(), "seed": key[1]}})
+        made = self._storage.create_new_trial(self._place, template)
         self._read(fresh=True)
-        first = self._claims.get(key)
-        return key not in self._known and first is not None and first.user_attrs[_CLAIM] == claim
+        mine = [self._id(record) for record in self._mine] or [made]
+        for other in mine[1:]:
+            self._finish(other, None)
+        return mine[0]
 
-    def _end(self, claim: str) -> None:
-        for record in self._study.records.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if record.user_attrs.get(_CLAIM) == claim:
-                self._study.records.tell(record.number, state=TrialState.PRUNED, skip_if_finished=True)
-        self._claims = {key: record for key, record in self._claims.items() if record.user_attrs[_CLAIM] != claim}
+    def _is_first(self, key: _Key) -> bool:
+        """Whether this evaluation is ours now."""
+        first = self._claims.get(key)
+        return key not in self._known and first is not None and first.user_attrs[WORKER] == self._storage.worker
+
+    def _end(self, claim: int, key: _Key, evaluation: Evaluation | None) -> None:
+        """Make a claim the record of its evaluation, or give it up where there is none."""
+        if self._is_first(key):
+            del self._claims[key]
+        if evaluation is not None:
+            written = self._storage.patiently("set_trial_user_attr", claim, _EVALUATION, evaluation.to_json())
+            if written is False:  # another worker took this one for dead and ended its claim
+                self._study.records.add_trial(_record(evaluation))
+            self._known.setdefault(key, evaluation)
+        self._finish(claim, evaluation)
+
+    def _finish(self, claim: int, evaluation: Evaluation | None) -> None:
+        values = None if evaluation is None or evaluation.value is None else [evaluation.value]
+        state = TrialState.COMPLETE if values else TrialState.FAIL if evaluation else TrialState.PRUNED
+        self._storage.set_trial_state_values(claim, state, values)
+
+    def _id(self, record: FrozenTrial) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._place, record.number)
 
     def _read(self, *, fresh: bool = False) -> None:
         """Take in what was added to the records, and end the claims of the dead.
@@ -167,38 +201,41 @@ class Ledger:
         """
         if not fresh and time.monotonic() - self._read_at < _STALE_SECONDS:
             return
-        self._claims, settled = {}, self._settled
+        self._claims, self._mine, settled = {}, [], self._settled
         for record in self._study.records.get_trials(deepcopy=False)[self._settled :]:
+            evaluation = None
+            if _EVALUATION in record.user_attrs:
+                evaluation = Evaluation.from_json(record.user_attrs[_EVALUATION])
+                self._known.setdefault((evaluation.choice, evaluation.seed), evaluation)
             if record.state != TrialState.RUNNING:
-                if _EVALUATION in record.user_attrs:
-                    evaluation = Evaluation.from_json(record.user_attrs[_EVALUATION])
-                    self._known.setdefault((evaluation.boundaries, evaluation.seed), evaluation)
                 settled += settled == record.number
             elif self._study.is_abandoned(record):
-                self._study.records.tell(record.number, state=TrialState.FAIL, skip_if_finished=True)
-            else:
-                key = (tuple(record.user_attrs["boundaries"]), record.user_attrs["seed"])
-                self._claims.setdefault(key, record)
+                self._finish(self._id(record), evaluation)
+            elif evaluation is None:
+                claim = record.user_attrs[_CLAIM]
+                self._claims.setdefault((Choice.from_json(claim), claim["seed"]), record)
+                if record.user_attrs[WORKER] == self._storage.worker:
+                    self._mine.append(record)
         for key in self._known.keys() & self._claims.keys():
             del self._claims[key]  # evaluated, its claim about to be ended
         self._settled, self._read_at = settled, time.monotonic()
 
 
 def _record(evaluation: Evaluation) -> FrozenTrial:
-    attributes = {_EVALUATION: asdict(evaluation)}
+    attributes = {_EVALUATION: evaluation.to_json()}
     if evaluation.value is None:
         return create_trial(state=TrialState.FAIL, user_attrs=attributes)
     return create_trial(value=evaluation.value, user_attrs=attributes)
 
 
-def _under_way(boundaries: tuple[int, ...], seed: int) -> Evaluation:
-    return Evaluation(boundaries, seed, None, 0.0, 0, (), 0.0, None)
+def _under_way(choice: Choice, seed: int) -> Evaluation:
+    return Evaluation(choice, seed, None, 0.0, 0, (), 0.0, None)
 
 
-def _attempt(evaluate: Evaluate, boundaries: tuple[int, ...], seed: int) -> Evaluation:
+def _attempt(evaluate: Evaluate, choice: Choice, seed: int) -> Evaluation:
     start = time.perf_counter()
     try:
-        outcome = evaluate(boundaries, seed)
+        outcome = evaluate(choice, seed)
         value = float(outcome.value)
         failure = None if math.isfinite(value) else f"the metric is {value}"
     except Exception as error:
@@ -207,7 +244,7 @@ def _attempt(evaluate: Evaluate, boundaries: tuple[int, ...], seed: int) -> Eval
     if failure:
         gc.collect()  # what ran out of memory may be held in cycles, and the next evaluation needs the room
     return Evaluation(
-        boundaries=boundaries,
+        choice=choice,
         seed=seed,
         value=None if failure else value,
         step_seconds=float(outcome.step_seconds),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import optuna
 from optuna.trial import TrialState
 
+from groupsearch.search.choice import Choice
 from groupsearch.search.evaluations import Evaluation, Ledger
+from groupsearch.search.orders import Order
 from groupsearch.search.settings import Event, Notify, SearchSettings
-from groupsearch.search.space import Boundaries, Space
-from groupsearch.search.study import queue, queued
+from groupsearch.search.space import Space
+from groupsearch.search.study import SharedStudy, queue, queued
 
 # Suggestions in a row that train nothing before a neighbour of what was evaluated is taken instead.
 PATIENCE = 10
@@ -22,19 +25,20 @@ class Search:
     """One running search: the space, its study, its ledger and who is told."""
 
     space: Space
-    study: optuna.Study
+    study: SharedStudy
     ledger: Ledger
     settings: SearchSettings
     notify: Notify
 
-    def evaluate(self, boundaries: Boundaries, seed: int, phase: str, done: int, total: int) -> Evaluation:
+    def evaluate(self, choice: Choice, seed: int, phase: str, done: int, total: int) -> Evaluation:
         """Obtain an evaluation, and tell about it before and after."""
+        peak = self.space.peak_bytes(choice.boundaries)
 
         def event(kind: str, value: float | None, done: int) -> Event:
-            return Event(kind, phase, boundaries, seed, value, self.space.peak_bytes(boundaries), done, total)
+            return Event(kind, phase, choice, seed, value, peak, done, total)
 
         self.notify(event("started", None, done))
-        evaluation = self.ledger.obtain(boundaries, seed)
+        evaluation = self.ledger.obtain(choice, seed)
         if evaluation.under_way:  # another process was quicker
             self.notify(event("cached", None, done))
         else:
@@ -43,12 +47,18 @@ class Search:
 
 
 def explore(search: Search) -> None:
-    """Evaluate groupings with the first seed until ``trials`` of them are, or none is left to find."""
-    enqueue_warm_start(search)
-    wasted = 0
-    while len(seen := _seen(search)) < search.settings.trials:
+    """Evaluate choices with the first seed until ``trials`` of them are, or none is left to find."""
+    settings = search.settings
+    start = starting_choices(search.space, settings)
+    enqueue(search, start)
+    wasted, asked = 0, settings.further is None
+    while len(seen := _seen(search)) < settings.trials:
+        if not asked and settings.further is not None and _ended(search, start):
+            more = settings.further(search.ledger.evaluations)
+            enqueue(search, more or ())
+            asked = more is not None
         if wasted >= PATIENCE:
-            rng = np.random.default_rng([search.settings.seed, len(search.study.get_trials(deepcopy=False))])
+            rng = np.random.default_rng([settings.seed, len(search.study.get_trials(deepcopy=False))])
             fresh = search.space.unseen_near(seen, rng)
             if fresh is None:
                 return
@@ -57,12 +67,22 @@ def explore(search: Search) -> None:
         wasted = 0 if answer(search, len(seen)) else wasted + 1
 
 
-def enqueue_warm_start(search: Search) -> None:
-    """Queue what is worth evaluating first and neither evaluated nor queued."""
+def starting_choices(space: Space, settings: SearchSettings) -> list[Choice]:
+    """What is evaluated before anything is sampled: the ``first`` of the settings, then the warm start."""
+    first = [
+        space.with_option(choice.boundaries, choice)
+        for choice in settings.first
+        if set(choice.boundaries) <= set(space.cuts) and space.feasible(choice.boundaries)
+    ]
+    return list(dict.fromkeys([*first, *space.warm_start(settings.trials)]))[: max(settings.trials, len(first))]
+
+
+def enqueue(search: Search, choices: Sequence[Choice]) -> None:
+    """Queue those that are neither evaluated nor queued."""
     known = {*_seen(search), *queued(search.study)}
-    for boundaries in search.space.warm_start(search.settings.trials):
-        if boundaries not in known:
-            queue(search.study, search.space, boundaries)
+    for choice in choices:
+        if choice not in known:
+            queue(search.study, search.space, choice)
 
 
 def answer(search: Search, done: int) -> bool:
@@ -73,45 +93,44 @@ def answer(search: Search, done: int) -> bool:
     the sampler away from it. A failed one is told as failed, which the sampler passes over.
     """
     space, study, settings = search.space, search.study, search.settings
-    trial = study.ask()
-    boundaries = space.suggest(trial)
-    if "boundaries" not in trial.user_attrs:
-        trial.set_user_attr("boundaries", list(boundaries))
-    limits, peak = space.limits(boundaries), space.peak_bytes(boundaries)
-    for name, excess in limits.items():
-        trial.set_constraint(name, excess)
-    known = search.ledger.get(boundaries, settings.seed)
-    feasible = all(excess <= 0 for excess in limits.values())
-    fresh = known is None and feasible
+    order = study.begin(space)
+    choice = order.choice
+    known, peak = search.ledger.get(choice, settings.seed), space.peak_bytes(choice.boundaries)
+    fresh = known is None and space.feasible(choice.boundaries)
     if fresh:
-        known = search.evaluate(boundaries, settings.seed, "search", done, settings.trials)
+        known = search.evaluate(choice, settings.seed, "search", done, settings.trials)
         kind = "cached" if known.under_way else "trained" if known.error is None else "failed"
     else:
         kind, value = ("cached", known.value) if known else ("rejected", None)
-        search.notify(Event(kind, "search", boundaries, None, value, peak, done, settings.trials))
-    trial.set_user_attr("answer", kind)
-    _tell(study, trial, known, peak)
+        search.notify(Event(kind, "search", choice, None, value, peak, done, settings.trials))
+    _tell(search, order, known, kind)
     return fresh
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, evaluation: Evaluation | None, peak: int) -> None:
-    # skip_if_finished: another process that resumes this study may have taken the trial for abandoned.
+def _tell(search: Search, order: Order, evaluation: Evaluation | None, kind: str) -> None:
     if evaluation is not None and evaluation.error is not None:
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    elif evaluation is None or evaluation.value is None or _told(study, evaluation.boundaries):
-        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        search.study.end(order, TrialState.FAIL, answer=kind)
+    elif evaluation is None or evaluation.value is None or (kind == "cached" and _told(search.study, order.choice)):
+        search.study.end(order, TrialState.PRUNED, answer=kind)
     else:
-        study.tell(trial, [evaluation.value, float(peak)], skip_if_finished=True)
+        time = [evaluation.step_seconds] if search.settings.timed else []
+        values = [evaluation.value, float(search.space.peak_bytes(order.choice.boundaries)), *time]
+        search.study.end(order, TrialState.COMPLETE, values, answer="" if kind == "trained" else kind)
 
 
-def _told(study: optuna.Study, boundaries: Boundaries) -> bool:
-    """Whether Optuna knows the values of a grouping; after a kill the ledger can be ahead of it."""
+def _told(study: optuna.Study, choice: Choice) -> bool:
+    """Whether Optuna knows the values of a choice; after a kill the ledger can be ahead of it."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return any(tuple(trial.user_attrs["boundaries"]) == boundaries for trial in complete)
+    return any(Choice.from_json(trial.user_attrs) == choice for trial in complete)
 
 
-def _seen(search: Search) -> list[Boundaries]:
+def _ended(search: Search, choices: Sequence[Choice]) -> bool:
+    ended = {e.choice for e in search.ledger.evaluations if e.seed == search.settings.seed}
+    return ended.issuperset(choices)
+
+
+def _seen(search: Search) -> list[Choice]:
     """What has been evaluated with the first seed, or is being evaluated by another process."""
     first = search.settings.seed
-    ended = [e.boundaries for e in search.ledger.evaluations if e.seed == first]
-    return [*ended, *(boundaries for boundaries, seed in search.ledger.under_way if seed == first)]
+    ended = [e.choice for e in search.ledger.evaluations if e.seed == first]
+    return [*ended, *(choice for choice, seed in search.ledger.under_way if seed == first)]

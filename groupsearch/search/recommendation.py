@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from groupsearch.search.candidates import Candidate
+from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.intervals import shortfall
 from groupsearch.units import format_bytes, format_number
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended grouping and why, in a sentence or two."""
+    """The recommended choice and why, in a sentence or two."""
 
-    boundaries: tuple[int, ...]
+    choice: Choice
     reason: str
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The grouping alone."""
+        return self.choice.boundaries
 
 
 def recommend(candidates: Sequence[Candidate], metric_name: str) -> Recommendation:
@@ -28,7 +34,7 @@ def recommend(candidates: Sequence[Candidate], metric_name: str) -> Recommendati
     best = max(pool, key=lambda c: (c.mean, -c.peak_bytes, -len(c.boundaries)))
     within = [c for c in pool if c is best or not _is_below(c, best)]
     chosen = min(within, key=lambda c: (c.peak_bytes, len(c.boundaries), -c.mean))
-    return Recommendation(chosen.boundaries, _reason(chosen, best, candidates, metric_name))
+    return Recommendation(chosen.choice, _reason(chosen, best, candidates, metric_name))
 
 
 def _is_below(candidate: Candidate, best: Candidate) -> bool:

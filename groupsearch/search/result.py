@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import optuna
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.search.agreement import Agreement, Evidence
 from groupsearch.search.candidates import Candidate, gather
 from groupsearch.search.comparison import Comparison, answer, compare
 from groupsearch.search.evaluations import Evaluation
@@ -19,6 +19,7 @@ from groupsearch.search.recommendation import Recommendation, recommend
 from groupsearch.search.selection import adaptive_selection_cost
 from groupsearch.search.settings import SearchSettings
 from groupsearch.search.space import Space
+from groupsearch.search.study import count_answers
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,14 @@ class Rung:
     """What one kind of evidence cost.
 
     Attributes:
-        name: ``exploration``, one run for every grouping, or ``replication``, further seeds of the front.
+        name: ``exploration``, one run for every grouping, or ``replication``, further seeds of the front; of a
+            search in rungs ``proxy``, ``short`` and ``full`` in place of the first.
         runs: evaluations, failed ones included.
         seconds: time in them.
         steps: steps trained.
-        full_trainings: steps in units of the longest evaluation.
+        full_trainings: steps in units of the longest evaluation; of the proxy, which is more than its steps, seconds
+            in units of a full evaluation's.
+        passes: forward and backward passes of the proxy.
     """
 
     name: str
@@ -38,6 +42,14 @@ class Rung:
     seconds: float
     steps: int
     full_trainings: float
+    passes: int = 0
+
+    @classmethod
+    def of(cls, name: str, evaluations: Sequence[Evaluation], longest: float) -> Rung:
+        """What evaluations cost, in units of one of ``longest`` steps."""
+        steps = sum(e.steps for e in evaluations)
+        seconds = sum(e.seconds for e in evaluations)
+        return cls(name, len(evaluations), seconds, steps, steps / longest if longest else 0.0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,11 @@ class Cost:
     failed: int
     rungs: tuple[Rung, ...] = ()
 
+    @property
+    def before_replication(self) -> float:
+        """Full trainings that finding the front took, before it was given further seeds."""
+        return sum(rung.full_trainings for rung in self.rungs if rung.name != "replication")
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -81,6 +98,9 @@ class SearchResult:
         comparisons: the front against the best grouping on it.
         confidence: of all that is declared in them together.
         selection_data: whether groupings were compared on ``public`` or ``private`` data.
+        rung: what candidates were evaluated by: ``full`` runs, or, where an interrupt left no others, ``short`` ones.
+        evidence: of every rung, what it found of every choice; none of a search without rungs.
+        agreements: whether a rung said what the one above it found.
     """
 
     candidates: tuple[Candidate, ...]
@@ -92,6 +112,9 @@ class SearchResult:
     comparisons: tuple[Comparison, ...] = ()
     confidence: float = 0.95
     selection_data: str = "private"
+    rung: str = "full"
+    evidence: tuple[Evidence, ...] = ()
+    agreements: tuple[Agreement, ...] = ()
 
     @property
     def front(self) -> tuple[Candidate, ...]:
@@ -103,12 +126,15 @@ class SearchResult:
         """The recommended candidate."""
         if self.recommendation is None:
             return None
-        return next(c for c in self.candidates if c.boundaries == self.recommendation.boundaries)
+        return next(c for c in self.candidates if c.choice == self.recommendation.choice)
 
     @property
     def reason(self) -> str:
         """Why it is recommended, and what is known of the difference to others."""
-        return f"{self.recommendation.reason} {self.answer}" if self.recommendation else "Nothing was evaluated."
+        if self.recommendation is None:
+            return "Nothing was evaluated."
+        lead = "" if self.rung == "full" else f"By {self.rung} runs alone: "
+        return f"{lead}{self.recommendation.reason} {self.answer}"
 
     @property
     def answer(self) -> str:
@@ -134,13 +160,16 @@ class SearchResult:
             "answer": self.answer,
             "confidence": self.confidence,
             "comparisons": [c.to_json() for c in self.comparisons],
+            "rung": self.rung,
+            "evidence": [e.to_json() for e in self.evidence],
+            "correlations": [a.to_json() for a in self.agreements],
             "cost": {**asdict(self.cost), "selection": asdict(adaptive_selection_cost(self.selection_data))},
             "hypervolume": self.hypervolume,
             "interrupted": self.interrupted,
-            "failures": [{"boundaries": list(e.boundaries), "seed": e.seed, "error": e.error} for e in failures],
+            "failures": [{**e.choice.to_json(), "seed": e.seed, "error": e.error} for e in failures],
             "training": {
                 "curves": [
-                    {"boundaries": list(e.boundaries), "seed": e.seed, "points": [list(p) for p in e.points]}
+                    {**e.choice.to_json(), "seed": e.seed, "points": [list(p) for p in e.points]}
                     for e in self.evaluations
                     if e.error is None
                 ]
@@ -156,7 +185,7 @@ def conclude(
     Raises:
         GroupSearchError: when every evaluation failed and nobody interrupted.
     """
-    candidates = gather(space, evaluations)
+    candidates = gather(space, evaluations, timed=settings.timed)
     if evaluations and not candidates and not interrupted:
         last = next(e.error for e in reversed(evaluations) if e.error)
         raise GroupSearchError(
@@ -177,26 +206,20 @@ def conclude(
 
 
 def _cost(study: optuna.Study, evaluations: Sequence[Evaluation], first_seed: int) -> Cost:
-    answers = Counter(trial.user_attrs.get("answer") for trial in study.get_trials(deepcopy=False))
+    answers = count_answers(study)
     longest = max((e.steps for e in evaluations), default=0)
     failed = sum(e.error is not None for e in evaluations)
     explored = [e for e in evaluations if e.seed == first_seed]
     replicated = [e for e in evaluations if e.seed != first_seed]
-    whole = _rung("all", evaluations, longest)
+    whole = Rung.of("all", evaluations, longest)
     return Cost(
         seconds=whole.seconds,
-        trials=sum(count for answer, count in answers.items() if answer is not None),
+        trials=answers.total(),
         trained=len(evaluations) - failed,
         steps=whole.steps,
         full_trainings=whole.full_trainings,
         rejected=answers["rejected"],
         cached=answers["cached"],
         failed=failed,
-        rungs=(_rung("exploration", explored, longest), _rung("replication", replicated, longest)),
+        rungs=(Rung.of("exploration", explored, longest), Rung.of("replication", replicated, longest)),
     )
-
-
-def _rung(name: str, evaluations: Sequence[Evaluation], longest: int) -> Rung:
-    steps = sum(e.steps for e in evaluations)
-    seconds = sum(e.seconds for e in evaluations)
-    return Rung(name, len(evaluations), seconds, steps, steps / longest if longest else 0.0)

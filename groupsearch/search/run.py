@@ -10,16 +10,16 @@ from groupsearch.search.samplers import make_sampler
 from groupsearch.search.settings import Notify, SearchSettings, ignore
 from groupsearch.search.space import Space
 from groupsearch.search.study import open_study, quiet_optuna, requeue_running
-from groupsearch.trace import Trace
+from groupsearch.search.variants import Traces
 
 
 def run_search(
-    trace: Trace, evaluate: Evaluate, settings: SearchSettings | None = None, on_event: Notify = ignore
+    trace: Traces, evaluate: Evaluate, settings: SearchSettings | None = None, on_event: Notify = ignore
 ) -> SearchResult:
     """Search for groupings that are worth having, and give those on the front several seeds.
 
     * ``evaluate`` is never called for a grouping whose estimated peak exceeds the budget, and never twice
-      with the same grouping and seed, in this process or one that resumes it.
+      with the same choice and seed, in this process or one that resumes it.
     * Every evaluation is stored before the next begins: a kill loses at most the one under way,
       which is made again on resume.
     * All groupings are evaluated with the same seeds, so that they compare in pairs.
@@ -27,8 +27,9 @@ def run_search(
       if ``evaluate`` is a function of its arguments.
 
     Args:
-        trace: the traced step that peaks are estimated from.
-        evaluate: takes boundaries and a seed, gives an :class:`Outcome`. What it raises is recorded
+        trace: the traced step that peaks are estimated from; or several by name, ways of taking the step that
+            differ in memory and time alone, of which every grouping takes the one with its least peak.
+        evaluate: takes a :class:`Choice` and a seed, gives an :class:`Outcome`. What it raises is recorded
             as a failed evaluation and the search goes on.
         settings: how to search; one process at a time may work on a study.
         on_event: is told of everything that happens.
@@ -53,5 +54,5 @@ def run_search(
             replicate(search)
         except KeyboardInterrupt:
             interrupted = True
-            requeue_running(study, space)
+        requeue_running(study, space)
         return conclude(space, study, search.ledger.evaluations, settings, interrupted=interrupted)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from groupsearch.lifetimes import Bytes
-from groupsearch.memory import cost_table
-from groupsearch.search.acquisition import Stairs, best_within
+from groupsearch.search.acquisition import Slices, Stairs, best_with, best_within
+from groupsearch.search.choice import Choice
+from groupsearch.search.front import pareto
 from groupsearch.search.settings import SearchSettings
-from groupsearch.search.space import Boundaries, Space
+from groupsearch.search.space import Space
 from groupsearch.search.surrogate import Features, Surrogate
 
 # More than these the surrogate is not fitted to: those nearest to the front are taken.
@@ -23,6 +25,7 @@ MOST_SEEN = 300
 _DRAWS = 3
 _LEVELS = 24
 _NEIGHBOURS = 100
+_OWN_PART = 0.25  # of what is proposed, with several workers
 
 
 def make_sampler(space: Space, settings: SearchSettings, existing: int) -> BaseSampler:
@@ -32,7 +35,7 @@ def make_sampler(space: Space, settings: SearchSettings, existing: int) -> BaseS
     the same again on resume.
     """
     if settings.sampler == "front":
-        return FrontSampler(space, settings.seed)
+        return FrontSampler(space, settings.seed, existing)
     seed = int(np.random.SeedSequence([settings.seed, existing]).generate_state(1)[0])
     if settings.sampler == "random":
         return RandomSampler(seed=seed)
@@ -51,28 +54,39 @@ class FrontSampler(BaseSampler):
     process or another one, as long as a neighbour of it is left.
     """
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: Space, seed: int, place: int = 0) -> None:
         self._space = space
         self._seed = seed
-        self._features = Features(space.trace.length)
+        self._place = place
+        words = [word for values in (space.rules, space.allocations) if len(values) > 1 for word in values]
+        self._features = Features(space.trace.length, [word for word in words if word is not None])
         self._fallback = RandomSampler(seed=seed)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All boundaries at once."""
-        return {name: IntDistribution(0, 1) for name in self._space.parameters(())}
+        """All parameters at once."""
+        return self._space.distributions()
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the suggestion; none while nothing is known."""
-        trials = study.get_trials(deepcopy=False)
-        others = [t for t in trials if t.number != trial.number and "boundaries" in t.user_attrs]
-        told = {_boundaries(t): t.values[0] for t in others if t.state == TrialState.COMPLETE}
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        choice = self.propose(others, trial.number)
+        return {} if choice is None else dict(self._space.parameters(choice))
+
+    def propose(self, trials: Sequence[FrozenTrial], number: int) -> Choice | None:
+        """The suggestion for the trial of this number, given the others; None while nothing is known.
+
+        Two workers may ask for the same number at the same time: while others run trials, each draws for itself.
+        """
+        others = [(t, Choice.from_json(t.user_attrs)) for t in trials if "boundaries" in t.user_attrs]
+        told = {choice: t.values for t, choice in others if t.state == TrialState.COMPLETE}
         if not told:
-            return {}
-        taken = {_boundaries(t): t.state for t in others}
-        rng = np.random.default_rng([self._seed, trial.number])
-        return dict(self._space.parameters(self._suggest(told, taken, rng)))
+            return None
+        taken = {choice: t.state for t, choice in others}
+        alone = all(t.state != TrialState.RUNNING for t, _ in others)
+        rng = np.random.default_rng([self._seed, number] if alone else [self._seed, number, self._place])
+        return self._suggest(told, taken, rng)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -81,55 +95,74 @@ class FrontSampler(BaseSampler):
         return self._fallback.sample_independent(study, trial, param_name, param_distribution)
 
     def _suggest(
-        self, told: Mapping[Boundaries, float], taken: Mapping[Boundaries, TrialState], rng: np.random.Generator
-    ) -> Boundaries:
-        space = self._space
-        seen = _nearest_to_front(list(told), list(told.values()), space.peaks(list(told)))
-        surrogate = Surrogate.fit(self._features, seen, [told[b] for b in seen])
+        self, told: Mapping[Choice, Sequence[float]], taken: Mapping[Choice, TrialState], rng: np.random.Generator
+    ) -> Choice:
+        known = _nearest_to_front(list(told), [values[0] for values in told.values()], self._peaks(list(told)))
+        columns = zip(*((value, *time) for value, _, *time in map(told.__getitem__, known)), strict=True)
+        metric, *timing = (Surrogate.fit(self._features, known, column) for column in columns)
         # What other workers train now is taken to turn out as expected, so that nobody seeks the same gain.
-        seen += [b for b, state in taken.items() if state == TrialState.RUNNING and b not in told]
-        believed, sizes = surrogate.predict(seen)[0], space.peaks(seen)
-        stairs = Stairs.of(list(zip(believed.tolist(), sizes.tolist(), strict=True)))
-        front = [b for b, value, size in zip(seen, believed, sizes, strict=True) if value >= stairs.reached(size)]
-        proposed = dict.fromkeys(self._propose(surrogate, front, stairs, rng))
-        pool = [b for b in proposed if b not in taken and space.feasible(b)]
+        seen = known + [c for c, state in taken.items() if state == TrialState.RUNNING and c not in told]
+        believed, *times = (surrogate.predict(seen)[0].tolist() for surrogate in (metric, *timing))
+        points = list(zip(believed, self._peaks(seen).tolist(), *times, strict=True))
+        front = [choice for choice, on in zip(seen, pareto(points), strict=True) if on]
+        stairs = Stairs.of([(value, size) for value, size, *_ in points])
+        proposed = dict.fromkeys(self._propose(metric, timing, front, stairs, rng))
+        pool = [c for c in proposed if c not in taken and self._space.feasible(c.boundaries)]
         if not pool:
-            fresh = space.unseen_near(list(taken), rng)
+            fresh = self._space.unseen_near(list(taken), rng)
             return front[0] if fresh is None else fresh
-        mean, deviation = surrogate.predict(pool)
-        gains = stairs.expected_improvement(mean, deviation, space.peaks(pool).astype(np.float64))
+        sizes = self._peaks(pool).astype(np.float64)
+        if timing:
+            gains = Slices.of(points).expected_improvement(metric.predict(pool), sizes, timing[0].predict(pool))
+        else:
+            gains = stairs.expected_improvement(*metric.predict(pool), sizes)
+        if TrialState.RUNNING in taken.values():  # others may be choosing at this instant: each from a part of its own
+            gains = np.where(rng.random(len(pool)) < _OWN_PART, gains, -1.0)
         return pool[int(np.argmax(gains))]
 
     def _propose(
-        self, surrogate: Surrogate, front: Sequence[Boundaries], stairs: Stairs, rng: np.random.Generator
-    ) -> list[Boundaries]:
-        """The best groupings under the surrogate's mean and some draws, and what is near the front."""
-        features, table = self._features, cost_table(self._space.trace)
+        self,
+        metric: Surrogate,
+        timing: Sequence[Surrogate],
+        front: Sequence[Choice],
+        stairs: Stairs,
+        rng: np.random.Generator,
+    ) -> list[Choice]:
+        """The best choices under the surrogate's mean and some draws, and what is near the front.
+
+        Where time counts, also under what is left of them when time is paid for at random rates.
+        """
+        space, features = self._space, self._features
         sizes = stairs.sizes[:-1]
         between = rng.uniform(sizes[0], stairs.sizes[-1], _LEVELS)
         limits = np.concatenate((sizes, sizes[1:] - 1, between))
-        around = [b for near in front for b in self._space.neighbours(near)]
+        around = [c for near in front for c in space.neighbours(near)]
         found = [around[i] for i in rng.permutation(len(around))[:_NEIGHBOURS]]
-        weights = [surrogate.mean_weights(), *(surrogate.draw_weights(rng) for _ in range(_DRAWS))]
-        for drawn in weights:
-            counts = features.counts(drawn)
-            prices = -np.diff(counts, append=counts[-1])[rng.integers(0, _reach(front), len(limits))]
-            found += best_within(features.table(drawn), table.cost_bytes, (0, *self._space.cuts), limits, prices)
+        weights = [metric.mean_weights(), *(metric.draw_weights(rng) for _ in range(_DRAWS))]
+        weights += [drawn - rng.exponential() * time.mean_weights() for time in timing for drawn in weights]
+        for drawn, option, table in product(weights, space.options, space.variants.tables):
+            given = (features.table(drawn), table.cost_bytes, (0, *space.cuts), limits)
+            if space.groups is not None:
+                best = best_with(*given, space.groups)
+            else:
+                counts = features.counts(drawn, option)
+                prices = -np.diff(counts, append=counts[-1])[rng.integers(0, _reach(front), len(limits))]
+                best = best_within(*given, prices)
+            found += [space.with_option(boundaries, option) for boundaries in best]
         return found
 
+    def _peaks(self, many: Sequence[Choice]) -> Bytes:
+        return self._space.peaks([choice.boundaries for choice in many])
 
-def _reach(front: Sequence[Boundaries]) -> int:
-    return max(len(b) + 1 for b in front)
+
+def _reach(front: Sequence[Choice]) -> int:
+    return max(choice.groups for choice in front)
 
 
-def _nearest_to_front(many: list[Boundaries], values: Sequence[float], sizes: Bytes) -> list[Boundaries]:
+def _nearest_to_front(many: list[Choice], values: Sequence[float], sizes: Bytes) -> list[Choice]:
     """At most MOST_SEEN of these: those whose value is least below what is reached within their size."""
     if len(many) <= MOST_SEEN:
         return many
     stairs = Stairs.of(list(zip(values, sizes.tolist(), strict=True)))
     gaps = stairs.reached(sizes.astype(np.float64)) - np.asarray(values)
     return [many[i] for i in np.sort(np.argsort(gaps, kind="stable")[:MOST_SEEN])]
-
-
-def _boundaries(trial: FrozenTrial) -> Boundaries:
-    return tuple(trial.user_attrs["boundaries"])

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from groupsearch.clipping import RULES
 from groupsearch.errors import GroupSearchError
+from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.selection import adaptive_selection_cost
+
+if TYPE_CHECKING:
+    from groupsearch.search.evaluations import Evaluation
 
 GRANULARITIES = ("site", "layer", "block")
 SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
+ALLOCATIONS = ("uniform", "dimension", "adaptive")
+OBJECTIVES = ("metric", "peak", "time")
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,18 @@ class SearchSettings:
         force: throw an existing study of this name away.
         granularity: where the search may cut: between ``site``, ``layer`` or ``block``.
         max_groups: the most groups; None for no limit.
+        groups: exactly so many groups; None for any number.
+        rules: the clip rules to search, of :data:`groupsearch.clipping.RULES`; none where training fixes it.
+        allocations: the allocations of thresholds to search, of :data:`ALLOCATIONS`; likewise.
+        objectives: ``metric`` and ``peak``, and with ``time`` the step time that evaluations measure, down.
         metric_name: what the values are; larger is better.
         selection_data: whether the metric is of ``public`` (or synthetic) or of ``private`` examples, which
             changes nothing but what is said of the privacy that comparing has cost.
         fingerprint: everything else that defines the problem (model, data, epsilon, ...), as JSON.
+        first: evaluated before anything else, as far as the search may cut there.
+        further: asked when those and the warm start have been evaluated, with every evaluation there is, for what
+            is to be evaluated next; asked again as long as it gives None. None for nothing. Like ``first`` no part of
+            the problem.
 
     Raises:
         GroupSearchError: when a value is out of its range.
@@ -58,12 +73,18 @@ class SearchSettings:
     force: bool = False
     granularity: str = "site"
     max_groups: int | None = None
+    groups: int | None = None
+    rules: tuple[str, ...] = ()
+    allocations: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = OBJECTIVES[:2]
     metric_name: str = "metric"
     selection_data: str = "private"
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    first: tuple[Choice, ...] = ()
+    further: Callable[[Sequence[Evaluation]], Sequence[Choice] | None] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "seeds", "max_groups", "budget_bytes", "max_runs"):
+        for name in ("trials", "seeds", "max_groups", "groups", "budget_bytes", "max_runs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise GroupSearchError(f"Expected {name} of at least 1, found {value}.")
@@ -81,6 +102,7 @@ class SearchSettings:
                 raise GroupSearchError(
                     f"Expected {name} to be one of {', '.join(known)}, found {getattr(self, name)!r}."
                 )
+        self._check_searched()
         adaptive_selection_cost(self.selection_data)  # refuses another word
         if self.resume and self.force:
             raise GroupSearchError(
@@ -88,9 +110,28 @@ class SearchSettings:
             )
 
     @property
+    def timed(self) -> bool:
+        """Whether step time is an objective."""
+        return "time" in self.objectives
+
+    @property
     def seed_numbers(self) -> tuple[int, ...]:
         """The seeds that the front is evaluated with at least."""
         return tuple(range(self.seed, self.seed + self.seeds))
+
+    def _check_searched(self) -> None:
+        for name, known in (("rules", RULES), ("allocations", ALLOCATIONS)):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or not set(values) <= set(known):
+                raise GroupSearchError(f"Expected {name} of {', '.join(known)}, each once, found {', '.join(values)}.")
+        if self.objectives not in (OBJECTIVES[:2], OBJECTIVES):
+            raise GroupSearchError(
+                f"Expected the objectives metric and peak, with or without time, found {', '.join(self.objectives)}."
+            )
+        if self.groups is not None and self.max_groups is not None:
+            raise GroupSearchError(
+                f"Found both a number of groups, {self.groups}, and a limit on it, {self.max_groups}. Give one of them."
+            )
 
 
 @dataclass(frozen=True)
@@ -101,7 +142,7 @@ class Event:
         kind: ``started``, ``trained`` or ``failed`` for an evaluation; ``rejected`` (outside the
             limits) or ``cached`` (evaluated before) for a suggestion that costs nothing.
         phase: ``search`` or ``replication``.
-        boundaries: the grouping.
+        choice: the grouping, and what else is searched.
         seed: the evaluation's seed; None where nothing is evaluated.
         value: the metric, where there is one.
         peak_bytes: the estimated peak.
@@ -112,12 +153,17 @@ class Event:
 
     kind: str
     phase: str
-    boundaries: tuple[int, ...]
+    choice: Choice
     seed: int | None
     value: float | None
     peak_bytes: int
     done: int
     total: int
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The grouping alone."""
+        return self.choice.boundaries
 
 
 Notify = Callable[[Event], None]

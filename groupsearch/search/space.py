@@ -1,7 +1,8 @@
-"""What may be searched: where cuts are allowed, which limits hold, and how a grouping becomes parameters.
+"""What may be searched: where cuts are allowed, which limits hold, and how a choice becomes parameters.
 
 One integer 0 or 1 per allowed boundary, so that every grouping has exactly one set of parameters and
-what was evaluated is known again. The exact front of least peaks is enqueued first: with every sampler that
+what was evaluated is known again; one categorical parameter for the clip rule and one for the allocation of
+thresholds, where they are searched. The exact front of least peaks is enqueued first: with every sampler that
 is worth more than the choice of the sampler (``tests/benchmarks/bench_search.py``).
 """
 
@@ -10,81 +11,108 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from groupsearch.errors import BudgetError
+from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.grouping import named_groupings
 from groupsearch.lifetimes import Bytes
-from groupsearch.memory import CostTable, cost_table, peaks
-from groupsearch.partition import solve_front
+from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.settings import SearchSettings
+from groupsearch.search.variants import Traces, Variants
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 
-Boundaries = tuple[int, ...]
 REFERENCES = ("all-layer", "layer-wise", "uniform:4")
+_WHOLE = ("uniform", "dimension")  # with one group both give it all of R
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """The groupings of one trace within the limits of one search.
+    """The choices within the limits of one search.
 
     Attributes:
-        trace: the traced step.
+        variants: the traced step, once for every way of taking it.
         cuts: the boundaries that the search may cut at, in increasing order.
         budget_bytes: the largest estimated peak, or None.
         max_groups: the most groups, or None.
+        groups: the number of groups where it is fixed, or None.
+        rules: the clip rules that are searched; None alone where the training fixes it.
+        allocations: the allocations of thresholds, likewise.
     """
 
-    trace: Trace
+    variants: Variants
     cuts: Boundaries
     budget_bytes: int | None = None
     max_groups: int | None = None
+    groups: int | None = None
+    rules: tuple[str | None, ...] = (None,)
+    allocations: tuple[str | None, ...] = (None,)
 
     @classmethod
-    def of(cls, trace: Trace, settings: SearchSettings) -> Space:
+    def of(cls, traces: Traces, settings: SearchSettings) -> Space:
         """The space that settings ask for.
 
         Raises:
             BudgetError: when no grouping of this granularity is within the budget; the message states the floor.
+            GroupSearchError: when variants have different sites, or there are too few for the number of groups.
         """
+        variants, granularity = Variants.of(traces), settings.granularity
+        trace = variants.first
         cuts = {
             "site": tuple(range(1, trace.length)),
             "layer": trace.layer_boundaries,
             "block": trace.block_boundaries,
-        }[settings.granularity]
-        space = cls(trace, cuts, settings.budget_bytes, settings.max_groups)
-        floor, budget = min(peak for _, peak in space.exact_front), settings.budget_bytes
-        if budget is not None and budget < floor:
-            most = "" if settings.max_groups is None else f" and at most {settings.max_groups} groups"
-            raise BudgetError(
-                f"Expected a budget of at least {format_bytes(floor)} ({floor} bytes), the least peak of any grouping "
-                f"with cuts between {settings.granularity}s{most}, found {format_bytes(budget)} ({budget} bytes). "
-                f"Raise the budget or the number of groups, lower the batch size or turn activation checkpointing on."
+        }[granularity]
+        if settings.groups is not None and settings.groups > len(cuts) + 1:
+            raise GroupSearchError(
+                f"Expected at most {len(cuts) + 1} groups with cuts between {granularity}s, found {settings.groups}. "
+                f"Ask for fewer groups, or for cuts between sites."
             )
+        rules, allocations = settings.rules or (None,), settings.allocations or (None,)
+        space = cls(variants, cuts, settings.budget_bytes, settings.max_groups, settings.groups, rules, allocations)
+        space._check_budget(granularity)
         return space
+
+    @property
+    def trace(self) -> Trace:
+        """The first of the traces, for what all of them have in common."""
+        return self.variants.first
 
     @cached_property
     def exact_front(self) -> list[tuple[Boundaries, int]]:
         """(boundaries, peak bytes) of the least peak with 1, 2, ... groups, cut only where cuts are allowed."""
-        starts = np.array([0, *self.cuts])
-        table = cost_table(self.trace)
-        spans = CostTable(
-            table.cost_bytes[np.ix_(starts, np.append(starts[1:], self.trace.length) - 1)], table.outside_bytes
-        )
-        front = solve_front(spans, self.max_groups)
-        return [(tuple(int(starts[b]) for b in boundaries), peak) for boundaries, peak in front]
+        return self.variants.exact_front(self.cuts, self.max_groups, self.groups)
 
     @cached_property
     def named(self) -> dict[str, Boundaries]:
         """The fixed styles, each distinct grouping under one name."""
         return {name: g.boundaries for name, g in named_groupings(self.trace, (4, 2, 8)).items()}
 
-    def references(self) -> tuple[Boundaries, ...]:
+    @cached_property
+    def options(self) -> tuple[Choice, ...]:
+        """Every combination of a rule and an allocation, each as the choice of one group; the first is the default."""
+        return tuple(Choice((), rule, allocation) for rule, allocation in product(self.rules, self.allocations))
+
+    def with_option(self, boundaries: Boundaries, option: Choice | None = None) -> Choice:
+        """A grouping with the rule and allocation of an option, or the first where those are not searched.
+
+        With one group ``uniform`` and ``dimension`` are one mechanism and kept under the first of the two names.
+        """
+        option = self.options[0] if option is None else option
+        rule = option.rule if option.rule in self.rules else self.rules[0]
+        allocation = option.allocation if option.allocation in self.allocations else self.allocations[0]
+        if not boundaries and allocation in _WHOLE:
+            allocation = next(each for each in self.allocations if each in _WHOLE)
+        return Choice(boundaries, rule, allocation)
+
+    def references(self) -> tuple[Choice, ...]:
         """The reference styles that are within the limits; they may cut where the search may not."""
-        return tuple(b for name, b in self.named.items() if name in REFERENCES and self.feasible(b))
+        return tuple(self.with_option(b) for name, b in self.named.items() if name in REFERENCES and self.feasible(b))
 
     def source(self, boundaries: Boundaries) -> str:
         """The name of a style, ``exact front``, or ``search``."""
@@ -93,11 +121,12 @@ class Space:
                 return name
         return "exact front" if any(b == boundaries for b, _ in self.exact_front) else "search"
 
-    def warm_start(self, trials: int) -> list[Boundaries]:
+    def warm_start(self, trials: int) -> list[Choice]:
         """What is worth evaluating before anything is sampled: references, exact front, other styles.
 
         Of the exact front those that lower the peak, and of these at most half of ``trials``,
-        thinned out where there are many groups.
+        thinned out where there are many groups. All with the first rule and allocation; then every other rule
+        and every other allocation once, with the last of the references.
         """
         lowering, least = [], None
         for boundaries, peak in self.exact_front:
@@ -107,57 +136,103 @@ class Space:
         most = max(1, trials // 2)
         if len(lowering) > most:
             lowering = [lowering[round(i) - 1] for i in np.geomspace(1, len(lowering), most)]
-        styles = [b for b in self.named.values() if self.feasible(b)]
-        wanted = [*self.references(), *lowering, *styles]
-        return [b for b in dict.fromkeys(wanted) if set(b) <= set(self.cuts)]
+        references = [r for r in self.references() if set(r.boundaries) <= set(self.cuts)]
+        others = self._flipped((references or [self.with_option(lowering[-1])])[-1])
+        styles = [b for b in self.named.values() if self.feasible(b) and set(b) <= set(self.cuts)]
+        return list(dict.fromkeys([*references, *others, *map(self.with_option, [*lowering, *styles])]))
+
+    def fixed_choices(self) -> list[Choice]:
+        """All that is worth evaluating and known without any evaluation: exact front and styles, with every option."""
+        found = [choice.boundaries for choice in self.warm_start(2 * len(self.exact_front))]
+        return list(dict.fromkeys(self.with_option(b, option) for b in found for option in self.options))
 
     def peak_bytes(self, boundaries: Boundaries) -> int:
-        """The estimated peak of a grouping."""
+        """The estimated peak of a grouping, under the variant where it is least."""
         return int(self.peaks([boundaries])[0])
 
     def peaks(self, many: Sequence[Boundaries]) -> Bytes:
         """int64 [N] the estimated peaks of groupings."""
-        return peaks(self.trace, many)
+        return self.variants.peaks(many)
 
     def limits(self, boundaries: Boundaries) -> dict[str, float]:
         """By how much of itself every limit is exceeded; a grouping is feasible where none is above 0."""
-        limits = {}
+        limits, groups = {}, len(boundaries) + 1
         if self.budget_bytes is not None:
             limits["memory"] = self.peak_bytes(boundaries) / self.budget_bytes - 1
         if self.max_groups is not None:
-            limits["groups"] = (len(boundaries) + 1) / self.max_groups - 1
+            limits["groups"] = groups / self.max_groups - 1
+        if self.groups is not None:
+            limits["number of groups"] = abs(groups / self.groups - 1)
         return limits
 
     def feasible(self, boundaries: Boundaries) -> bool:
-        """Whether a grouping is within the budget and has few enough groups."""
+        """Whether a grouping is within the budget and has a number of groups that is allowed."""
         return all(excess <= 0 for excess in self.limits(boundaries).values())
 
-    def suggest(self, trial: optuna.Trial) -> Boundaries:
-        """The grouping that a trial stands for."""
-        return tuple(b for b in self.cuts if trial.suggest_int(_name(b), 0, 1))
+    def suggest(self, trial: optuna.Trial) -> Choice:
+        """The choice that a trial stands for."""
+        boundaries = tuple(b for b in self.cuts if trial.suggest_int(_name(b), 0, 1))
+        given = {name: trial.suggest_categorical(name, values) for name, values in self._categories.items()}
+        first = self.options[0]
+        option = Choice((), _word(given.get("rule", first.rule)), _word(given.get("allocation", first.allocation)))
+        return self.with_option(boundaries, option)
 
-    def parameters(self, boundaries: Boundaries) -> dict[str, int]:
-        """The parameters that :meth:`suggest` turns into these boundaries, which must be among ``cuts``."""
-        return {_name(b): int(b in boundaries) for b in self.cuts}
+    def parameters(self, choice: Choice) -> dict[str, int | str | None]:
+        """The parameters that :meth:`suggest` turns into this choice, whose boundaries must be among ``cuts``."""
+        cuts = {_name(b): int(b in choice.boundaries) for b in self.cuts}
+        return {**cuts, **{name: getattr(choice, name) for name in self._categories}}
 
-    def neighbours(self, boundaries: Boundaries) -> list[Boundaries]:
-        """Every grouping with one cut more, one less, or one moved to the nearest place on either side."""
-        here, found = set(boundaries), []
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What every parameter is taken from."""
+        cuts = {_name(b): IntDistribution(0, 1) for b in self.cuts}
+        return {**cuts, **{name: CategoricalDistribution(values) for name, values in self._categories.items()}}
+
+    def neighbours(self, choice: Choice) -> list[Choice]:
+        """Every choice with one cut more, one less, one moved to the nearest place, another rule or allocation."""
+        here, found = set(choice.boundaries), []
         for left, right in zip(self.cuts, self.cuts[1:], strict=False):
             if (left in here) != (right in here):
                 found.append(here ^ {left, right})
         found += [here ^ {b} for b in self.cuts]
-        return [tuple(sorted(cuts)) for cuts in found]
+        return [*(self.with_option(tuple(sorted(cuts)), choice) for cuts in found), *self._flipped(choice)]
 
-    def unseen_near(self, seen: Sequence[Boundaries], rng: np.random.Generator) -> Boundaries | None:
+    def unseen_near(self, seen: Sequence[Choice], rng: np.random.Generator) -> Choice | None:
         """A feasible neighbour, not in ``seen``, of one of these; None when there is none."""
         known = set(seen)
         for index in rng.permutation(len(seen)):
-            fresh = [b for b in self.neighbours(seen[index]) if b not in known and self.feasible(b)]
+            fresh = [c for c in self.neighbours(seen[index]) if c not in known and self.feasible(c.boundaries)]
             if fresh:
                 return fresh[rng.integers(len(fresh))]
         return None
 
+    @cached_property
+    def _categories(self) -> dict[str, tuple[str | None, ...]]:
+        """What is searched besides the cuts, and among which values."""
+        return {n: v for n, v in (("rule", self.rules), ("allocation", self.allocations)) if len(v) > 1}
+
+    def _flipped(self, choice: Choice) -> list[Choice]:
+        """The same grouping with another rule, or with another allocation."""
+        others = [Choice((), rule, choice.allocation) for rule in self.rules]
+        others += [Choice((), choice.rule, allocation) for allocation in self.allocations]
+        kept = dict.fromkeys(self.with_option(choice.boundaries, other) for other in others)
+        return [other for other in kept if other != choice]
+
+    def _check_budget(self, granularity: str) -> None:
+        floor, budget = min(peak for _, peak in self.exact_front), self.budget_bytes
+        if budget is None or budget >= floor:
+            return
+        limits = {f"at most {self.max_groups} groups": self.max_groups, f"{self.groups} groups": self.groups}
+        most = "".join(f" and {words}" for words, limit in limits.items() if limit is not None)
+        raise BudgetError(
+            f"Expected a budget of at least {format_bytes(floor)} ({floor} bytes), the least peak of any grouping "
+            f"with cuts between {granularity}s{most}, found {format_bytes(budget)} ({budget} bytes). "
+            f"Raise the budget or the number of groups, lower the batch size or turn activation checkpointing on."
+        )
+
 
 def _name(boundary: int) -> str:
     return f"cut{boundary:05d}"
+
+
+def _word(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What is believed of groupings that were not trained, from those that were.
+"""What is believed of choices that were not trained, from those that were.
 
 The metric is modelled as a function of the number of groups plus a sum over the groups of an unknown
 function of where the group begins and ends, plus noise:
@@ -6,8 +6,10 @@ function of where the group begins and ends, plus noise:
     y = c(M) + sum over groups (u(begin) + r(begin, end) + s(begin, end)) + noise,
 
 c and s smooth (cosine series with falling prior variance), u free at every place, r a sum of free terms over
-the runs of a few sites that the group contains whole. In these features it is Bayesian linear regression; the
-variances of the parts and of the noise are those under which the values seen are likeliest (coordinate search).
+the runs of a few sites that the group contains whole. Where the clip rule or the allocation of thresholds is
+searched, every one of them adds a smooth function of M of its own. In these features it is Bayesian linear
+regression; the variances of the parts and of the noise are those under which the values seen are likeliest
+(coordinate search).
 A sum over groups is also what a dynamic program can optimise exactly, see
 :mod:`groupsearch.search.acquisition`. Where the metric is no such sum, the misfit is taken for noise.
 """
@@ -22,7 +24,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from groupsearch.search.space import Boundaries
+from groupsearch.search.choice import Choice
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,43 +32,50 @@ _COUNT_WAVES = 6
 _PLACE_WAVES = 10
 _CONSTANT = 10.0  # prior variance of the mean, in variances of the values
 _RUNS = (3, 6)  # sites
-_START = (1.0, 0.1, 0.1, 0.1, 0.1)  # of count, places, runs, spans, noise
+_START = (1.0, 0.1, 0.1, 0.1, 0.1)  # of count, places, runs, spans, options
+_START_NOISE = 0.1
 _LEAST, _MOST = 2.0**-16, 2.0**6
 _SWEEPS = 6
 
 
 class Features:
-    """Groupings of ``length`` sites as vectors [constant | count | places | runs | spans].
+    """Choices of groupings of ``length`` sites as vectors [constant | count | places | runs | spans | options].
 
-    What weights say of a grouping is the constant, plus :meth:`counts` of its number of groups, plus the sum
+    What weights say of a choice is the constant, plus :meth:`counts` of its number of groups, plus the sum
     of :meth:`table` over its groups.
 
     Attributes:
         length: L, the number of sites.
-        ends: where each of the five parts of a vector ends.
+        options: the words of which a choice has some besides its grouping; without any there is no last part.
+        ends: where each part of a vector ends.
         falls: [D] prior standard deviation of every weight within its part: long waves are likelier than short.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, options: Sequence[str] = ()) -> None:
         self.length = length
+        self.options = tuple(options)
         self._count = _waves(np.log(np.arange(1, length + 1)), math.log(length + 1), _COUNT_WAVES)
         self._place = _waves(np.arange(length), length, _PLACE_WAVES)
         counts, waves = self._count.shape[1], self._place.shape[1]
-        self.ends = tuple(np.cumsum([1, counts, length, len(_RUNS) * length, waves**2]).tolist())
+        sizes = [1, counts, length, len(_RUNS) * length, waves**2, len(self.options) * counts]
+        self.ends = tuple(np.cumsum(sizes if self.options else sizes[:-1]).tolist())
         fall = 1 / (1 + np.arange(max(counts, waves))) ** 1.5
         pairs = np.minimum(fall[:waves, None], fall[None, :waves])
         free = np.ones(self.ends[3] - self.ends[1])
-        self.falls = np.concatenate(([1.0], fall[:counts], free, pairs.ravel()))
+        alike = np.tile(fall[:counts], len(self.options))
+        self.falls = np.concatenate(([1.0], fall[:counts], free, pairs.ravel(), alike))
 
-    def of(self, many: Sequence[Boundaries]) -> Floats:
-        """[N, D] of N groupings."""
+    def of(self, many: Sequence[Choice]) -> Floats:
+        """[N, D] of N choices."""
         rows = np.zeros((len(many), self.ends[-1]))
-        for row, boundaries in zip(rows, many, strict=True):
-            begin = np.array((0, *boundaries))
-            last = np.array((*boundaries, self.length)) - 1
-            _, count, places, runs, spans = np.split(row, self.ends[:-1])
+        for row, choice in zip(rows, many, strict=True):
+            begin = np.array((0, *choice.boundaries))
+            last = np.array((*choice.boundaries, self.length)) - 1
+            _, count, places, runs, spans, *options = np.split(row, self.ends[:-1])
             row[0] = 1
-            count[:] = self._count[len(boundaries)]
+            count[:] = self._count[len(choice.boundaries)]
+            for part in options:
+                part[:] = np.outer(self._has(choice), count).ravel()
             places[begin] = 1
             cuts = np.concatenate(([0], np.cumsum(places)))
             for width, run in zip(_RUNS, np.split(runs, len(_RUNS)), strict=True):
@@ -75,13 +84,16 @@ class Features:
             spans[:] = (self._place[begin].T @ self._place[last]).ravel()
         return rows
 
-    def counts(self, weights: Floats) -> Floats:
-        """[L] what weights say of 1, 2, ... groups."""
-        return np.asarray(self._count @ weights[self.ends[0] : self.ends[1]])
+    def counts(self, weights: Floats, option: Choice) -> Floats:
+        """[L] what weights say of 1, 2, ... groups with the rule and allocation of a choice."""
+        _, count, _, _, _, *options = np.split(weights, self.ends[:-1])
+        for part in options:
+            count = count + self._has(option) @ part.reshape(len(self.options), -1)
+        return np.asarray(self._count @ count)
 
     def table(self, weights: Floats) -> Floats:
         """[L, L] what weights say of a group from a site to a last site; of no meaning where that comes before."""
-        _, _, places, runs, spans = np.split(weights, self.ends[:-1])
+        _, _, places, runs, spans, *_ = np.split(weights, self.ends[:-1])
         waves = self._place.shape[1]
         gains = self._place @ spans.reshape(waves, waves) @ self._place.T + places[:, None]
         first, last = np.arange(self.length)[:, None], np.arange(self.length)[None, :]
@@ -90,13 +102,17 @@ class Features:
             gains += np.where(last - first + 1 >= width, sums[np.maximum(last - width + 2, 0)] - sums[first], 0.0)
         return np.asarray(gains)
 
+    def _has(self, choice: Choice) -> Floats:
+        """[options] 1 where the choice has one."""
+        return np.array([float(option in choice.options) for option in self.options])
+
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
     """A posterior over weights of features.
 
     Attributes:
-        features: how a grouping becomes a vector.
+        features: how a choice becomes a vector.
         prior: [D] variances of the weights, in variances of the values.
         noise: variance of the noise, likewise.
         rows: [N, D] what was seen.
@@ -114,8 +130,8 @@ class Surrogate:
     scale: float
 
     @classmethod
-    def fit(cls, features: Features, many: Sequence[Boundaries], values: Sequence[float]) -> Surrogate:
-        """The posterior after at least one grouping was seen with a value."""
+    def fit(cls, features: Features, many: Sequence[Choice], values: Sequence[float]) -> Surrogate:
+        """The posterior after at least one choice was seen with a value."""
         rows, y = features.of(many), np.asarray(values, np.float64)
         shift, scale = float(y.mean()), float(y.std()) or 1.0
         scaled = (y - shift) / scale
@@ -124,8 +140,8 @@ class Surrogate:
         prior = np.repeat((_CONSTANT, *variances), np.diff((0, *features.ends))) * features.falls**2
         return cls(features, prior, noise, rows, scaled, shift, scale)
 
-    def predict(self, many: Sequence[Boundaries]) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the metric of groupings, its noise left out."""
+    def predict(self, many: Sequence[Choice]) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the metric of choices, its noise left out."""
         rows = self.features.of(many)
         mean = rows @ self._explain(self.scaled)
         shared = np.linalg.solve(self._lower, (self.rows * self.prior) @ rows.T)
@@ -159,8 +175,8 @@ def _waves(places: Floats | npt.NDArray[np.int64], length: float, most: int) -> 
 
 
 def _likeliest(grams: Sequence[Floats], scaled: Floats) -> tuple[float, ...]:
-    """The variances of count, places, runs, spans and noise with the largest marginal likelihood."""
-    best = np.array(_START)
+    """The variances of count, places, runs, spans, options and noise with the largest marginal likelihood."""
+    best = np.array((*_START[: len(grams) - 1], _START_NOISE))
     score = _likelihood(grams, best, scaled)
     step = 16.0
     for _ in range(_SWEEPS):

@@ -37,7 +37,7 @@ import optuna
 
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peaks
-from groupsearch.search import SearchSettings, hypervolume, run_search
+from groupsearch.search import Choice, SearchSettings, hypervolume, run_search
 from groupsearch.search.front import pareto
 from groupsearch.search.space import Space
 from groupsearch.units import format_seconds
@@ -77,7 +77,7 @@ def as_it_comes(case: Case, sampler: optuna.samplers.BaseSampler | None) -> list
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         boundaries = tuple(b for b in range(1, case.length) if trial.suggest_int(f"cut{b}", 0, 1))
         made.append(boundaries)
-        return problem.evaluate(boundaries, case.seed).value, float(peaks(problem.trace, [boundaries])[0])
+        return problem.evaluate(Choice(boundaries), case.seed).value, float(peaks(problem.trace, [boundaries])[0])
 
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     study.optimize(objective, n_trials=TRIALS[-1])
@@ -123,7 +123,7 @@ def run(case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     sizes = [int(size) for size in peaks(problem.trace, made)]
     true = [(problem.mean(b), size) for b, size in zip(made, sizes, strict=True)]
-    told = [(problem.evaluate(b, case.seed).value, size) for b, size in zip(made, sizes, strict=True)]
+    told = [(problem.evaluate(Choice(b), case.seed).value, size) for b, size in zip(made, sizes, strict=True)]
     exact = problem.exact_front()
     row: dict[str, Any] = {**vars(case), "distinct": len(set(made)), "seconds": seconds}
     for trials in TRIALS:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from groupsearch.memory import cost_table
-from groupsearch.search import Outcome
+from groupsearch.search import Choice, Outcome
 from groupsearch.search.front import pareto
 from groupsearch.trace import Booked, Instant, Site, StaticBytes, Trace
 
@@ -110,9 +110,9 @@ class Problem:
         cost = sum(self.group_cost[lo, end - 1] for lo, end in pairwise(ends))
         return self.value(len(ends) - 1, float(cost))
 
-    def evaluate(self, boundaries: Boundaries, seed: int) -> Outcome:
-        own = np.random.default_rng([seed, *boundaries]).normal(0, 1)
-        value = self.mean(boundaries) + self.noise * (0.8 * np.random.default_rng(seed).normal(0, 1) + 0.6 * own)
+    def evaluate(self, choice: Choice, seed: int) -> Outcome:
+        own = np.random.default_rng([seed, *choice.boundaries]).normal(0, 1)
+        value = self.mean(choice.boundaries) + self.noise * (0.8 * np.random.default_rng(seed).normal(0, 1) + 0.6 * own)
         return Outcome(value=value, step_seconds=0.001, steps=100, points=((0, 0.1), (100, value)))
 
     def exact_front(self) -> list[tuple[float, int]]:
@@ -149,6 +149,40 @@ class Problem:
             end = int(choices[groups - 1][end - 1])
             boundaries.append(end)
         return values[most], tuple(reversed(boundaries))
+
+
+RULES = {"abadi": 0.0, "auto-s": 0.01, "auto-v": -0.02}
+
+
+@dataclass(frozen=True)
+class Mechanisms(Problem):
+    """A problem in which the clip rule and the allocation of thresholds matter, and so does step time.
+
+    auto-s is the best rule everywhere; ``dimension`` is worse than ``uniform`` with few groups and better with
+    many. A step takes longer the more groups there are, and every group ends with a cost of its own.
+    """
+
+    def mean_of(self, choice: Choice) -> float:
+        gained = RULES.get(choice.rule or "abadi", 0.0)
+        if choice.allocation == "dimension" and choice.boundaries:
+            gained += 0.012 * math.log2(choice.groups) - 0.02
+        return self.mean(choice.boundaries) + gained
+
+    def seconds(self, boundaries: Boundaries) -> float:
+        own = np.random.default_rng([3, self.trace_seed]).uniform(0, 0.004, self.length)
+        return float(0.01 + sum(own[b] for b in boundaries))
+
+    def evaluate(self, choice: Choice, seed: int) -> Outcome:
+        outcome = super().evaluate(choice, seed)
+        gained = self.mean_of(choice) - self.mean(choice.boundaries)
+        return Outcome(outcome.value + gained, self.seconds(choice.boundaries), outcome.steps, outcome.points)
+
+
+def frugal(trace: Trace) -> Trace:
+    """The same sites by another way of taking the step: less is kept until a group is closed, more is always alive."""
+    booked = tuple(replace(each, size_bytes=each.size_bytes * 3 // 5) for each in trace.booked)
+    instants = tuple(replace(each, live_bytes=each.live_bytes + 1500) for each in trace.instants)
+    return replace(trace, booked=booked, instants=instants)
 
 
 def _group_cost(shape: str, length: int, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from groupsearch.memory import cost_table, peaks
-from groupsearch.search.acquisition import Stairs, best_within
+from groupsearch.search.acquisition import Slices, Stairs, best_with, best_within
 from groupsearch.search.front import hypervolume
 from tests.search.problem import make_trace
 
@@ -65,3 +65,42 @@ def test_the_best_within_a_limit_is_that_of_all_groupings(starts: tuple[int, ...
 def test_below_the_floor_nothing_is_found() -> None:
     table = cost_table(make_trace(6))
     assert best_within(np.zeros((6, 6)), table.cost_bytes, range(6), np.array([1.0]), np.zeros(1)) == []
+
+
+@pytest.mark.parametrize("starts", [tuple(range(9)), (0, 3, 4, 7)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_best_with_a_number_of_groups_is_that_of_all_groupings(starts: tuple[int, ...], groups: int) -> None:
+    trace = make_trace(9)
+    gains = np.random.default_rng(2).normal(size=(9, 9))
+    groupings = list(combinations(starts[1:], groups - 1))
+    costs = peaks(trace, groupings)
+    sums = np.array([sum(gains[lo, end - 1] for lo, end in pairwise((0, *b, 9))) for b in groupings])
+    limits = np.quantile(costs, [0.0, 0.1, 0.5, 1.0])
+    found = best_with(gains, cost_table(trace).cost_bytes, starts, limits, groups)
+    assert len(found) == 4
+    for boundaries, limit in zip(found, limits, strict=True):
+        allowed = np.flatnonzero(costs <= limit)
+        assert boundaries == groupings[allowed[np.argmax(sums[allowed])]]
+    assert best_with(gains, cost_table(trace).cost_bytes, starts, limits[:1] - 1, groups) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "time"), [(0.95, 50.0, 1.5), (0.7, 30.0, 2.9), (0.6, 95.0, 1.0), (0.4, 99.0, 3)]
+)
+def test_slices_add_up_to_the_volume_that_a_point_adds(value: float, size: float, time: float) -> None:
+    timed = [(*point, seconds) for point, seconds in zip(POINTS, (3.0, 2.0, 1.0, 2.5, 1.2), strict=True)]
+    slices = Slices.of(timed, count=400)
+    reference = (slices.stairs[0].floor, float(slices.stairs[0].sizes[-1]))
+    last = slices.times[-1] + (slices.times[-1] - slices.times[-2]) / 2
+
+    def volume(points: list[tuple[float, float, float]]) -> float:
+        moments = [*sorted(t for *_, t in points), last]
+        areas = [hypervolume([(v, s) for v, s, t in points if t <= moment], reference) for moment in moments[:-1]]
+        return sum(area * (after - now) for area, (now, after) in zip(areas, pairwise(moments), strict=True))
+
+    still = np.zeros(1)
+    found = slices.expected_improvement((np.array([value]), still), np.array([size]), (np.array([time]), still))
+    added = volume([*timed, (value, size, time)]) - volume(timed)
+    assert found[0] * (last - 1.0) == pytest.approx(added, abs=0.01 * volume(timed))
+    late = (np.array([last + 1]), still)
+    assert slices.expected_improvement((np.array([value]), still), np.array([size]), late)[0] == 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from groupsearch.search import Candidate, Evaluate, Outcome, SearchSettings, run_search
+from groupsearch.search import Candidate, Choice, Evaluate, Outcome, SearchSettings, run_search
 from groupsearch.search.candidates import gather
 from groupsearch.search.comparison import answer, compare
 from groupsearch.search.evaluations import Evaluation
@@ -20,7 +20,7 @@ def candidates(values: Sequence[Sequence[float]] | np.ndarray) -> list[Candidate
     """All on the front, the first one all-layer."""
     cuts = [tuple(range(1, index + 1)) for index in range(len(values))]
     return [
-        Candidate(b, 1000 - len(b), "search", dict(enumerate(map(float, row))), 0.01, on_front=True)
+        Candidate(Choice(b), 1000 - len(b), "search", dict(enumerate(map(float, row))), 0.01, on_front=True)
         for b, row in zip(cuts, values, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def test_intervals_of_the_mean_cover_it_as_often_as_they_say(seeds: int) -> None
         cuts: list[Boundaries] = [(), (1,), (1, 2), (1, 2, 3)]
         counts = [seeds, seeds, seeds, 1]
         made = [
-            Evaluation(b, seed, rng.normal(0.9, 0.01), 0.1, 1, (), 0.1, None)
+            Evaluation(Choice(b), seed, rng.normal(0.9, 0.01), 0.1, 1, (), 0.1, None)
             for b, count in zip(cuts, counts, strict=True)
             for seed in range(count)
         ]
@@ -93,7 +93,8 @@ def test_intervals_of_the_mean_cover_it_as_often_as_they_say(seeds: int) -> None
 def noisy(mean: dict[int, float], noise: float) -> Evaluate:
     """A metric that depends on the number of boundaries alone, 0.5 where it is not given."""
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        boundaries = choice.boundaries
         own = np.random.default_rng([seed, len(boundaries), *boundaries]).normal()
         return Outcome(mean.get(len(boundaries), 0.5) + noise * own, 0.01, 10)
 

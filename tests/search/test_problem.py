@@ -7,6 +7,7 @@ import pytest
 from groupsearch.memory import peaks
 from groupsearch.search.front import hypervolume, pareto
 from groupsearch.search.space import Space
+from groupsearch.search.variants import Variants
 from tests.search.problem import SHAPES, Problem
 
 
@@ -28,6 +29,6 @@ def test_the_least_peaks_alone_do_not_solve_any_problem_but_the_count(shape: str
     front = problem.exact_front()
     (low, high), (small, large) = ((min(side), max(side)) for side in zip(*front, strict=True))
     reference = (low - 0.1 * (high - low), large + 0.1 * (large - small))
-    least = [(problem.mean(b), peak) for b, peak in Space(problem.trace, tuple(range(1, 24))).exact_front]
+    least = [(problem.mean(b), peak) for b, peak in Space(Variants.of(problem.trace), tuple(range(1, 24))).exact_front]
     share = hypervolume(least, reference) / hypervolume(front, reference)
     assert share == pytest.approx(1) if shape == "count" else share < 0.9

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from groupsearch.search import Candidate
+from groupsearch.search import Candidate, Choice
 from groupsearch.search.recommendation import recommend
 
 
 def candidate(boundaries: tuple[int, ...], peak_bytes: int, *values: float, source: str = "search") -> Candidate:
-    return Candidate(boundaries, peak_bytes, source, dict(enumerate(values)), step_seconds=0.01)
+    return Candidate(Choice(boundaries), peak_bytes, source, dict(enumerate(values)), step_seconds=0.01)
 
 
 BEST = candidate((), 2000, 0.93, 0.95, 0.94, source="all-layer")

@@ -11,8 +11,8 @@ import pytest
 
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.memory import peaks
-from groupsearch.search import Event, Outcome, SearchResult, SearchSettings, hypervolume, run_search
-from tests.search.problem import Boundaries, Problem
+from groupsearch.search import Choice, Event, Outcome, SearchResult, SearchSettings, hypervolume, run_search
+from tests.search.problem import Problem
 
 
 class Counted:
@@ -20,11 +20,11 @@ class Counted:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.calls: list[tuple[Boundaries, int]] = []
+        self.calls: list[tuple[Choice, int]] = []
 
-    def __call__(self, boundaries: Boundaries, seed: int) -> Outcome:
-        self.calls.append((boundaries, seed))
-        return self.problem.evaluate(boundaries, seed)
+    def __call__(self, choice: Choice, seed: int) -> Outcome:
+        self.calls.append((choice, seed))
+        return self.problem.evaluate(choice, seed)
 
 
 def share(problem: Problem, points: list[tuple[float, float]]) -> float:
@@ -62,7 +62,7 @@ def test_no_evaluation_is_made_twice_and_trials_are_all_spent(sampler: str) -> N
     evaluate = Counted(Problem(24, noise=0.01))
     result = run_search(evaluate.problem.trace, evaluate, SearchSettings(trials=40, sampler=sampler, seed=3))
     assert max(Counter(evaluate.calls).values()) == 1
-    assert len({boundaries for boundaries, seed in evaluate.calls if seed == 3}) == 40
+    assert len({choice for choice, seed in evaluate.calls if seed == 3}) == 40
     assert result.cost.trained == len(evaluate.calls)
     assert result.cost.steps == 100 * len(evaluate.calls)
     assert result.cost.full_trainings == len(evaluate.calls)
@@ -82,7 +82,7 @@ def test_a_budget_is_never_exceeded_and_rejections_cost_nothing(slack: float, sa
     evaluate = Counted(problem)
     settings = SearchSettings(trials=30, seeds=1, budget_bytes=int(slack * floor), sampler=sampler)
     result = run_search(problem.trace, evaluate, settings)
-    assert max(peaks(problem.trace, [b for b, _ in evaluate.calls])) <= slack * floor
+    assert max(peaks(problem.trace, [choice.boundaries for choice, _ in evaluate.calls])) <= slack * floor
     assert all(c.peak_bytes <= slack * floor for c in result.candidates)
     assert (result.cost.rejected > 0) == (sampler == "tpe")  # ours suggests nothing outside the limits
     assert result.cost.trained == len(evaluate.calls) == 30
@@ -91,7 +91,7 @@ def test_a_budget_is_never_exceeded_and_rejections_cost_nothing(slack: float, sa
 def test_a_limit_on_groups_holds_for_references_too() -> None:
     evaluate = Counted(Problem(24))
     run_search(evaluate.problem.trace, evaluate, SearchSettings(trials=25, max_groups=5))
-    assert max(len(boundaries) + 1 for boundaries, _ in evaluate.calls) == 5
+    assert max(choice.groups for choice, _ in evaluate.calls) == 5
 
 
 def test_a_budget_below_the_floor_evaluates_nothing() -> None:
@@ -127,8 +127,8 @@ def test_the_front_and_the_references_have_the_same_seeds() -> None:
 def test_what_has_the_peak_of_the_front_with_fewest_groups_is_replicated_too() -> None:
     problem = Problem(12)
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        return Outcome(value=-abs(len(boundaries) - 7), step_seconds=0.01, steps=10)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        return Outcome(value=-abs(choice.groups - 8), step_seconds=0.01, steps=10)
 
     result = run_search(problem.trace, evaluate, SearchSettings(trials=40))
     ties = [[c for c in result.candidates if c.peak_bytes == on.peak_bytes] for on in result.front]
@@ -150,11 +150,11 @@ def test_references_are_replicated_where_the_search_may_not_cut() -> None:
 def test_failures_are_recorded_and_the_search_goes_on() -> None:
     problem = Problem(24)
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        if len(boundaries) == 2:
-            raise RuntimeError(f"diverged at {boundaries}")
-        outcome = problem.evaluate(boundaries, seed)
-        return replace(outcome, value=math.nan) if len(boundaries) == 3 else outcome
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        if choice.groups == 3:
+            raise RuntimeError(f"diverged at {choice.boundaries}")
+        outcome = problem.evaluate(choice, seed)
+        return replace(outcome, value=math.nan) if choice.groups == 4 else outcome
 
     events: list[Event] = []
     result = run_search(problem.trace, evaluate, SearchSettings(trials=30), events.append)
@@ -169,10 +169,10 @@ def test_failures_are_recorded_and_the_search_goes_on() -> None:
 def test_a_candidate_that_fails_with_a_later_seed_leaves_the_front() -> None:
     problem = Problem(12)
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        if boundaries == () and seed == 1:
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        if choice.boundaries == () and seed == 1:
             raise ValueError("out of memory")
-        return problem.evaluate(boundaries, seed)
+        return problem.evaluate(choice, seed)
 
     result = run_search(problem.trace, evaluate, SearchSettings(trials=10))
     assert () not in [c.boundaries for c in result.candidates]
@@ -180,7 +180,7 @@ def test_a_candidate_that_fails_with_a_later_seed_leaves_the_front() -> None:
 
 
 def test_when_everything_fails_the_last_error_is_told() -> None:
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
+    def evaluate(choice: Choice, seed: int) -> Outcome:
         raise RuntimeError("no such data")
 
     with pytest.raises(GroupSearchError, match="all 5 evaluations failed, the last with: RuntimeError: no such data"):
@@ -188,13 +188,13 @@ def test_when_everything_fails_the_last_error_is_told() -> None:
 
 
 def test_equal_settings_give_equal_evaluations_in_equal_order() -> None:
-    def calls(seed: int) -> tuple[list[tuple[Boundaries, int]], str]:
+    def calls(seed: int) -> tuple[list[tuple[Choice, int]], str]:
         evaluate = Counted(Problem(24, noise=0.01))
         result = run_search(evaluate.problem.trace, evaluate, SearchSettings(trials=35, seed=seed))
         return evaluate.calls, json.dumps(result.to_json()["candidates"])
 
     assert calls(0) == calls(0)
-    assert {b for b, _ in calls(0)[0]} != {b for b, _ in calls(1)[0]}
+    assert {choice for choice, _ in calls(0)[0]} != {choice for choice, _ in calls(1)[0]}
 
 
 @pytest.mark.parametrize("after", [0, 7, 45])
@@ -202,12 +202,12 @@ def test_an_interrupt_keeps_what_is_done(after: int) -> None:
     problem = Problem(24)
     calls = 0
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
+    def evaluate(choice: Choice, seed: int) -> Outcome:
         nonlocal calls
         if calls == after:
             raise KeyboardInterrupt
         calls += 1
-        return problem.evaluate(boundaries, seed)
+        return problem.evaluate(choice, seed)
 
     result = run_search(problem.trace, evaluate, SearchSettings(trials=40))
     assert result.interrupted

@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from groupsearch.memory import peaks
-from groupsearch.search import Outcome, SearchSettings, hypervolume, run_search
+from groupsearch.search import Choice, Outcome, SearchSettings, hypervolume, run_search
 from groupsearch.search.samplers import MOST_SEEN, FrontSampler, make_sampler
 from groupsearch.search.settings import SAMPLERS
 from groupsearch.search.space import Space
@@ -61,8 +61,8 @@ def test_a_problem_that_is_no_sum_over_groups_is_solved_too() -> None:
         unlike = np.abs(np.diff(np.log(sizes))).sum()
         return float(0.95 - 0.01 * len(sizes) - 0.02 * unlike - 0.1 * (sizes.max() / length) ** 3)
 
-    def evaluate(boundaries: Boundaries, seed: int) -> Outcome:
-        return Outcome(metric(boundaries), 0.001, 1)
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        return Outcome(metric(choice.boundaries), 0.001, 1)
 
     every = [(metric(b), int(p)) for b, p in zip(groupings, peaks(trace, groupings), strict=True)]
     reference = (min(v for v, _ in every), max(p for _, p in every))
@@ -81,7 +81,7 @@ def test_in_a_study_of_its_own_it_starts_from_nothing() -> None:
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=FrontSampler(space, 0))
     for _ in range(12):
         trial = study.ask()
-        boundaries = space.suggest(trial)
+        boundaries = space.suggest(trial).boundaries
         trial.set_user_attr("boundaries", list(boundaries))
         study.tell(trial, [problem.mean(boundaries), float(space.peak_bytes(boundaries))])
     assert len({tuple(t.user_attrs["boundaries"]) for t in study.trials}) == 12
@@ -92,12 +92,12 @@ def test_eight_workers_that_ask_at_the_same_time_find_most_of_the_front_too() ->
     space = Space.of(problem.trace, SearchSettings())
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=FrontSampler(space, 0))
     made: list[Boundaries] = []
-    for boundaries in space.warm_start(20):
-        study.enqueue_trial(space.parameters(boundaries))
+    for choice in space.warm_start(20):
+        study.enqueue_trial(space.parameters(choice))
     for _ in range(8):
         trials = [study.ask() for _ in range(8)]
         for trial in trials:
-            made.append(space.suggest(trial))
+            made.append(space.suggest(trial).boundaries)
             trial.set_user_attr("boundaries", list(made[-1]))
         for trial, boundaries in zip(trials, made[-8:], strict=True):
             study.tell(trial, [problem.mean(boundaries), float(space.peak_bytes(boundaries))])
@@ -120,15 +120,15 @@ def test_long_studies_are_learned_from_what_is_nearest_to_the_front() -> None:
         boundaries = tuple(int(b) + 1 for b in np.flatnonzero(rng.random(23) < rng.uniform(0, 0.6)))
         study.add_trial(
             optuna.trial.create_trial(
-                params=space.parameters(boundaries),
-                distributions={name: optuna.distributions.IntDistribution(0, 1) for name in space.parameters(())},
+                params=space.parameters(Choice(boundaries)),
+                distributions=space.distributions(),
                 values=[problem.mean(boundaries), float(space.peak_bytes(boundaries))],
                 user_attrs={"boundaries": list(boundaries)},
             )
         )
     seen = [(t.values[0], t.values[1]) for t in study.trials]
     trial = study.ask()
-    boundaries = space.suggest(trial)
+    boundaries = space.suggest(trial).boundaries
     point = (problem.mean(boundaries), float(space.peak_bytes(boundaries)))
     reference = (min(v for v, _ in seen), max(p for _, p in seen))
     assert hypervolume([*seen, point], reference) > hypervolume(seen, reference)

@@ -9,7 +9,7 @@ import pytest
 from groupsearch.errors import BudgetError
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peaks
-from groupsearch.search import SearchSettings
+from groupsearch.search import Choice, SearchSettings
 from groupsearch.search.space import Space
 from groupsearch.trace import Trace
 from tests.search.problem import make_trace
@@ -27,15 +27,16 @@ def all_groupings(cuts: tuple[int, ...]) -> list[tuple[int, ...]]:
 def test_the_end_points_of_every_parameter_are_groupings(ends: int) -> None:
     here = space()
     trial = optuna.create_study().ask()
-    fixed = optuna.trial.FixedTrial({name: ends for name in here.parameters(())})
-    assert here.suggest(fixed) == (here.cuts if ends else ())  # type: ignore[arg-type]
-    assert all(cut in here.cuts for cut in here.suggest(trial))
+    fixed = optuna.trial.FixedTrial(dict.fromkeys(here.distributions(), ends))
+    assert here.suggest(fixed).boundaries == (here.cuts if ends else ())  # type: ignore[arg-type]
+    assert all(cut in here.cuts for cut in here.suggest(trial).boundaries)
 
 
 def test_parameters_and_suggest_are_inverse() -> None:
     here = space()
     for boundaries in all_groupings(here.cuts):
-        assert here.suggest(optuna.trial.FixedTrial(here.parameters(boundaries))) == boundaries  # type: ignore[arg-type]
+        choice = Choice(boundaries)
+        assert here.suggest(optuna.trial.FixedTrial(here.parameters(choice))) == choice  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("granularity", ["site", "layer", "block"])
@@ -74,27 +75,28 @@ def test_the_warm_start_begins_with_the_references_and_fits_the_limits() -> None
     trace: Trace = here.trace
     warm = here.warm_start(60)
     styles = (Grouping.all_layer(trace), Grouping.layer_wise(trace), Grouping.uniform(trace, 4))
-    assert warm[:3] == [g.boundaries for g in styles]
-    assert {b for b, _ in here.exact_front} <= set(warm)
-    assert Grouping.block_wise(trace).boundaries in warm
+    assert warm[:3] == [Choice(g.boundaries) for g in styles]
+    assert {Choice(b) for b, _ in here.exact_front} <= set(warm)
+    assert Choice(Grouping.block_wise(trace).boundaries) in warm
     assert len(warm) == len(set(warm))
     tight = space(24, budget_bytes=here.exact_front[2][1], max_groups=8)
     assert tight.warm_start(60)
-    assert all(tight.feasible(b) for b in tight.warm_start(60))
+    assert all(tight.feasible(c.boundaries) for c in tight.warm_start(60))
 
 
 def test_the_exact_front_takes_at_most_half_of_few_trials_and_keeps_its_ends() -> None:
     here = space(48)
     lowering = [b for b, _ in here.exact_front if here.source(b) == "exact front"]
     assert len(lowering) >= 4
-    few = [b for b in here.warm_start(4) if here.source(b) == "exact front"]
+    few = [c.boundaries for c in here.warm_start(4) if here.source(c.boundaries) == "exact front"]
     assert len(few) <= 2
     assert here.exact_front[-1][0] in few
 
 
 def test_neighbours_differ_by_one_cut_or_one_move() -> None:
     here = space(6)
-    assert sorted(here.neighbours((2, 3))) == sorted([(1, 2, 3), (3,), (2,), (2, 3, 4), (2, 3, 5), (1, 3), (2, 4)])
+    expected = [(1, 2, 3), (3,), (2,), (2, 3, 4), (2, 3, 5), (1, 3), (2, 4)]
+    assert sorted(here.neighbours(Choice((2, 3)))) == sorted(map(Choice, expected))
 
 
 def test_sources_are_named() -> None:

@@ -1,0 +1,190 @@
+"""``optimize --vary``: what is searched besides the grouping, and the ways of taking a step that are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from groupsearch.clipping import RULES, AdaptiveQuantile
+from groupsearch.errors import GroupSearchError
+from groupsearch.options import NORM_METHODS, EngineOptions, checkpoint_interval
+
+if TYPE_CHECKING:
+    from groupsearch.grouping import Grouping
+    from groupsearch.search import Choice
+    from groupsearch.search.variants import Variants
+    from groupsearch.trace import Trace
+    from groupsearch.training import TrainSettings
+    from groupsearch.verify import Setup
+
+THRESHOLDS = ("uniform", "dimension", "adaptive")  # of search.settings, without loading Optuna for --help
+# What is tried where no values are given. The first two change the mechanism, the others memory and time alone.
+DEFAULTS = {
+    "rule": RULES,
+    "thresholds": THRESHOLDS[:2],
+    "checkpoint": ("none", "blocks"),
+    "micro-batches": ("1", "2", "4"),
+    "norm-method": NORM_METHODS,
+}
+COSTS = ("checkpoint", "micro-batches", "norm-method")
+Values = tuple[str, ...]
+
+
+class Vary(click.ParamType[tuple[str, Values]]):
+    """What is searched and among which values, as in rule=auto-s,abadi."""
+
+    name = "name[=values]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Values]:
+        """Name and values of the text."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        values = tuple(word.strip() for word in text.split(",")) if equals else ()
+        if name not in DEFAULTS:
+            self.fail(f"Expected {', '.join(DEFAULTS)}, as in rule or rule=auto-s,abadi, found {value!r}.", param, ctx)
+        if wrong := [each for each in values if not _is_known(name, each)]:
+            known = ", ".join(DEFAULTS[name] if name != "thresholds" else THRESHOLDS)
+            self.fail(f"Expected values of {name} such as {known}, found {wrong[0]!r}.", param, ctx)
+        return name, tuple(dict.fromkeys(values))
+
+
+def varied(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Values]]) -> dict[str, list[str]]:
+    """The values of every name; none where the defaults are meant."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"Expected every name once, found {', '.join(names)}. Give all values of one together."
+        )
+    return {name: list(values) for name, values in pairs}
+
+
+def searched(given: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the search's settings that says what is searched; the training's own rule is tried first.
+
+    Raises:
+        GroupSearchError: when the clip rule is both searched and given.
+    """
+    vary = given["vary"]
+    if "rule" in vary and given["rule"] is not None:
+        raise GroupSearchError("Found --rule and --vary rule: the one fixes it, the other searches it. Leave one out.")
+    rules = tuple(vary["rule"] or dict.fromkeys((training["rule"], *RULES))) if "rule" in vary else ()
+    allocations = tuple(vary["thresholds"] or DEFAULTS["thresholds"]) if "thresholds" in vary else ()
+    objectives = ("metric", "peak", *(["time"] if given["objective"] else []))
+    return {"groups": given["groups"], "rules": rules, "allocations": allocations, "objectives": objectives}
+
+
+@dataclass(frozen=True, eq=False)
+class Ways:
+    """The ways of taking a step that ``--vary`` asks for, the command's own first, each with its trace.
+
+    Attributes:
+        setups: how a step is taken, by the name of the way.
+        traces: one step of each.
+    """
+
+    setups: Mapping[str, Setup]
+    traces: Mapping[str, Trace]
+
+    @classmethod
+    def of(cls, setup: Setup, trace: Trace, training: TrainSettings, vary: Mapping[str, Sequence[str]]) -> Ways:
+        """Trace a step of every combination; of the command's own way there is a trace already."""
+        assert setup.loaded.data is not None  # it is being trained
+        batch = training.sampling_rate * setup.loaded.data.train_size
+        own = {
+            "checkpoint": setup.checkpoint,
+            "micro-batches": str(setup.micro_batches),
+            "norm-method": setup.options.norm_method,
+        }
+        names = [name for name in own if name in vary]
+        tried = [dict.fromkeys((own[name], *(vary[name] or DEFAULTS[name]))) for name in names]
+        setups = {}
+        for values in product(*tried):
+            way = dict(zip(names, values, strict=True))
+            setups[_named(way)] = setup if way.items() <= own.items() else _changed(setup, way, batch)
+        traces = {name: trace if each is setup else each.trace() for name, each in setups.items()}
+        return cls(setups, traces)
+
+    @cached_property
+    def variants(self) -> Variants:
+        """What says which way needs least for a grouping."""
+        from groupsearch.search.variants import Variants
+
+        return Variants(self.traces)
+
+    def of_choice(self, choice: Choice, training: TrainSettings) -> tuple[Grouping, TrainSettings]:
+        """The grouping of a choice, and how it is trained: in the way that needs least memory, by its mechanism."""
+        from groupsearch.grouping import Grouping
+
+        name = self.variants.cheapest(choice.boundaries)
+        settings = mechanism_of(choice, training)
+        if len(self.setups) > 1:
+            setup, own = self.setups[name], next(iter(self.setups.values()))
+            if setup.micro_batches != own.micro_batches:
+                physical = setup.loaded.batch_size if setup.micro_batches > 1 else None
+                settings = replace(settings, physical_batch=physical)
+            settings = replace(settings, checkpoint=setup.checkpoint, options=setup.options)
+        return Grouping.from_boundaries(self.traces[name], choice.boundaries), settings
+
+    def describe(self) -> list[dict[str, Any]]:
+        """How every way takes its step, the command's own first; nothing where there is one alone."""
+        if len(self.setups) == 1:
+            return []
+        return [
+            {
+                "name": name,
+                "checkpoint": setup.checkpoint,
+                "micro_batches": setup.micro_batches,
+                "batch_size": setup.loaded.batch_size,
+                "norm_method": setup.options.norm_method,
+            }
+            for name, setup in self.setups.items()
+        ]
+
+
+def mechanism_of(choice: Choice, training: TrainSettings) -> TrainSettings:
+    """The training with the rule and the thresholds of a choice, where it has any."""
+    rule = training.rule if choice.rule is None else choice.rule
+    if choice.allocation is None:
+        return replace(training, rule=rule)
+    allocation = AdaptiveQuantile() if choice.allocation == "adaptive" else choice.allocation
+    return replace(training, rule=rule, allocation=allocation)
+
+
+def _changed(setup: Setup, way: Mapping[str, str], batch: float) -> Setup:
+    """The setup in another way; a batch is cut evenly into its micro-batches."""
+    changed = setup
+    if "checkpoint" in way:
+        changed = replace(changed, checkpoint=way["checkpoint"])
+    if "norm-method" in way:
+        changed = replace(changed, options=EngineOptions(norm_method=way["norm-method"]))
+    if "micro-batches" in way:
+        pieces = int(way["micro-batches"])
+        settings = {**setup.settings, "batch_size": math.ceil(batch / pieces)}
+        changed = replace(changed, micro_batches=pieces, settings=settings)
+    return changed
+
+
+def _named(way: Mapping[str, str]) -> str:
+    words = {"checkpoint": "checkpoint {}", "micro-batches": "micro-batches {}", "norm-method": "norms {}"}
+    return ", ".join(words[name].format(value) for name, value in way.items())
+
+
+def _is_known(name: str, value: str) -> bool:
+    if name == "thresholds":
+        return value in THRESHOLDS
+    if name == "micro-batches":
+        return value.isdecimal() and int(value) > 0
+    if name == "checkpoint":
+        try:
+            checkpoint_interval(value)
+        except GroupSearchError:
+            return False
+        return True
+    return value in DEFAULTS[name]

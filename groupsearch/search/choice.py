@@ -1,0 +1,58 @@
+"""What is searched: a grouping, and of the clipping mechanism what is not fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Boundaries = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Everything searched that changes the mechanism, and with it the accuracy.
+
+    What changes memory and time alone is no part of it: two runs of one choice with one seed have one metric.
+    Choices are in order of boundaries, rule and allocation; None comes first.
+
+    Attributes:
+        boundaries: the grouping; whatever order they are given in, they are kept increasing and once each.
+        rule: the clip rule, or None: as the training fixes it.
+        allocation: how thresholds are allotted to the groups, or None: as the training fixes it.
+    """
+
+    boundaries: Boundaries
+    rule: str | None = None
+    allocation: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boundaries", tuple(sorted({int(b) for b in self.boundaries})))
+
+    def __lt__(self, other: Choice) -> bool:
+        return self._place < other._place
+
+    @property
+    def groups(self) -> int:
+        """M, the number of groups."""
+        return len(self.boundaries) + 1
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What is chosen besides the grouping, as words."""
+        return tuple(option for option in (self.rule, self.allocation) if option is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """``boundaries``, and ``rule`` and ``allocation`` where they are chosen."""
+        chosen = {"rule": self.rule, "allocation": self.allocation}
+        known = {key: value for key, value in chosen.items() if value is not None}
+        return {"boundaries": list(self.boundaries), **known}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Choice:
+        """The choice that is written in a mapping, among other things; what is not there is None."""
+        return cls(tuple(data["boundaries"]), data.get("rule"), data.get("allocation"))
+
+    @property
+    def _place(self) -> tuple[Boundaries, str, str]:
+        return self.boundaries, self.rule or "", self.allocation or ""
