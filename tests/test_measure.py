@@ -28,7 +28,9 @@ def measured(subject: Subject) -> Measurement:
 
 
 def test_a_fresh_process_measures_what_this_one_does(subject: Subject, measured: Measurement) -> None:
-    assert measured.peak_bytes == subject.measure(Grouping.all_layer(subject.trace))
+    here = subject.measure(Grouping.all_layer(subject.trace))
+    # What oneDNN takes inside a convolution was seen to be a line of the cache more or less in a process with a past.
+    assert measured.peak_bytes == pytest.approx(here, abs=64)
 
 
 def test_a_measurement_says_how_it_was_taken(measured: Measurement) -> None:

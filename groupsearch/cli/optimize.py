@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from groupsearch.cli.output import Output, make_folder, writable
-from groupsearch.cli.parameters import Size, model_options, output_options, seed_option, training_options
+from groupsearch.cli.parameters import (
+    Positive,
+    Size,
+    model_options,
+    output_options,
+    seed_option,
+    step_options,
+    training_options,
+)
 from groupsearch.cli.report import write_page
+from groupsearch.cli.searching import RUNGS, TRIALS, Rungs, print_result, search, search_settings, trials_of
+from groupsearch.cli.selecting import refuse_excluded, select
+from groupsearch.cli.varying import COSTS, Vary, Ways, varied
 from groupsearch.errors import GroupSearchError
 from groupsearch.records import default_path
-from groupsearch.units import format_bytes, format_interval, format_seconds
 
 if TYPE_CHECKING:
-    from groupsearch.search import SearchResult, SearchSettings
+    from groupsearch.search import SearchSettings
     from groupsearch.trace import Trace
     from groupsearch.training import TrainSettings
     from groupsearch.verify import Setup
@@ -26,20 +36,77 @@ GRANULARITIES = ("site", "layer", "block")  # of search.settings, without loadin
 SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
 _WORKER_PATIENCE_SECONDS = 3600.0  # the search begins when its profile is made and checked
 CHECKED = ("all-layer", "layer-wise", "best:2", "best:4")
-SEARCH_SETTINGS = ("budget", "trials", "seeds", "granularity", "max_groups", "sampler", "seed", "verify")
-FINGERPRINT = (
-    *("norm_method", "checkpoint", "optimizer", "device", "epsilon", "delta", "steps", "learning_rate"),
-    *("sampling_rate", "rule", "max_grad_norm"),
+SEARCH_SETTINGS = (
+    *("budget", "rungs", "short_fraction", "trials", "promote", "seeds", "max_runs", "confidence", "selection_data"),
+    *("vary", "objective", "groups", "granularity", "max_groups", "sampler", "seed", "verify"),
 )
+SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "granularity", "max_groups", "verify")
 
 
 @click.command("optimize")
 @click.argument("model", default="digits-vit")
 @click.option("--budget", type=Size(), help="Largest estimated peak, as in 12GiB; others are never trained.")
 @click.option(
-    "--trials", type=click.IntRange(min=1), default=16, help="Groupings to train before the front is repeated."
+    "--rungs",
+    type=Rungs(),
+    default=",".join(RUNGS),
+    help="Kinds of evidence, the cheapest first: a proxy without training, short runs, full runs.",
 )
+@click.option(
+    "--short-fraction",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    default=0.125,
+    help="Steps of a short run, as a share of those of a full one.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    help=f"Groupings to train before the front is repeated; with short runs, in those. [default: {TRIALS['full']}; "
+    f"{TRIALS['short']} in short runs]",
+)
+@click.option("--promote", type=click.IntRange(min=1), default=7, help="Groupings to train in full after short runs.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Training runs of every grouping on the front.")
+@click.option(
+    "--max-runs",
+    type=click.IntRange(min=1),
+    help="Repeat the front until groupings are told apart or so many full runs are made. [default: --seeds alone]",
+)
+@click.option(
+    "--confidence",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    default=0.95,
+    help="Of all that is declared of the front together.",
+)
+@click.option(
+    "--selection-data",
+    type=click.Choice(["public", "private"]),
+    default="private",
+    help="Whether what is trained on and judged by is public (or synthetic), which costs no privacy.",
+)
+@click.option(
+    "--private-selection",
+    is_flag=True,
+    help="Choose at a known epsilon instead of searching: train a random number of groupings, --trials expected, drawn "
+    "from a fixed set, and publish the best by a noisy score alone.",
+)
+@click.option(
+    "--score-noise",
+    type=Positive(),
+    default=5.0,
+    help="Noise of --private-selection's scores, in validation examples.",
+)
+@click.option(
+    "--vary",
+    type=Vary(),
+    multiple=True,
+    callback=varied,
+    help="Search this, too, as in rule or checkpoint=none,blocks; repeatable. Of rule and thresholds the best is "
+    "found by training; of checkpoint, micro-batches and norm-method every grouping takes what needs least memory.",
+)
+@click.option(
+    "--objective", type=click.Choice(["time"]), help="Search for a short step, too, besides accuracy and memory."
+)
+@click.option("--groups", type=click.IntRange(min=1), help="Exactly so many groups. [default: any number]")
 @click.option("--granularity", type=click.Choice(GRANULARITIES), default="site", help="Where the search may cut.")
 @click.option("--max-groups", type=click.IntRange(min=1), help="The most groups. [default: no limit]")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="front", help="Ours, or one of Optuna's.")
@@ -55,6 +122,7 @@ FINGERPRINT = (
     help=f"Check the estimates of {', '.join(CHECKED)}.",
 )
 @model_options
+@step_options
 @training_options
 @seed_option
 @output_options
@@ -62,40 +130,50 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     """Search the front of accuracy against peak memory.
 
     MODEL (default: digits-vit, which needs no download) is traced and its estimates are checked by
-    runs; then groupings are trained with differential privacy, each with the same budget, and the
-    front is repeated with several seeds and drawn as a page. An interrupted search goes on with --resume.
-    Any number of processes, with one GPU each, help when started with the same options and --worker.
+    runs; then groupings are trained with differential privacy, each with the same noise: many in short
+    runs, the best of them in full, and the front is repeated with several seeds and drawn as a page.
+    An interrupted search goes on with --resume. Any number of processes, with one GPU each, help when
+    started with the same options and --worker.
 
     \b
     groupsearch optimize
     groupsearch optimize digits-cnn --epsilon 3 --trials 30 --budget 40MiB
+    groupsearch optimize digits-cnn --rungs full --max-runs 80 --confidence 0.9
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
-    from groupsearch.cli.stages import make_setup, start_document
-    from groupsearch.cli.train import describe, train_settings
+    from groupsearch.cli.stages import start_document
+    from groupsearch.cli.training import describe, training_setup
 
-    setup = make_setup(model, given)
-    training = train_settings(setup, given)
-    chosen = {key: given[key] for key in SEARCH_SETTINGS}
+    if given["private_selection"]:
+        refuse_excluded(given)
+    setup, training = training_setup(model, given)
+    given["trials"] = trials_of(given)
+    names = SELECTION_SETTINGS if given["private_selection"] else SEARCH_SETTINGS
+    chosen = {key: given[key] for key in names}
     document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
+    if given["private_selection"]:
+        _select(document, setup, training, given, Output.plan(document, output, force, as_json))
+        return
     if given["worker"]:
         _refuse_of_worker(given, output=output, force=force, json=as_json)
         _work(document, setup, training, given)
         return
     places = _Places.plan(document, given, output, force, as_json)
-    settings = _search_settings(document, setup.loaded.metric_name, given, places.storage, force)
+    settings = search_settings(document, setup.loaded.metric_name, given, places.storage, force)
     trace = _profile(document, setup, settings, given["verify"])
-    result = _search(setup, trace, training, settings)
+    ways = Ways.of(setup, trace, training, given["vary"])
+    document["variants"] = ways.describe()
+    result = search(setup, ways, training, settings, given)
     parts = result.to_json()
     training_part = {**describe(training), **parts["training"]}
     document |= {**parts, "training": training_part, "cost": {**parts["cost"], "epsilon": training_part["epsilon"]}}
     places.output.save(document)
     if result.interrupted:
         raise KeyboardInterrupt(
-            f"Interrupted. The {len(result.evaluations)} training runs that ended are kept in {places.shown}; the "
+            f"Interrupted. The {result.cost.trained} training runs that ended are kept in {places.shown}; the "
             f"same command with --resume instead of --force goes on."
         )
-    _print_front(result)
+    print_result(result)
     if places.page is not None:
         write_page(document, places.page, force=places.output.force)
 
@@ -141,6 +219,24 @@ class _Places:
         return cls(planned, page, storage)
 
 
+def _select(
+    document: dict[str, Any], setup: Setup, training: TrainSettings, given: Mapping[str, Any], output: Output
+) -> None:
+    """Choose privately among fixed groupings; there is no study, and the document has the chosen one alone."""
+    from groupsearch.cli.training import describe
+
+    page = given["report"] or (output.path.with_suffix(".html") if output.path else None)
+    page = writable(page, force=output.force) if page else None
+    settings = search_settings(document, setup.loaded.metric_name, {**given, "rungs": ("full",)}, None, force=False)
+    trace = _profile(document, setup, settings, given["verify"])
+    select(document, setup, trace, training, settings, given["score_noise"])
+    document["training"] = describe(training)
+    document["cost"]["epsilon"] = document["training"]["epsilon"]
+    output.save(document)
+    if page is not None:
+        write_page(document, page, force=output.force)
+
+
 def _refuse_of_worker(given: Mapping[str, Any], **other: Any) -> None:
     if given["storage"] is None:
         raise GroupSearchError(
@@ -163,39 +259,15 @@ def _work(document: dict[str, Any], setup: Setup, training: TrainSettings, given
     from groupsearch.search.together import await_study
 
     joined = {**given, "resume": True}
-    settings = _search_settings(document, setup.loaded.metric_name, joined, given["storage"], force=False)
+    settings = search_settings(document, setup.loaded.metric_name, joined, given["storage"], force=False)
     say(f"Tracing one step of {setup.workload} at batch {document['model']['batch_size']}")
     trace = setup.trace()
     say(f"Waiting for the search {settings.study_name!r} in {shown(settings.storage)}")
     await_study(settings, _WORKER_PATIENCE_SECONDS)
-    result = _search(setup, trace, training, settings)
+    result = search(setup, Ways.of(setup, trace, training, given["vary"]), training, settings, given)
     if result.interrupted:
         raise KeyboardInterrupt("Interrupted. What this worker was training is left to the others.")
-    say(f"The search has ended: {len(result.evaluations)} training runs of all workers together.")
-
-
-def _search_settings(
-    document: Mapping[str, Any], metric_name: str, given: Mapping[str, Any], storage: str, force: bool
-) -> SearchSettings:
-    from groupsearch.search import SearchSettings
-
-    fixed = {key: document["settings"][key] for key in FINGERPRINT}
-    fixed["device"] = fixed["device"].partition(":")[0]  # workers have one GPU of the same kind each
-    return SearchSettings(
-        trials=given["trials"],
-        budget_bytes=given["budget"],
-        seeds=given["seeds"],
-        seed=given["seed"],
-        sampler=given["sampler"],
-        storage=storage,
-        study_name=given["study"],
-        resume=given["resume"],
-        force=force,
-        granularity=given["granularity"],
-        max_groups=given["max_groups"],
-        metric_name=metric_name,
-        fingerprint={**document["model"], **fixed, "packages": document["environment"]["packages"]},
-    )
+    say(f"The search has ended: {result.cost.trained} training runs of all workers together.")
 
 
 def _profile(document: dict[str, Any], setup: Setup, settings: SearchSettings, level: str) -> Trace:
@@ -205,7 +277,7 @@ def _profile(document: dict[str, Any], setup: Setup, settings: SearchSettings, l
 
     try:
         trace = add_estimates(document, setup, (), max_groups=8)
-        if settings.budget_bytes is not None:
+        if settings.budget_bytes is not None and not set(COSTS) & set(document["settings"].get("vary", {})):
             fewest_groups(trace, settings.budget_bytes)  # refuses a budget below the floor before any check
         add_checks(document, setup, trace, level, CHECKED)
         print_peaks(document)
@@ -216,55 +288,3 @@ def _profile(document: dict[str, Any], setup: Setup, settings: SearchSettings, l
             f"command again starts over with the trace."
         ) from interrupt
     return trace
-
-
-def _search(setup: Setup, trace: Trace, training: TrainSettings, settings: SearchSettings) -> SearchResult:
-    """Run the search, drawing its progress; every training run is one evaluation."""
-    from groupsearch.cli.console import progress, say
-    from groupsearch.grouping import Grouping
-    from groupsearch.search import Event, Outcome
-    from groupsearch.search.together import run_together
-    from groupsearch.training import train
-
-    def evaluate(boundaries: tuple[int, ...], seed: int) -> Outcome:
-        result = train(setup.loaded, Grouping.from_boundaries(trace, boundaries), replace(training, seed=seed))
-        points = tuple((point.step, point.metric) for point in result.curve if point.metric is not None)
-        value = float("nan") if result.metric is None else result.metric
-        return Outcome(value, result.step_seconds, result.steps, points)
-
-    def notify(event: Event) -> None:
-        groups = f"{len(event.boundaries) + 1} groups" if event.boundaries else "all-layer"
-        seed = "" if event.seed is None else f", seed {event.seed}"
-        what = f"{event.phase.capitalize()}: {groups}{seed}"
-        bars.update(bars.task_ids[0], description=what, completed=event.done, total=event.total)
-        if event.kind == "failed" or (event.kind == "trained" and event.value is not None):  # else another trains it
-            value = "failed" if event.value is None else f"{settings.metric_name} {event.value:.4f}"
-            say(f"{event.done}/{event.total} {what}: {value}, {format_bytes(event.peak_bytes)}")
-
-    say(f"Searching: {settings.trials} groupings, then {settings.seeds} seeds of each on the front")
-    with progress() as bars:
-        bars.add_task("Search", total=settings.trials)
-        return run_together(trace, evaluate, settings, notify)
-
-
-def _print_front(result: SearchResult) -> None:
-    from groupsearch.cli.console import print_table, say
-
-    percent = "accuracy" in result.metric_name
-    best = result.recommended
-    shown = [c for c in result.candidates if c.on_front or c is best or c.source in ("all-layer", "layer-wise")]
-    rows = [
-        (
-            c.source,
-            str(c.groups),
-            format_bytes(c.peak_bytes),
-            format_interval(c.mean, c.half_width, percent=percent),
-            str(len(c.values)),
-            "yes" if c.on_front else "",
-            "<- recommended" if c is best else "",
-        )
-        for c in shown
-    ]
-    print_table(("from ", "groups", "peak", result.metric_name, "seeds", "front", " "), rows)
-    say(result.reason)
-    say(f"{result.cost.trained} training runs in {format_seconds(result.cost.seconds)}.")

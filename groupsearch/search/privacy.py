@@ -7,12 +7,19 @@ fixed beforehand, each is trained and scored with the same guarantee, and nothin
 
 A search that learns from its scores, as ``front`` or TPE do, is not of that kind: its candidates depend on
 the private scores before them; see :mod:`groupsearch.search.selection`.
+
+What the proof does not cover: how long a selection takes tells how many candidates there were, and a training
+that fails tells something by failing. Neither is written anywhere here; see to it that nobody watches the clock.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import dp_accounting
 import numpy as np
@@ -21,6 +28,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from groupsearch.errors import GroupSearchError
 
+T = TypeVar("T")
 _ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 65), 128, 256, 512, 1024)
 
 
@@ -62,16 +70,22 @@ class RepeatAndSelect:
             if drawn > 0:
                 return drawn
 
-    def epsilon(self, training: dp_accounting.DpEvent, delta: float) -> float:
+    def epsilon(
+        self, training: dp_accounting.DpEvent, delta: float, then: dp_accounting.DpEvent | None = None
+    ) -> float:
         """Epsilon of drawing, training and publishing the best, at ``delta``, by Renyi differential privacy.
 
         Args:
             training: what one candidate costs, its score included; see :func:`candidate_event`.
             delta: the other half of the budget.
+            then: what is done with the same data afterwards, such as training the best one anew; None for nothing.
         """
         accountant = RdpAccountant(_ORDERS)
-        accountant.compose(RepeatAndSelectDpEvent(training, self.mean, self.shape))
-        return float(accountant.get_epsilon(delta))
+        with _silent_absl():
+            accountant.compose(RepeatAndSelectDpEvent(training, self.mean, self.shape))
+            if then is not None:
+                accountant.compose(then)
+            return float(accountant.get_epsilon(delta))
 
     def _success(self) -> float:
         """The success probability gamma at which the truncated distribution has this mean, by bisection.
@@ -90,6 +104,76 @@ class RepeatAndSelect:
         if self.shape == 0:
             return (1 / gamma - 1) / -math.log(gamma)
         return self.shape * (1 - gamma) / (gamma * -math.expm1(self.shape * math.log(gamma)))
+
+
+@dataclass(frozen=True)
+class Selected(Generic[T]):
+    """All that may be published of a private selection.
+
+    Attributes:
+        candidate: the one with the highest score.
+        score: its score, noise included.
+    """
+
+    candidate: T
+    score: float
+
+
+def select_privately(
+    candidates: Sequence[T],
+    train: Callable[[T, int], float],
+    scheme: RepeatAndSelect,
+    score_noise: float,
+    rng: np.random.Generator,
+) -> Selected[T] | None:
+    """Draw a number, train as many candidates drawn uniformly and independently, and keep the best alone.
+
+    Nothing else leaves this function: neither how many there were, nor which, nor how the others did, nor the
+    number that noise was added to. With the same candidate drawn twice it is trained twice.
+
+    Args:
+        candidates: fixed without a look at the data.
+        train: takes a candidate and a seed and gives its score without noise, a sum over the examples
+            that one of them changes by at most 1. Every call gets a seed of its own.
+        scheme: how many are trained.
+        score_noise: standard deviation of the Gaussian noise that is added to every score.
+        rng: where all that is random comes from. Whoever knows its seed knows what noise was drawn, so it is to
+            come from the system's entropy, as ``np.random.default_rng()`` does.
+
+    Returns:
+        The best; None when the number drawn is 0, which only the Poisson distribution gives.
+
+    Raises:
+        GroupSearchError: without candidates or noise; when a training fails or its score is not finite. What
+            was trained before is then forgotten.
+    """
+    if not candidates or not score_noise > 0:
+        raise GroupSearchError(
+            f"Expected candidates and a positive noise of their scores, found {len(candidates)} and {score_noise}."
+        )
+    best: Selected[T] | None = None
+    for _ in range(scheme.draw(rng)):
+        candidate = candidates[int(rng.integers(len(candidates)))]
+        score = _noisy(train, candidate, score_noise, rng)
+        if best is None or score > best.score:
+            best = Selected(candidate, score)
+    return best
+
+
+def _noisy(train: Callable[[T, int], float], candidate: T, score_noise: float, rng: np.random.Generator) -> float:
+    seed = int(rng.integers(2**63))
+    try:
+        score = float(train(candidate, seed))
+    except Exception as error:
+        # What the error says may depend on the data, and so may which candidate it was.
+        raise GroupSearchError(
+            f"Expected every candidate to train, found that one failed ({type(error).__name__}). Nothing is published: "
+            f"which and when is not covered by the guarantee. See on public or synthetic data that all candidates "
+            f"train with these settings, then begin anew."
+        ) from None
+    if not math.isfinite(score):
+        raise GroupSearchError("Expected a finite score of every candidate, found another. Nothing is published.")
+    return score + float(rng.normal(0.0, score_noise))
 
 
 def candidate_event(
@@ -111,6 +195,23 @@ def candidate_event(
                 f"Expected {name} > 0 to choose by private data, found {value}: a training or a score without noise "
                 f"costs an infinite epsilon. Add noise to it, or choose by public data."
             )
-    step = dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
-    training = dp_accounting.SelfComposedDpEvent(step, steps)
+    training = training_event(noise_multiplier, sampling_rate, steps)
     return dp_accounting.ComposedDpEvent([training, dp_accounting.GaussianDpEvent(score_noise_multiplier)])
+
+
+def training_event(noise_multiplier: float, sampling_rate: float, steps: int) -> dp_accounting.DpEvent:
+    """What one training with Poisson sampling costs."""
+    step = dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+    return dp_accounting.SelfComposedDpEvent(step, steps)
+
+
+@contextmanager
+def _silent_absl() -> Iterator[None]:
+    """dp-accounting warns of every order that it leaves out, which makes an epsilon larger and never wrong."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

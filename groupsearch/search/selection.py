@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.units import format_number
 
 SELECTION_DATA = ("public", "private")
 
@@ -14,7 +15,7 @@ class SelectionCost:
     """What choosing among candidates adds to the epsilon of the training that is published.
 
     Attributes:
-        data: ``public`` (or synthetic) or ``private``.
+        data: ``public`` (or synthetic), when all that the search trained on and judged by is, or ``private``.
         epsilon: 0 for public data; None where it is not accounted for.
         statement: a sentence for the document and the report.
     """
@@ -35,11 +36,35 @@ def adaptive_selection_cost(data: str) -> SelectionCost:
     if data not in SELECTION_DATA:
         raise GroupSearchError(f"Expected selection data to be {' or '.join(SELECTION_DATA)}, found {data!r}.")
     if data == "public":
-        return SelectionCost(data, 0.0, "Groupings were compared on public or synthetic data, which costs no privacy.")
+        statement = "Groupings were trained and compared on public or synthetic data, which costs no privacy."
+        return SelectionCost(data, 0.0, statement)
     return SelectionCost(
         data,
         None,
         "Groupings were compared on private data by an adaptive search, which no theorem accounts for: the epsilon "
-        "stated is that of one training alone, and choosing has cost more. Compare on public or synthetic data to "
-        "state an epsilon of the whole.",
+        "stated is that of one training alone, and choosing has cost more. Search on public or synthetic data, or "
+        "with --private-selection, to state an epsilon of the whole.",
+    )
+
+
+def repeated_selection_cost(
+    candidates: int, mean: float, delta: float, epsilon: float, with_training: float
+) -> SelectionCost:
+    """What it costs to have chosen by repeat-and-select on private data, see :mod:`groupsearch.search.privacy`.
+
+    Args:
+        candidates: how many there were to be drawn from.
+        mean: how many were expected to be drawn.
+        delta: the other half of both budgets.
+        epsilon: of choosing, the trainings that were done for it included.
+        with_training: of choosing and of training the chosen one anew.
+    """
+    return SelectionCost(
+        "private",
+        epsilon,
+        f"Repeat-and-select (arXiv 2110.03620): a random number of groupings, {format_number(mean)} expected, was "
+        f"drawn from {candidates} that were fixed beforehand, each was trained once, and the best by a noisy score is "
+        f"all that is published. Choosing and the trainings for it cost epsilon {format_number(epsilon)} together, at "
+        f"delta {format_number(delta)}; with the chosen one trained anew on the same data it is "
+        f"{format_number(with_training)}.",
     )

@@ -19,6 +19,7 @@ from groupsearch.search import settings as search_settings
 from tests.cli.running import ROOT, refused, run
 
 SMALL = ("--setting", "blocks=1", "--setting", "width=8", "--seeds", "2", "--verify", "none")
+FULL = ("--rungs", "full")
 
 
 def test_choices_are_those_of_the_stages():
@@ -30,7 +31,7 @@ def test_choices_are_those_of_the_stages():
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     path = tmp_path_factory.mktemp("search") / "a.json"
-    result = run("optimize", *SMALL, "--steps", 3, "--trials", 3, "-o", path, "--json")
+    result = run("optimize", *SMALL, *FULL, "--steps", 3, "--trials", 3, "-o", path, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == read_document(path)
     return path
@@ -60,8 +61,9 @@ def test_the_page_and_the_study_lie_beside_the_document(searched):
 
 def test_a_second_search_is_refused_or_goes_on(searched):
     before = read_document(searched)
-    assert "--resume" in refused("optimize", *SMALL, "--steps", 3, "--trials", 3, "-o", searched)
-    assert run("optimize", *SMALL, "--steps", 3, "--trials", 3, "-o", searched, "--resume").exit_code == 0
+    again = ("optimize", *SMALL, *FULL, "--steps", 3, "--trials", 3, "-o", searched)
+    assert "--resume" in refused(*again)
+    assert run(*again, "--resume").exit_code == 0
     after = read_document(searched)
     assert after["candidates"] == before["candidates"]
     assert after["cost"] == before["cost"]
@@ -69,7 +71,7 @@ def test_a_second_search_is_refused_or_goes_on(searched):
 
 def test_going_on_with_another_problem_is_refused(searched):
     before = searched.read_bytes()
-    message = refused("optimize", *SMALL, "--steps", 4, "--trials", 3, "-o", searched, "--resume")
+    message = refused("optimize", *SMALL, *FULL, "--steps", 4, "--trials", 3, "-o", searched, "--resume")
     assert "steps" in message
     assert searched.read_bytes() == before
 
@@ -82,6 +84,12 @@ def test_going_on_with_another_problem_is_refused(searched):
         (["hf:gpt2"], "data"),
         (["--resume", "--force"], "Choose one"),
         (["--trials", "0"], "--trials"),
+        (["--rungs", "proxy,short"], "full"),
+        (["--rungs", "fast,full"], "full"),
+        (["--short-fraction", "1"], "--short-fraction"),
+        (["--steps", "1"], "--rungs full"),
+        (["--max-runs", "3"], "max_runs"),
+        (["--confidence", "1"], "--confidence"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -94,7 +102,7 @@ def test_bad_requests_leave_nothing_behind(tmp_path, arguments, word):
 
 def test_checkpointing_is_part_of_the_trace_the_training_and_the_problem(tmp_path):
     path = tmp_path / "a.json"
-    arguments = ("optimize", *SMALL, "--setting", "blocks=2", "--steps", 2, "--trials", 2, "-o", path)
+    arguments = ("optimize", *SMALL, *FULL, "--setting", "blocks=2", "--steps", 2, "--trials", 2, "-o", path)
     result = run(*arguments, "--checkpoint", "blocks")
     assert result.exit_code == 0, result.stderr
     document = read_document(path, "search")
@@ -133,7 +141,7 @@ def test_an_end_before_the_search_says_so_and_leaves_nothing(tmp_path, stage):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=lambda ending: ending.name)
 def test_an_ended_search_goes_on_where_it_was(tmp_path, ending):
     path = tmp_path / "a.json"
-    arguments = ["optimize", *SMALL, "--steps", "12", "--trials", "5", "-o", str(path)]
+    arguments = ["optimize", *SMALL, *FULL, "--steps", "12", "--trials", "5", "-o", str(path)]
     command = [sys.executable, "-m", "groupsearch", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     told = []

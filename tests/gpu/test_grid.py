@@ -48,10 +48,12 @@ def test_a_row_that_is_there_is_not_measured_again(rows: list[dict[str, Any]]) -
     assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in first.items() if k not in times}
 
 
+@pytest.mark.slow
 def test_no_row_begins_when_the_time_is_over() -> None:
     assert len(list(rows_of(replace(PART, seconds=0.0)))) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_holds_more_than_before_is_not_measured_in_again() -> None:
     before = held_bytes(CPU)
     check_held(CPU, before, "nothing")
@@ -60,6 +62,7 @@ def test_a_process_that_holds_more_than_before_is_not_measured_in_again() -> Non
         check_held(CPU, before, "keeping a tensor")
 
 
+@pytest.mark.slow
 def test_a_setting_that_fails_is_told_and_the_next_one_measured() -> None:
     """The network has no blocks to checkpoint."""
     failed, *found = rows_of(replace(PART, checkpoints=("blocks", "none"), done=[("none", "best")], randoms=0))

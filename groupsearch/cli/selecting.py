@@ -1,0 +1,169 @@
+"""``optimize --private-selection``: choose among fixed groupings on private data, at an epsilon that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from click.core import ParameterSource
+
+from groupsearch.cli.console import say
+from groupsearch.cli.varying import COSTS, mechanism_of
+from groupsearch.errors import GroupSearchError
+from groupsearch.units import format_bytes, format_count, format_interval, format_number
+
+if TYPE_CHECKING:
+    from groupsearch.search import Choice, SearchSettings
+    from groupsearch.search.privacy import RepeatAndSelect, Selected
+    from groupsearch.search.selection import SelectionCost
+    from groupsearch.search.space import Space
+    from groupsearch.trace import Trace
+    from groupsearch.training import TrainSettings
+    from groupsearch.verify import Setup
+    from groupsearch.workloads import Workload
+
+# What would let something out besides the best, make candidates depend on scores, or make noise known.
+EXCLUDED = (
+    *("rungs", "short_fraction", "promote", "seeds", "max_runs", "confidence", "sampler"),
+    *("storage", "study", "worker", "resume", "seed", "objective"),
+)
+_CONFIDENCE = 0.95
+
+
+def refuse_excluded(given: Mapping[str, Any]) -> None:
+    """Raise when private selection was asked for with an option that its proof leaves no room for.
+
+    Raises:
+        GroupSearchError: which names the options.
+    """
+    context = click.get_current_context()
+    asked = [name for name in EXCLUDED if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    asked += [f"vary {name}" for name in COSTS if name in given["vary"]]
+    asked += ["selection_data"] if given["selection_data"] == "public" else []
+    if asked:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise GroupSearchError(
+            f"Found {names} with --private-selection. Its epsilon holds for one random number of trainings of "
+            f"groupings drawn independently, of which the best alone is kept: no search that learns from scores, no "
+            f"seed that is known, nothing on disk to go on with. Leave out the one or the other."
+        )
+
+
+def select(
+    document: dict[str, Any],
+    setup: Setup,
+    trace: Trace,
+    training: TrainSettings,
+    settings: SearchSettings,
+    noise: float,
+) -> None:
+    """Select, and put into the document what may be published: the best, its noisy score, and what it cost.
+
+    Args:
+        document: is added to.
+        setup: what is trained.
+        trace: of its step.
+        training: how it is trained.
+        settings: ``trials`` is the expected number of trainings; the limits are those of the groupings.
+        noise: standard deviation of the noise of scores, in validation examples.
+
+    Raises:
+        GroupSearchError: when the metric is no share of each example, or a training fails.
+    """
+    from groupsearch.search.privacy import RepeatAndSelect, select_privately
+    from groupsearch.search.space import Space
+
+    workload, space = _judged_by_shares(setup.loaded), Space.of(trace, settings)
+    choices, scheme = space.fixed_choices(), RepeatAndSelect(settings.trials)
+    cost = _cost(scheme, len(choices), training, noise)
+    say(
+        f"Training a random number of {format_count(len(choices))} groupings, {format_number(scheme.mean)} expected. "
+        f"How many they are, and how long it takes, is no part of what may be published."
+    )
+    score = _scorer(workload, trace, training)
+    try:
+        best = select_privately(choices, score, scheme, noise, np.random.default_rng())
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("Interrupted. Nothing of a private selection is kept.") from interrupt
+    assert best is not None  # a geometric number is at least 1
+    row = _row(space, best, workload, noise)
+    metric = row["metric"]
+    reason = (
+        f"{row['groups']} groups ({row['source']}) need {format_bytes(row['peak_bytes'])} and had the best noisy score "
+        f"of those that were drawn: {format_interval(metric['mean'], metric['half_width'], percent=True)}."
+    )
+    document |= {"candidates": [row], "recommended": row, "reason": reason}
+    document["cost"] = {"selection": asdict(cost)}
+    say(reason)
+    say(cost.statement)
+
+
+def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise: float) -> SelectionCost:
+    from groupsearch.search.privacy import candidate_event, training_event
+    from groupsearch.search.selection import repeated_selection_cost
+
+    assert training.noise_multiplier is not None
+    assert training.delta is not None
+    spent = (training.noise_multiplier, training.sampling_rate, training.steps)
+    event, delta = candidate_event(*spent, noise), training.delta
+    epsilon, anew = scheme.epsilon(event, delta), scheme.epsilon(event, delta, then=training_event(*spent))
+    return repeated_selection_cost(choices, scheme.mean, delta, epsilon, anew)
+
+
+def _scorer(workload: Workload, trace: Trace, training: TrainSettings) -> Any:
+    from groupsearch.grouping import Grouping
+    from groupsearch.training import train
+
+    def score(choice: Choice, seed: int) -> float:
+        """How many validation examples are right, each counting 1 at most."""
+        assert workload.data is not None
+        settings = replace(mechanism_of(choice, training), seed=seed, evaluate_every=0)
+        found = train(workload, Grouping.from_boundaries(trace, choice.boundaries), settings)
+        return (found.metric or 0.0) * workload.data.validation_size
+
+    return score
+
+
+def _judged_by_shares(workload: Workload) -> Workload:
+    """The workload with a metric of which one example is worth from 0 to 1, whatever it says itself."""
+    from torch import Tensor, nn
+
+    metric = workload.metric
+    if metric is None or "accuracy" not in workload.metric_name.lower():
+        raise GroupSearchError(
+            f"Expected an accuracy to select by, a metric from 0 to 1 for each example, found "
+            f"{workload.metric_name!r}: noise can hide an example only if it is known how much one can weigh. Give the "
+            f"Workload such a metric and a metric_name with the word accuracy in it."
+        )
+
+    def share(model: nn.Module, batch: Any) -> Tensor:
+        return metric(model, batch).nan_to_num(0.0).clamp(0.0, 1.0)
+
+    return replace(workload, metric=share)
+
+
+def _row(space: Space, best: Selected[Choice], workload: Workload, noise: float) -> dict[str, Any]:
+    """The candidate of the document; its interval is of the noise that was added, which is known."""
+    assert workload.data is not None
+    examples, choice = workload.data.validation_size, best.candidate
+    mean = min(1.0, max(0.0, best.score / examples))
+    half_width = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2) * noise / examples
+    return {
+        **choice.to_json(),
+        "groups": choice.groups,
+        "peak_bytes": space.peak_bytes(choice.boundaries),
+        "metric": {
+            "name": workload.metric_name,
+            "mean": mean,
+            "half_width": half_width,
+            "interval": [mean - half_width, mean + half_width],
+            "interval_from": "the noise added to the score",
+            "seeds": 1,
+        },
+        "on_front": True,
+        "source": space.source(choice.boundaries),
+    }
