@@ -35,7 +35,7 @@ def _accuracy() -> Iterator[str]:
             yield table_row(
                 kind,
                 format_count(errors["numbers"]),
-                format_percent(errors["median_absolute"], 3),
+                format_percent(errors["median_absolute"], 4),
                 format_signed_percent(errors["worst"]),
                 format_count(errors["underestimates"]),
                 format_signed_percent(errors["worst_underestimate"]),

@@ -98,7 +98,7 @@ def _benchmarks(accuracy: Mapping[str, Any], step: Mapping[str, Any]) -> Iterato
     errors = accuracy["summary"]["all"]["estimate/measurement"]
     yield (
         f"Against {format_count(errors['numbers'])} measured peaks of small models on a CPU, the estimate is off by "
-        f"{format_percent(errors['median_absolute'], 3)} in the median and {format_signed_percent(errors['worst'])} at"
+        f"{format_percent(errors['median_absolute'], 4)} in the median and {format_signed_percent(errors['worst'])} at"
     )
     yield "worst. A private step (all-layer) takes, against the same step without privacy on the same two cores:"
     yield ""
