@@ -9,11 +9,13 @@ from torch import nn
 
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import Loss, Stage, StepSettings, fake_stage, made_private, real_stage
 from groupsearch.workloads.batches import count_examples
 
 
+@held_interrupts()
 def simulate_peak(
     model: nn.Module,
     batch: Any,

@@ -11,6 +11,7 @@ from groupsearch.joint import Alternatives
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.trace import Trace
 from groupsearch.tracer.fake import ValuesNeededError
+from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.sites import check_examples, observe_sites
@@ -20,6 +21,7 @@ from groupsearch.workloads.batches import count_examples
 __all__ = ["StepSettings", "observe_sites", "trace_methods", "trace_model"]
 
 
+@held_interrupts()
 def trace_model(
     model: nn.Module,
     batch: Any,
@@ -38,6 +40,7 @@ def trace_model(
     meta device) is left as it is. A model whose path depends on values runs for real, on a copy, and
     with ``device`` every model does so there. A model whose weights are there is also run on three of
     the examples, as :func:`observe_sites` does, to see that no example's gradient depends on another.
+    Ctrl-C waits for the end of the trace; a second one does not.
 
     Args:
         model: the model.
