@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from groupsearch.units import format_bytes, format_interval, format_number
+from groupsearch.units import format_bytes, format_count, format_interval, format_number, format_seconds
 from tests.memory_page import BLOCK, ROOT, document, table_head, table_row
 
 PAGE = ROOT / "docs" / "search.md"
@@ -53,8 +53,8 @@ def _fronts() -> Iterator[str]:
     for case in document("fronts")["cases"]:
         percent = "accuracy" in case["metric"]
         again = ", checkpointed" if case["checkpoint"] != "none" else ""
-        yield f"**{case['model']}{again}, epsilon {format_number(case['epsilon'])}** (without privacy "
-        yield f"{format_bytes(case['nonprivate_peak_bytes'])}; finding the front took "
+        yield f"**{case['model']}{again}, epsilon {format_number(case['epsilon'])}** (without privacy"
+        yield f"{format_bytes(case['nonprivate_peak_bytes'])}; finding the front took"
         yield f"{format_number(case['trainings_to_find'])} full trainings). {case['answer']}"
         yield ""
         yield from table_head("grouping", "groups", "peak", case["metric"], "seeds", "front")
@@ -86,6 +86,10 @@ def _scale() -> Iterator[str]:
     for each in found["throughput"]:
         speedup, overhead = f"{each['speedup']:.2f}x", f"{1000 * each['overhead_seconds_per_trial']:.0f} ms"
         yield table_row(each["storage"], str(each["workers"]), speedup, overhead)
+    yield ""
+    for each in found["size"]:
+        yield f"A study of {format_count(each['trials'])} trials on {each['storage']} opens, resumes and is drawn in"
+        yield f"{format_seconds(each['total_seconds'])}, in {format_bytes(each['peak_bytes'])} of memory."
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
