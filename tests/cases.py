@@ -503,12 +503,17 @@ def _layout_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-LAYER_CASES: dict[str, Case] = {
-    case.name: case
-    for cases in (_linear_cases, _convolution_cases, _embedding_cases, _norm_cases, _parameter_cases, _function_cases, _shared_cases, _network_cases, _layout_cases)
-    for case in cases()
-}  # fmt: skip
+def _named(*catalogues: Callable[[], list[Case]]) -> dict[str, Case]:
+    """The cases by name; what they hold is made here, the same for every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {case.name: case for cases in catalogues for case in cases()}
+
+
+LAYER_CASES = _named(
+    _linear_cases, _convolution_cases, _embedding_cases, _norm_cases, _parameter_cases, _function_cases, _shared_cases, _network_cases, _layout_cases
+)  # fmt: skip
 
 
 EVERY_CASE = {**LAYER_CASES, **MODEL_CASES}
-EXACT_OR_REFUSED: dict[str, Case] = {case.name: case for case in (*_may_refuse(),)}
+EXACT_OR_REFUSED = _named(_may_refuse)
