@@ -47,8 +47,17 @@ class Stairs:
         values, sizes = _steps(points)
         floor = values[0] - _BEYOND * max(values[-1] - values[0], 1e-3 * abs(values[-1]) or 1e-3)
         most = max(size for _, size in points)
-        beyond = most + _BEYOND * max(most - sizes[0], 1e-3 * most)
-        return cls(np.append(sizes, beyond), values, float(floor))
+        return cls(np.append(sizes, _beyond(sizes[0], most)), values, float(floor))
+
+    def ending(self, size: float) -> Stairs:
+        """The same front, with the reference a tenth of the extent beyond this size or, if larger, beyond the front.
+
+        What is gained at the top counts from there to the reference: one that lies far beyond what can still
+        be on the front lets nothing but the top be sought.
+        """
+        return Stairs(
+            np.append(self.sizes[:-1], _beyond(self.sizes[0], max(size, self.sizes[-2]))), self.values, self.floor
+        )
 
     def among(self, points: Sequence[tuple[float, float]]) -> Stairs:
         """The stairs of some of the points with the reference of all."""
@@ -185,6 +194,11 @@ def _steps(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
             steps.append((value, size))
     values, sizes = (np.array(side) for side in zip(*steps, strict=True))
     return values, sizes
+
+
+def _beyond(least: float, most: float) -> float:
+    """A tenth of the extent further than the largest size."""
+    return most + _BEYOND * max(most - least, 1e-3 * most)
 
 
 def _improvement(excess: Floats, deviation: Floats) -> Floats:

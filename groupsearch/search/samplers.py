@@ -111,11 +111,12 @@ class FrontSampler(BaseSampler):
         if not pool:
             fresh = self._space.unseen_near(list(taken), rng)
             return front[0] if fresh is None else fresh
-        sizes = self._peaks(pool).astype(np.float64)
+        sizes, (mean, deviation) = self._peaks(pool).astype(np.float64), metric.predict(pool)
         if timing:
-            gains = Slices.of(points).expected_improvement(metric.predict(pool), sizes, timing[0].predict(pool))
-        else:
-            gains = stairs.expected_improvement(*metric.predict(pool), sizes)
+            gains = Slices.of(points).expected_improvement((mean, deviation), sizes, timing[0].predict(pool))
+        else:  # a size counts where a value may be had that is better than what is known
+            hopeful = sizes[mean + deviation >= stairs.values[-1]]
+            gains = stairs.ending(hopeful.max(initial=0.0)).expected_improvement(mean, deviation, sizes)
         if TrialState.RUNNING in taken.values():  # others may be choosing at this instant: each from a part of its own
             gains = np.where(rng.random(len(pool)) < _OWN_PART, gains, -1.0)
         return pool[int(np.argmax(gains))]

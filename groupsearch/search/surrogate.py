@@ -3,13 +3,13 @@
 The metric is modelled as a function of the number of groups plus a sum over the groups of an unknown
 function of where the group begins and ends, plus noise:
 
-    y = c(M) + sum over groups (u(begin) + r(begin, end) + s(begin, end)) + noise,
+    y = c(M) + sum over groups (u(begin) + r(begin, end) + w(size) + s(begin, end)) + noise,
 
-c and s smooth (cosine series with falling prior variance), u free at every place, r a sum of free terms over
-the runs of a few sites that the group contains whole. Where the clip rule or the allocation of thresholds is
-searched, every one of them adds a smooth function of M of its own. In these features it is Bayesian linear
-regression; the variances of the parts and of the noise are those under which the values seen are likeliest
-(coordinate search).
+c, w and s smooth (cosine series with falling prior variance), u free at every place, r a sum of free terms over
+the runs of a few sites that the group contains whole, w of how many sites it has. Where the clip rule or the
+allocation of thresholds is searched, every one of them adds a smooth function of M of its own. In these features
+it is Bayesian linear regression; the variances of the parts and of the noise are those under which the values
+seen are likeliest (coordinate search).
 A sum over groups is also what a dynamic program can optimise exactly, see
 :mod:`groupsearch.search.acquisition`. Where the metric is no such sum, the misfit is taken for noise.
 """
@@ -32,14 +32,14 @@ _COUNT_WAVES = 6
 _PLACE_WAVES = 10
 _CONSTANT = 10.0  # prior variance of the mean, in variances of the values
 _RUNS = (3, 6)  # sites
-_START = (1.0, 0.1, 0.1, 0.1, 0.1)  # of count, places, runs, spans, options
+_START = (1.0, 0.1, 0.1, 0.1, 0.1, 0.1)  # of count, places, runs, sizes, spans, options
 _START_NOISE = 0.1
 _LEAST, _MOST = 2.0**-16, 2.0**6
 _SWEEPS = 6
 
 
 class Features:
-    """Choices of groupings of ``length`` sites as vectors [constant | count | places | runs | spans | options].
+    """Choices of groupings of ``length`` sites as vectors [constant | count | places | runs | sizes | spans | options].
 
     What weights say of a choice is the constant, plus :meth:`counts` of its number of groups, plus the sum
     of :meth:`table` over its groups.
@@ -56,14 +56,15 @@ class Features:
         self.options = tuple(options)
         self._count = _waves(np.log(np.arange(1, length + 1)), math.log(length + 1), _COUNT_WAVES)
         self._place = _waves(np.arange(length), length, _PLACE_WAVES)
+        self._size = np.concatenate((self._count, self._place), axis=1)  # of small groups and of large ones
         counts, waves = self._count.shape[1], self._place.shape[1]
-        sizes = [1, counts, length, len(_RUNS) * length, waves**2, len(self.options) * counts]
-        self.ends = tuple(np.cumsum(sizes if self.options else sizes[:-1]).tolist())
+        parts = [1, counts, length, len(_RUNS) * length, counts + waves, waves**2, len(self.options) * counts]
+        self.ends = tuple(np.cumsum(parts if self.options else parts[:-1]).tolist())
         fall = 1 / (1 + np.arange(max(counts, waves))) ** 1.5
         pairs = np.minimum(fall[:waves, None], fall[None, :waves])
         free = np.ones(self.ends[3] - self.ends[1])
         alike = np.tile(fall[:counts], len(self.options))
-        self.falls = np.concatenate(([1.0], fall[:counts], free, pairs.ravel(), alike))
+        self.falls = np.concatenate(([1.0], fall[:counts], free, fall[:counts], fall[:waves], pairs.ravel(), alike))
 
     def of(self, many: Sequence[Choice]) -> Floats:
         """[N, D] of N choices."""
@@ -71,7 +72,7 @@ class Features:
         for row, choice in zip(rows, many, strict=True):
             begin = np.array((0, *choice.boundaries))
             last = np.array((*choice.boundaries, self.length)) - 1
-            _, count, places, runs, spans, *options = np.split(row, self.ends[:-1])
+            _, count, places, runs, sizes, spans, *options = np.split(row, self.ends[:-1])
             row[0] = 1
             count[:] = self._count[len(choice.boundaries)]
             for part in options:
@@ -81,22 +82,24 @@ class Features:
             for width, run in zip(_RUNS, np.split(runs, len(_RUNS)), strict=True):
                 inside = max(self.length - width + 1, 0)
                 run[:inside] = cuts[width : width + inside] == cuts[1 : 1 + inside]
+            sizes[:] = self._size[last - begin].sum(axis=0)
             spans[:] = (self._place[begin].T @ self._place[last]).ravel()
         return rows
 
     def counts(self, weights: Floats, option: Choice) -> Floats:
         """[L] what weights say of 1, 2, ... groups with the rule and allocation of a choice."""
-        _, count, _, _, _, *options = np.split(weights, self.ends[:-1])
+        _, count, _, _, _, _, *options = np.split(weights, self.ends[:-1])
         for part in options:
             count = count + self._has(option) @ part.reshape(len(self.options), -1)
         return np.asarray(self._count @ count)
 
     def table(self, weights: Floats) -> Floats:
         """[L, L] what weights say of a group from a site to a last site; of no meaning where that comes before."""
-        _, _, places, runs, spans, *_ = np.split(weights, self.ends[:-1])
+        _, _, places, runs, sizes, spans, *_ = np.split(weights, self.ends[:-1])
         waves = self._place.shape[1]
         gains = self._place @ spans.reshape(waves, waves) @ self._place.T + places[:, None]
         first, last = np.arange(self.length)[:, None], np.arange(self.length)[None, :]
+        gains += (self._size @ sizes)[np.maximum(last - first, 0)]
         for width, run in zip(_RUNS, np.split(runs, len(_RUNS)), strict=True):
             sums = np.concatenate(([0.0], np.cumsum(run)))
             gains += np.where(last - first + 1 >= width, sums[np.maximum(last - width + 2, 0)] - sums[first], 0.0)
@@ -175,7 +178,7 @@ def _waves(places: Floats | npt.NDArray[np.int64], length: float, most: int) -> 
 
 
 def _likeliest(grams: Sequence[Floats], scaled: Floats) -> tuple[float, ...]:
-    """The variances of count, places, runs, spans, options and noise with the largest marginal likelihood."""
+    """The variances of count, places, runs, sizes, spans, options and noise with the largest marginal likelihood."""
     best = np.array((*_START[: len(grams) - 1], _START_NOISE))
     score = _likelihood(grams, best, scaled)
     step = 16.0

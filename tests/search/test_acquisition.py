@@ -23,6 +23,15 @@ def test_what_is_reached_within_a_size() -> None:
     assert stairs.sizes[-1] == pytest.approx(100 + 0.1 * 60)
 
 
+@pytest.mark.parametrize(("size", "end"), [(200.0, 216.0), (100.0, 106.0), (70.0, 106.0), (0.0, 106.0)])
+def test_a_reference_beyond_a_size_lies_no_nearer_than_beyond_the_front(size: float, end: float) -> None:
+    stairs = Stairs.of([*POINTS, (0.2, 5000.0)])
+    assert stairs.sizes[-1] == pytest.approx(5000 + 0.1 * 4960)
+    nearer = stairs.ending(size)
+    assert nearer.sizes[-1] == pytest.approx(end)
+    assert nearer.reached(np.arange(200.0)).tolist() == stairs.reached(np.arange(200.0)).tolist()
+
+
 @pytest.mark.parametrize("size", [30.0, 40.0, 55.0, 60.0, 100.0, 105.0, 200.0])
 @pytest.mark.parametrize("mean", [0.3, 0.7, 0.95])
 def test_the_expected_improvement_is_the_mean_of_what_draws_add_to_the_hypervolume(size: float, mean: float) -> None:

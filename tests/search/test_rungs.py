@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.memory import peaks
 from groupsearch.search import Choice, Outcome, Proxy, SearchSettings, Short, hypervolume, run_search, search_in_rungs
 from groupsearch.search.front import worthiest
 from tests.search.problem import Problem
@@ -88,11 +89,9 @@ def test_costs_are_counted_in_full_trainings_and_add_up(ladder: Ladder) -> None:
     assert (rungs["short"].runs, rungs["short"].steps) == (24, 24 * 12)
     assert rungs["short"].full_trainings == pytest.approx(24 * 12 / 100)
     assert (rungs["full"].runs, rungs["full"].full_trainings) == (8, 8)
-    assert (
-        rungs["replication"].runs
-        == rungs["replication"].full_trainings
-        == 2 * len(result.front) + 2 * len([c for c in result.candidates if not c.on_front and len(c.values) == 3])
-    )
+    again = sum(len(c.values) - 1 for c in result.candidates)
+    assert again >= 2 * len(result.front)
+    assert rungs["replication"].runs == rungs["replication"].full_trainings == again
     made = Counter(rung for rung, _, _ in ladder.made)
     assert result.cost.trained == made["short"] + made["full"] == 24 + 8 + rungs["replication"].runs
     for part in ("seconds", "steps", "full_trainings"):
@@ -100,7 +99,7 @@ def test_costs_are_counted_in_full_trainings_and_add_up(ladder: Ladder) -> None:
 
 
 def test_a_proxy_that_predicts_chooses_and_is_reported(ladder: Ladder) -> None:
-    without = ladder.search(SETTINGS)
+    ladder.search(SETTINGS)
     with_proxy = Ladder(ladder.problem)
     result = with_proxy.search(SETTINGS, with_proxy.good)
     chosen = set(with_proxy.asked("short")) - set(ladder.asked("short"))
@@ -118,18 +117,23 @@ def test_a_proxy_that_predicts_chooses_and_is_reported(ladder: Ladder) -> None:
     ]
     assert [a.correlation.count for a in result.agreements[1:]] == [24, 8, 8]
     assert "further ones were chosen by it" in first.statement
-    reference = (0.0, float(max(c.peak_bytes for c in [*result.candidates, *without.candidates]) + 1))
 
-    def share(found: Ladder) -> float:
-        points = [(ladder.problem.mean(c.boundaries), p) for c in found.asked("short") for p in [peak(c)]]
-        return hypervolume(points, reference)
 
-    def peak(choice: Choice) -> float:
-        return float(next(c.peak_bytes for c in everything.candidates if c.choice == choice))
-
-    settings = SearchSettings(trials=1, seeds=1, first=tuple({*with_proxy.asked("short"), *ladder.asked("short")}))
-    everything = run_search(ladder.problem.trace, ladder.problem.evaluate, replace(settings, trials=60))
-    assert share(with_proxy) >= share(ladder), "a proxy that knows the truth made the search worse"
+def test_a_proxy_that_knows_the_truth_makes_searches_better() -> None:
+    gained = 0.0
+    for seed in range(6):
+        problem = Problem(16, noise=0.002, shape="mixed", trace_seed=seed)
+        ladder, with_proxy = Ladder(problem), Ladder(problem)
+        ladder.search(SETTINGS)
+        with_proxy.search(SETTINGS, with_proxy.good)
+        reference = (0.0, float(peaks(problem.trace, [()])[0]) + 1)
+        volumes = []
+        for searched in (with_proxy, ladder):
+            found = [choice.boundaries for choice in searched.asked("short")]
+            points = zip(map(problem.mean, found), map(float, peaks(problem.trace, found)), strict=True)
+            volumes.append(hypervolume(list(points), reference))
+        gained += volumes[0] / volumes[1] - 1
+    assert gained > 0
 
 
 @pytest.mark.parametrize("kind", ["bad", "random"])
@@ -303,6 +307,7 @@ def test_going_on_with_another_fraction_is_refused(ladder: Ladder, tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from groupsearch.memory import peaks
 from groupsearch.search import SearchSettings
 from tests.search.problem import Problem
 from tests.search.test_rungs import Ladder, SETTINGS
