@@ -34,7 +34,13 @@ def matrix_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     if a_BGTd.shape[2] == 1:
         a_BG = _squares(a_BGTd, (2, 3))
         return ((a_BG + 1 if bias else a_BG) * _squares(g_BGTp, (2, 3))).sum(1)
-    return matrix_inner(a_BGTd, g_BGTp, a_BGTd, g_BGTp, bias)
+    gram_BGTT = a_BGTd @ a_BGTd.mT
+    if bias:
+        gram_BGTT += 1
+    gram_BGTT *= g_BGTp @ g_BGTp.mT
+    total_B = gram_BGTT.sum((1, 2, 3), dtype=accumulator(gram_BGTT.dtype))
+    size_BG = gram_BGTT.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt_().sum(2)  # |a_t| |g_t| of every position
+    return total_B.add_(size_BG.square().sum(1), alpha=rounding_unit(g_BGTp))
 
 
 @widening
@@ -50,9 +56,8 @@ def matrix_inner(a_BGTd: Tensor, g_BGTp: Tensor, b_BGSd: Tensor, h_BGSp: Tensor,
     gram_BGTS *= g_BGTp @ h_BGSp.mT
     total_B = gram_BGTS.sum((1, 2, 3), dtype=accumulator(gram_BGTS.dtype))
     del gram_BGTS
-    one_BG = matrix_size(a_BGTd, g_BGTp, bias)
-    other_BG = one_BG if a_BGTd is b_BGSd and g_BGTp is h_BGSp else matrix_size(b_BGSd, h_BGSp, bias)
-    return total_B.add_((one_BG * other_BG).sum(1), alpha=rounding_unit(g_BGTp))
+    size_BG = matrix_size(a_BGTd, g_BGTp, bias) * matrix_size(b_BGSd, h_BGSp, bias)
+    return total_B.add_(size_BG.sum(1), alpha=rounding_unit(g_BGTp))
 
 
 @widening
