@@ -18,6 +18,7 @@ import click
 
 from groupsearch import __version__
 from groupsearch.cli.console import print_error
+from groupsearch.cli.interrupts import no_interrupt_lost
 from groupsearch.errors import GroupSearchError
 
 COMMANDS = ("models", "profile", "fit", "optimize", "verify", "train", "compare", "export", "report")
@@ -55,7 +56,8 @@ class Program(click.Group):
     def _exit_code(self, args: Sequence[str] | None, prog_name: str, extra: dict[str, Any]) -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler talks on standard error otherwise
         try:
-            result = super().main(args, prog_name, **extra)
+            with no_interrupt_lost():
+                result = super().main(args, prog_name, **extra)
         except GroupSearchError as error:
             print_error(f"Error: {error}")
             return error.exit_code

@@ -11,19 +11,19 @@ from types import FrameType
 
 @contextmanager
 def held_interrupts() -> Iterator[None]:
-    """Hold an interrupt until what runs inside is done, and raise it then; a second one is raised at once.
+    """Hold an interrupt until what runs inside is done, and handle it then; a second one is handled at once.
 
     A traced step runs Python from within torch at every operation and every release of a tensor. An
     exception raised there by a signal can be swallowed, as in a weak reference's callback, or end the process, as in a
     destructor of C++. A step takes seconds.
 
-    Outside the main thread, and where interrupts are not raised as KeyboardInterrupt, nothing is changed.
+    Outside the main thread, and where interrupts are ignored, nothing is changed.
 
     Raises:
-        KeyboardInterrupt: at the end, when there was one.
+        KeyboardInterrupt: at the end, when there was one, by Python's own handler.
     """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     held = False
@@ -31,7 +31,7 @@ def held_interrupts() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         nonlocal held
         if held:
-            signal.default_int_handler(number, frame)
+            before(number, frame)
         held = True
 
     signal.signal(signal.SIGINT, hold)
@@ -40,4 +40,4 @@ def held_interrupts() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
     if held:
-        raise KeyboardInterrupt
+        before(signal.SIGINT, None)

@@ -47,13 +47,24 @@ def test_an_error_inside_comes_out_as_it_is() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_ones_own_stays_in_force() -> None:
+def test_a_handler_of_ones_own_is_called_at_the_end() -> None:
     seen = []
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
     try:
         with held_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
-            assert seen == [signal.SIGINT]
+            assert seen == []
+        assert seen == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_where_interrupts_are_ignored_they_still_are() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
