@@ -1,9 +1,9 @@
 """What no tensor shows: scratch inside operations, probed once per shape, and workspaces, probed once per device.
 
 Convolutions, fused attention and a few reductions on the CPU allocate scratch that never appears
-as a tensor; in half precision nearly every operation does, be it for a copy in float32 or in the
-layout of its kernel. Each such operation is run once on real tensors of the same shapes, in
-isolation, under torch's memory profiler.
+as a tensor; others do where an operand's layout is not their kernel's, and copy it; in half precision
+nearly every operation does, be it for a copy in float32 or in the layout of its kernel. Each such
+operation is run once on real tensors of the same shapes, in isolation, under torch's memory profiler.
 
 On a CUDA device a step is taken on real tensors, so every operation is watched as it runs
 (:func:`groupsearch.tracer.profiled.allocated_peak`), and needs no probe. What cuBLAS and cuBLASLt keep from
@@ -32,7 +32,25 @@ _PROBED = (
     "aten::logsumexp",
     "aten::native_layer_norm_backward",
     "aten::native_group_norm_backward",
+    "aten::upsample_nearest2d",
+    "aten::upsample_bilinear2d",
 )
+# Copy tensors that are not contiguous.
+_COPYING = (
+    "aten::native_layer_norm",
+    "aten::_softmax",
+    "aten::_softmax_backward_data",
+    "aten::_log_softmax",
+    "aten::_log_softmax_backward_data",
+    "aten::embedding_dense_backward",
+    "aten::index_select",
+    "aten::im2col",
+    "aten::max_pool2d_with_indices",
+    "aten::avg_pool2d",
+    "aten::_adaptive_avg_pool2d",
+)
+# Copy matrices of which neither the rows nor the columns are contiguous, as those of expanded tensors are not.
+_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 # Arguments that are means and deviations, and the weight whose dtype they have where input and weight differ in it:
 # fake kernels (torch 2.11 to 2.13) give them that of the input, with which the real one refuses them.
 _STATISTICS = {"aten::native_layer_norm_backward": (3, 4, 5), "aten::native_group_norm_backward": (2, 3, 4)}
@@ -55,8 +73,7 @@ class CpuScratch:
         """Most bytes the operation allocates at any time, results included; 0 where it has no scratch."""
         if not isinstance(func, torch._ops.OpOverload):
             return 0
-        when = _when_probed(func)
-        if when == "never" or (when == "half" and not (_any_half(args) or _any_half(kwargs.values()))):
+        if not _is_probed(func, args, kwargs):
             return 0
         key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
         if key not in self._known:
@@ -116,12 +133,27 @@ def _take_products(device: torch.device) -> None:
     torch.addmm(left[0, 0], left[0], right[0])
 
 
+def _is_probed(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    name = func._schema.name
+    if name in _PROBED:
+        return True
+    if name in _COPYING and any(isinstance(x, Tensor) and not x.is_contiguous() for x in args):
+        return True
+    if name in _PRODUCTS and not all(_has_lines(x) for x in args if isinstance(x, Tensor) and x.dim() > 1):
+        return True
+    return _may_be_half(func) and (_any_half(args) or _any_half(kwargs.values()))
+
+
 @cache
-def _when_probed(func: torch._ops.OpOverload) -> str:
-    """Whether an operation is probed always, in half precision or never: not if it draws, which moves a generator."""
-    if func._schema.name in _PROBED:
-        return "always"
-    return "never" if func.is_view or torch.Tag.nondeterministic_seeded in func.tags else "half"
+def _may_be_half(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation is probed in half precision: not if it draws, which would move a generator."""
+    return not func.is_view and torch.Tag.nondeterministic_seeded not in func.tags
+
+
+def _has_lines(matrices: Tensor) -> bool:
+    """Whether rows or columns are contiguous and do not overlap, which is what BLAS takes."""
+    (rows, columns), (down, across) = matrices.shape[-2:], matrices.stride()[-2:]
+    return (across == 1 and down >= columns) or (down == 1 and across >= rows)
 
 
 def _any_half(values: Iterable[Any]) -> bool:
@@ -154,4 +186,5 @@ def _key(value: Any) -> Hashable:
 def _real(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).fill_(1)
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return made.fill_(value.dtype.is_floating_point or value.dtype == torch.bool)  # 0 is a place in everything

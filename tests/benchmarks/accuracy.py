@@ -165,7 +165,8 @@ def errors_of(row: Mapping[str, Any], comparisons: Mapping[str, tuple[str, str]]
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per comparison the median of the absolute error, the worst signed error, and how many are below zero."""
     summary = {}
-    for name in dict.fromkeys(name for row in rows for name in row["errors"]):
+    found = {name for row in rows for name in row["errors"]}
+    for name in (*(name for name in COMPARISONS if name in found), *sorted(found - set(COMPARISONS))):
         errors = [row["errors"][name] for row in rows if name in row["errors"]]
         summary[name] = {
             "numbers": len(errors),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from groupsearch.workloads import Workload, load_workload
 from groupsearch.workloads.workload import seeded
+from tests.benchmarks.networks import whisper_encoder
 
 _BERT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 _TEXT = {"vocab_size": 500, "max_position_embeddings": 64}
@@ -84,7 +85,9 @@ def _convolutional(name: str, block: type[nn.Module], blocks: int) -> Workload:
 
 
 _BLOCKS: dict[str, type[nn.Module]] = {"resnet": _Residual, "inception": _Branches}
-ARCHITECTURES = (*BUILT_IN, *_BLOCKS, *CONFIGURATIONS)
+WHISPER = "whisper"
+"""The encoder of Whisper: two convolutions over frames, then attention."""
+ARCHITECTURES = (*BUILT_IN, *_BLOCKS, *CONFIGURATIONS, WHISPER)
 WITHOUT_BLOCKS = ("digits-cnn", "albert")
 """Those that cannot be checkpointed: one has no repeated blocks, the other has one that it repeats."""
 
@@ -103,6 +106,8 @@ def small_workload(name: str, folder: Path, blocks: int | None = None, **setting
     if name in BUILT_IN:
         chosen = {"blocks": blocks} if blocks and name != "digits-cnn" else {}
         return load_workload(name, batch_size=BUILT_IN[name], **chosen, **settings)
+    if name == WHISPER:
+        return whisper_encoder(name, batch_size=8, width=64, blocks=blocks or 4, heads=4, frames=96)
     configuration = dict(CONFIGURATIONS[name])
     if blocks is not None:
         configuration |= {key: blocks for key in _LAYERS if key in configuration}

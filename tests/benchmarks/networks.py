@@ -30,13 +30,19 @@ def resnet50_groupnorm(batch_size: int = 32, image_size: int = 224) -> Workload:
 
 def whisper_small_encoder(batch_size: int = 8) -> Workload:
     """The encoder of Whisper small under a classifier of 35 words, on (B, 80, 3000) spectrograms of 30 seconds."""
+    return whisper_encoder("whisper-small-encoder", batch_size, width=768, blocks=12, heads=12, frames=3000)
+
+
+def whisper_encoder(name: str, batch_size: int, width: int, blocks: int, heads: int, frames: int) -> Workload:
+    """An encoder as Whisper has, under a classifier of 35 words, on (B, 80, frames) spectrograms."""
     from transformers import WhisperConfig, WhisperForAudioClassification
 
     config = WhisperConfig(
-        d_model=768,
-        encoder_layers=12,
-        encoder_attention_heads=12,
-        encoder_ffn_dim=3072,
+        d_model=width,
+        encoder_layers=blocks,
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        max_source_positions=frames // 2,
         num_labels=35,
         attn_implementation="sdpa",
     )
@@ -44,7 +50,7 @@ def whisper_small_encoder(batch_size: int = 8) -> Workload:
     def make() -> nn.Module:
         return WhisperForAudioClassification(config)
 
-    return _classifier("whisper-small-encoder", make, "input_features", (80, 3000), batch_size, 35)
+    return _classifier(name, make, "input_features", (80, frames), batch_size, 35)
 
 
 def mlp(batch_size: int = 8, layers: int = 1000, width: int = 64) -> Workload:

@@ -44,6 +44,36 @@ OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
 }
 
 
+def transposed(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape[:-2], shape[-1], shape[-2]).mT
+
+
+COPYING: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "layer norm": (aten.native_layer_norm.default, lambda: (transposed(8, 48, 64), [64], None, None, 1e-5)),
+    "softmax": (aten._softmax.default, lambda: (transposed(8, 48, 64), -1, False)),
+    "log softmax": (aten._log_softmax.default, lambda: (transposed(8, 48, 64), -1, False)),
+    "softmax backward": (
+        aten._softmax_backward_data.default,
+        lambda: (torch.ones(()).expand(8, 48, 64), torch.randn(8, 48, 64), -1, torch.float32),
+    ),
+    "log softmax backward": (
+        aten._log_softmax_backward_data.default,
+        lambda: (transposed(8, 48, 64), torch.randn(8, 48, 64), -1, torch.float32),
+    ),
+    "embedding backward": (
+        aten.embedding_dense_backward.default,
+        lambda: (transposed(384, 64), torch.zeros(384, dtype=torch.int64), 1, -1, False),
+    ),
+    "index select": (aten.index_select.default, lambda: (transposed(8, 48, 64), 1, torch.zeros(5, dtype=torch.int64))),
+    "max pooling": (aten.max_pool2d_with_indices.default, lambda: (torch.randn(2, 4, 8, 16)[..., ::2], [2, 2])),
+    "product of every other column": (aten.mm.default, lambda: (torch.randn(384, 128)[:, ::2], torch.randn(64, 32))),
+    "product of an expanded matrix": (
+        aten.bmm.default,
+        lambda: (torch.randn(8, 1, 64).expand(8, 48, 64), torch.randn(8, 64, 32)),
+    ),
+}
+
+
 def faked(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     mode = FakeTensorMode()
     return pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
@@ -56,6 +86,23 @@ def test_a_probe_says_what_the_profiler_sees(name: str) -> None:
     expected = profiled_peak(lambda: operation(*arguments))
     assert CpuScratch()(operation, faked(arguments), {}) == expected
     assert expected > 0
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_operands_in_another_layout_are_copied_and_that_is_seen(name: str) -> None:
+    operation, make = COPYING[name]
+    arguments = make()
+    results = sum(t.nbytes for t in pytree.tree_leaves(operation(*arguments)) if isinstance(t, torch.Tensor))
+    expected = profiled_peak(lambda: operation(*arguments))
+    assert CpuScratch()(operation, faked(arguments), {}) == expected > results
+    contiguous = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, arguments)
+    assert CpuScratch()(operation, faked(contiguous), {}) == 0
+
+
+def test_a_transposed_matrix_is_what_products_take() -> None:
+    arguments = (transposed(8, 48, 64), transposed(8, 64, 32))
+    assert profiled_peak(lambda: aten.bmm.default(*arguments)) == 8 * 48 * 32 * 4
+    assert CpuScratch()(aten.bmm.default, faked(arguments), {}) == 0
 
 
 def test_attention_and_convolution_take_more_than_their_results() -> None:
