@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ledger import Ledger
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.mechanism import Mechanism
@@ -74,7 +75,7 @@ class PrivateEngine:
         self.accountant = accountant
         grouping = self.plan.grouping
         groups = Groups(grouping.sites, grouping.group_of, grouping.groups)
-        layouts = {site.layer: site.layout for site in grouping.sites if site.layout != "first"}
+        layouts = Layouts.of_sites(grouping.sites)
         self._ledger = Ledger(
             groups, mechanism.clip, self._scale_of, lambda: self._capture.passes.current, mechanism.abandon
         )
