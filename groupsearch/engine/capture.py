@@ -29,7 +29,7 @@ from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient,
 from groupsearch.engine.passes import Passes, in_backward
 from groupsearch.engine.sources import Arrive, Source
 from groupsearch.engine.taps import Take, with_gradient
-from groupsearch.engine.whole import Randomness, WholeCall
+from groupsearch.engine.whole import Left, Randomness, WholeCall, check_nothing_left, left_on
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Rows
@@ -73,7 +73,7 @@ class Capture:
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._inside: list[CheckpointedForward] = []
-        self._random: list[Randomness] = []
+        self._before_calls: list[tuple[Randomness, Left]] = []
         self._given_as = ("second",) if self._rows.dimension else ("first",) if self._rows.count == 1 else ("folded",)
         self._watch_outputs = any(
             x.rule is None or x.rule.kind == "embedding" or x.layout != "first" for x in self.layers
@@ -191,7 +191,14 @@ class Capture:
         return True
 
     def _detached(self, layer: Layer) -> dict[str, Tensor]:
-        return {name: layer.module.get_parameter(name).detach() for name in layer.trainable}
+        try:
+            return {name: layer.module.get_parameter(name).detach() for name in layer.trainable}
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"Layer {layer.name!r} runs with other tensors in the place of its parameters "
+                f"(torch.func.functional_call): {error}. What they are made of is not followed. Call the model itself.",
+                layer.name,
+            ) from error
 
     def _before_rule(self, layer: Layer) -> None:
         with torch._C.DisableTorchFunction():
@@ -260,12 +267,13 @@ class Capture:
 
     def _before_whole(self, layer: Layer) -> None:
         self._swap(layer, self._detached(layer))
-        self._random.append(Randomness(next(layer.module.parameters()).device))
+        self._before_calls.append((Randomness(next(layer.module.parameters()).device), left_on(layer.module)))
 
     def _after_whole(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Any:
-        randomness = self._random.pop()
+        randomness, left = self._before_calls.pop()
         if output is None:
             return None
+        check_nothing_left(layer, left)
         source_pass, from_batch = self.passes.running(), self._meeting.from_batch
         call = WholeCall.of(layer, (args, kwargs), source_pass, from_batch, randomness.drawn())
 

@@ -23,9 +23,13 @@ class Hook:
         """A hook that does nothing."""
         return no_hook
 
-    def __reduce__(self) -> str:
-        """A hook that does nothing, by its name."""
-        return "no_hook"
+    def __reduce__(self) -> Any:
+        """A hook that does nothing."""
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return no_hook
 
 
 def no_hook(*args: Any, **kwargs: Any) -> None:

@@ -194,6 +194,17 @@ class PrivateEngine:
             self.accountant.load_state_dict(state["accountant"])
         self._step.count = int(state["steps"])
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """An engine belongs to one model and its optimizer, and is neither copied nor pickled.
+
+        Raises:
+            GroupSearchError: always.
+        """
+        raise GroupSearchError(
+            "An engine can be neither copied nor pickled: noise would be drawn twice. Save engine.state_dict(); a copy "
+            "of the model is a plain model, which can be made private by itself."
+        )
+
     def detach(self) -> None:
         """Take the engine away; model and optimizer are as they were."""
         self._capture.remove()

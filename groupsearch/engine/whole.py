@@ -265,6 +265,43 @@ def _check_rows(name: str, tensor: Tensor, source: Pass) -> None:
         )
 
 
+Left = Mapping[tuple[str, str], tuple[Tensor, ...]]
+
+
+def left_on(module: nn.Module) -> Left:
+    """The floating tensors, but for parameters and buffers, that lie in attributes of a module and its parts."""
+    found = {
+        (name, attribute): tuple(
+            x for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.is_floating_point()
+        )
+        for name, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if isinstance(value, Tensor | list | tuple | dict) and attribute not in _OF_MODULES
+    }
+    return {where: tensors for where, tensors in found.items() if tensors}
+
+
+def check_nothing_left(layer: Layer, before: Left) -> None:
+    """Check that a call left no tensor on its module: what reaches the loss by that way would not be told.
+
+    Raises:
+        UnsupportedModelError: naming the attribute.
+    """
+    for (name, attribute), tensors in left_on(layer.module).items():
+        known = {id(x) for x in before.get((name, attribute), ())}
+        if any(id(x) not in known for x in tensors):
+            raise UnsupportedModelError(
+                f"Module {layer.name!r} is differentiated as one and leaves a tensor in the attribute "
+                f"{'.'.join(filter(None, (layer.name, name, attribute)))!r}, whose gradient would be lost if the loss "
+                "used it. Return it from forward instead, or do not keep it.",
+                layer.name,
+            )
+
+
+# of nn.Module itself: parameters, buffers, parts, hooks
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
 @contextmanager
 def _fresh(module: nn.Module, trainable: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
     """The module with leaves of their own as parameters, by canonical name; a tied parameter has one."""
