@@ -74,7 +74,7 @@ def branch_on_values(w: Writer) -> None:
 @mixed()
 def gradient_mixed(w: Writer) -> None:
     """Forward keeps examples apart; backward does not."""
-    how = w.pick("g - g.mean(0)", "g / (g.norm() + 1e-6)", "g + g.roll(1, 0)", "g.flip(0)", "g * g.abs().max().clamp(min=1.0)")
+    how = w.pick("g - g.mean(0)", "g / (g.norm() + 1e-6)", "g + g.roll(1, 0)", "g.flip(0)", "g * g.abs().max().clamp(min=1.0)", "g.clamp(-0.01, 0.01)")
     _, call = w.layer()
     w.add(f"z = {call}", "if z.requires_grad:", f"    z.register_hook(lambda g: {how})", "z = torch.tanh(z)")
 

@@ -188,7 +188,7 @@ def backward_hook(w: Writer) -> None:
 @ingredient(weight=0.7)
 def gradient_hook(w: Writer) -> None:
     _, call = w.layer()
-    w.add(f"z = {call}", f"if z.requires_grad:", f"    z.register_hook(lambda g: {w.pick('g * 0.5', 'g.clamp(-1.0, 1.0)', 'g.clone()')})", "z = torch.tanh(z)")
+    w.add(f"z = {call}", f"if z.requires_grad:", f"    z.register_hook(lambda g: {w.pick('g * 0.5', '-g', 'g.clone()')})", "z = torch.tanh(z)")
 
 
 @ingredient(weight=0.5)

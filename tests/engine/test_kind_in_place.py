@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.case import Wrap
-from tests.engine.kinds import Input, assert_right, cross_entropy, inputs, numbers
+from tests.engine.kinds import Input, assert_right, cross_entropy, inputs, numbers, refused
 
 SERIES = numbers(6, 4, 6)
 VECTORS = numbers(6, 6)
@@ -175,11 +175,12 @@ def gradient_read(m: Any) -> None:
     m.a.register_full_backward_hook(lambda mod, gi, go: KEPT.__setitem__("g", go[0]))
 
 
-def tensor_hook(m: Any) -> None:
-    def hook(mod: Any, args: Any, out: Tensor) -> None:
-        out.register_hook(lambda g: g.clamp(-0.05, 0.05))
+def scaled(module: Any, args: Any, out: Tensor) -> None:
+    out.register_hook(lambda g: 0.5 * g)
 
-    m.b.register_forward_hook(hook)
+
+def clamped(module: Any, args: Any, out: Tensor) -> None:
+    out.register_hook(lambda g: g.clamp(-0.02, 0.02))
 
 
 class Tapped(nn.Module):
@@ -222,7 +223,9 @@ HOOKS = [
     Input("changed in place, nothing returned", hooked(lambda m: m.b.register_forward_hook(lambda mod, args, out: (out.mul_(0.5), None)[1])), VECTORS, cross_entropy),
     Input("of the whole model", hooked(of_the_whole), VECTORS, cross_entropy),
     Input("the output's gradient read", hooked(gradient_read), VECTORS, cross_entropy),
-    Input("the output's gradient clamped", hooked(tensor_hook), VECTORS, cross_entropy),
+    Input("the output's gradient scaled", hooked(lambda m: m.b.register_forward_hook(scaled)), VECTORS, cross_entropy),
+    # of a mean over the batch each example has a part that is the smaller the more examples there are
+    refused("the output's gradient clamped", hooked(lambda m: m.b.register_forward_hook(clamped)), VECTORS, cross_entropy, "(?i)example|batch"),
     Input("a module that returns its input", lambda: Wrap(lambda m, x: m.h(m.t(x)), t=Tapped(), h=nn.Linear(6, 3)), VECTORS, tapped),
     Input("a module that adds to its input", lambda: Wrap(lambda m, x: m.h(torch.tanh(m.b(m.a(x)))), a=nn.Linear(6, 5), b=Biased(), h=nn.Linear(5, 3)), VECTORS, cross_entropy),
     Input("sequence features", lambda: _features(), SERIES, lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none") + 0.1 * KEPT["i"].square().mean((1, 2))),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import groupsearch as gs
 from tests.case import Wrap
-from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers
+from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers, refused
 
 B = 6
 VECTORS = numbers(B, 4)
@@ -274,8 +274,8 @@ BATCHES = [
     Input("time first, LSTM", Sequence, SERIES, time_first),
     Input("time first, GRU", lambda: Sequence(nn.GRU), SERIES, time_first),
     Input("time first, as many steps as examples", Sequence, numbers(3, 3, 4), time_first),
-    either("squeeze", lambda: Wrap(squeezed, r=nn.LSTM(3, 4, batch_first=True), h=nn.Linear(4, 3)), ROWS, cross_entropy, "(?i)one example|size|squeeze"),
-    either("squeeze of a logit", lambda: nn.Linear(4, 1), VECTORS, lambda m, b: F.binary_cross_entropy_with_logits(m(b["x"]).squeeze(), (b["y"] > 0).to(b["x"].dtype), reduction="none"), "(?i)example|size|shape"),
+    refused("squeeze", lambda: Wrap(squeezed, r=nn.LSTM(3, 4, batch_first=True), h=nn.Linear(4, 3)), ROWS, cross_entropy, "(?i)one example|size|squeeze"),
+    refused("squeeze of a logit", lambda: nn.Linear(4, 1), VECTORS, lambda m, b: F.binary_cross_entropy_with_logits(m(b["x"]).squeeze(), (b["y"] > 0).to(b["x"].dtype), reduction="none"), "(?i)example|size|shape"),
     Input("a batch of one", linear, {key: value[:1] for key, value in VECTORS.items()}, cross_entropy),
     Input("a batch of two", linear, {key: value[:2] for key, value in VECTORS.items()}, cross_entropy),
 ]  # fmt: skip
