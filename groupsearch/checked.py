@@ -83,6 +83,7 @@ class Watched:
         runs: how many of them were looked at.
         seconds: what that took.
         worst: the largest difference found, relative to the example's own gradient.
+        skipped: batches that were to be looked at, when the device had no memory left.
     """
 
     rate: float
@@ -90,6 +91,7 @@ class Watched:
     runs: int = 0
     seconds: float = 0.0
     worst: float = 0.0
+    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure."""
@@ -98,5 +100,6 @@ class Watched:
     def __str__(self) -> str:
         return (
             f"Watch: {self.runs} of {self.batches} physical batches looked at (rate {self.rate:g}), "
-            f"{self.seconds:.3g} s, largest difference {self.worst:.0e}."
+            f"{self.seconds:.3g} s, largest difference {self.worst:.0e}"
+            + (f"; {self.skipped} passed over for want of memory." if self.skipped else ".")
         )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping

@@ -74,6 +74,7 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     two, three = runs
     regrouping = two.regrouping | three.regrouping
     calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
+    _check_batch_first(calls[""])
     usage = Usage({}, frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs))))
     for layer in layers:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
@@ -96,18 +97,28 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     return usage
 
 
+def _check_batch_first(calls: Pairs) -> None:
+    """Raise unless the first tensor that the model is called with leads with the examples."""
+    for two, three in calls or ():
+        if two.inputs and three.inputs and _grown(two.inputs[0], three.inputs[0]) not in ("first", "folded"):
+            raise UnsupportedModelError(
+                f"For batches of two and of three examples the first tensor that the model was called with had shapes "
+                f"{two.inputs[0]} and {three.inputs[0]}: it does not lead with the examples. Call the model with a tensor "
+                "that does as its first, and let it transpose inside where it wants time first."
+            )
+
+
 def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
     watch = _Watch(model)
     try:
-        with watch, torch.random.fork_rng():
-            torch.manual_seed(0)
+        with watch:
             loss(model, examples)
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(examples)} examples failed: {error}. Poisson sampling draws batches of any "
-            "size; make the model and the loss run on all of them."
+            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on batches "
+            "of any size."
         ) from error
     return watch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -121,22 +121,38 @@ def examine(
         UnsupportedModelError: as :func:`observe_sites`.
     """
     options = options or EngineOptions()
-    owned_layers(model)  # refuses what needs no pass to be seen
     if not is_real(model, batch):
-        reading, arrivals = settle(model, first_examples(batch, 3), loss, options)
-        return Examined(_sites_of(model, batch, loss, reading, arrivals), reading, USUAL, None)
+        return _settled(model, batch, loss, options)
+    owned_layers(model)  # refuses what needs no pass to be seen
     device = next(model.parameters()).device
     tried = try_rows(model, map_tensors(lambda x: x.to(device), batch), loss)
-    few = joined(tried.rows.examples)
-    reading, arrivals, draws = _settle_on_all(model, few, loss, options)
-    with left_as_it_was(model), alike(draws):
-        sites = _sites_of(model, few, loss, reading, arrivals)
-    shared = shared_parameters(sites)
+    settled = _settled(model, joined(tried.rows.examples), loss, options)
+    reading, draws, shared = settled.reading, settled.draws, shared_parameters(settled.sites)
     found = [
         check_truth(Subject.of(model, loss, reading, shared, each), tried, allow_state)
         for each in dict.fromkeys((draws, USUAL))
     ]
-    return Examined(sites, reading, draws, merged(found))
+    return replace(settled, checked=merged(found))
+
+
+def sites_of(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions) -> tuple[Site, ...]:
+    """The sites of a model with weights, without the truth check: make_private makes it when it is told the loss.
+
+    Raises:
+        UnsupportedModelError: as :func:`observe_sites`.
+    """
+    return _settled(model, batch, loss, options).sites
+
+
+def _settled(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions) -> Examined:
+    owned_layers(model)  # refuses what needs no pass to be seen
+    if not is_real(model, batch):
+        with alike():
+            reading, arrivals = settle(model, first_examples(batch, 3), loss, options)
+            return Examined(_sites_of(model, batch, loss, reading, arrivals), reading, USUAL, None)
+    reading, arrivals, draws = _settle_on_all(model, batch, loss, options)
+    with left_as_it_was(model), alike(draws):
+        return Examined(_sites_of(model, batch, loss, reading, arrivals), reading, draws, None)
 
 
 def is_real(model: nn.Module, batch: Any) -> bool:

@@ -103,7 +103,9 @@ def check_loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Te
         )
     if tuple(losses.shape) != (examples,) or not losses.is_floating_point():
         remedy = "use reduction='none' instead of a mean or sum over the batch"
-        if losses.ndim > 1 and losses.shape[0] == examples:
+        if losses.ndim == 0 and examples == 1:
+            remedy = "keep the dimension of the batch also where it has one example, which squeeze() takes away"
+        elif losses.ndim > 1 and losses.shape[0] == examples:
             remedy = "keep reduction='none' and average over the further dimensions, as in .flatten(1).mean(1)"
         elif losses.ndim == 1:
             remedy = (

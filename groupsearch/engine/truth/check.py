@@ -9,7 +9,7 @@ in the mode it is in; random draws are made alike for all examples meanwhile.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from groupsearch.checked import Checked
 from groupsearch.engine.arrival import Receiver
+from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.truth.comparison import (
     TOLERANCES,
     Difference,
@@ -138,6 +139,21 @@ def check_truth(subject: Subject, tried: Tried, allow_state: Collection[str] = (
     """
     with left_as_it_was(subject.model) as memory, alike(subject.draws):
         return _Check(subject, memory, frozenset(allow_state)).run(tried)
+
+
+def check_before(
+    model: nn.Module, loss: Loss, sample: Any, reading: Reading, shared: Collection[str], allow_state: Collection[str]
+) -> Checked:
+    """The truth check of a model on a sample of its data, before its first private step.
+
+    Raises:
+        UnsupportedModelError: as :func:`check_truth` and :func:`try_rows`.
+    """
+    owned_layers(model)  # refuses what needs no pass to be seen
+    device = next(model.parameters()).device
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        tried = try_rows(model, map_tensors(lambda tensor: tensor.to(device), sample), loss)
+        return check_truth(Subject.of(model, loss, reading, shared), tried, allow_state)
 
 
 class _Runs:
@@ -268,20 +284,15 @@ class _Check:
         return compare_losses(booked.losses, by_number, tolerance) or fault, worst, booked
 
     def _in_double(self, examples: Sequence[Any]) -> tuple[Difference | None] | None:
-        """The same comparison on a copy in float64, where rounding cannot be the reason; None where that does not run."""
         self._memory.put_back()
-        tolerance = TOLERANCES[torch.float64]
-        if self._tolerance <= tolerance:
-            return None
-        try:
-            model = copy.deepcopy(self._subject.model).double()
-            subject = replace(self._subject, model=model)
-            wide = [map_tensors(lambda t: t.double() if t.is_floating_point() else t, example) for example in examples]
+
+        def again(subject: Subject, convert: Callable[[Any], Any]) -> Difference | None:
+            wide = [convert(example) for example in examples]
             truths = [subject.alone(example) for example in wide]
             # what computes in float32 whatever it is given rounds as that does
-            return (self._fault(subject, wide, truths, self._tolerance / 10)[0],)
-        except Exception:
-            return None
+            return self._fault(subject, wide, truths, self._tolerance / 10)[0]
+
+        return in_double(self._subject, again)
 
     def _message(self, fault: Difference, shape: _Batch, examples: Sequence[Any]) -> str:
         subject = self._subject
@@ -392,12 +403,34 @@ class _Check:
         self._said.skipped.append(text)
 
 
+def in_double(
+    subject: Subject, again: Callable[[Subject, Callable[[Any], Any]], Difference | None]
+) -> tuple[Difference | None] | None:
+    """What a comparison finds on a copy of the model in float64, where rounding cannot be the reason.
+
+    Args:
+        subject: the model in less precision.
+        again: makes the comparison, given the copy and what brings a batch to float64.
+
+    Returns:
+        The difference, in a tuple of one; None where the model has float64 or does not run in it.
+    """
+    if tolerance_of(subject.model) <= TOLERANCES[torch.float64]:
+        return None
+    try:
+        wide = replace(subject, model=copy.deepcopy(subject.model).double())
+        return (again(wide, lambda b: map_tensors(lambda t: t.double() if t.is_floating_point() else t, b)),)
+    except Exception:
+        return None
+
+
 def _of_one(error: Exception) -> UnsupportedModelError:
+    found = str(error).rstrip(".") if isinstance(error, GroupSearchError) else short(error)
     return UnsupportedModelError(
-        f"A step on one example alone failed where one on several runs: {short(error)}. Poisson sampling draws batches of "
-        "any size, also of one. Where squeeze() takes the dimension of the batch away, give it a dimension; where the "
-        "model needs several examples (batch statistics in training), it mixes them: replace that by nn.GroupNorm or "
-        "nn.LayerNorm."
+        f"A step on one example alone failed where one on several runs: {found}. Poisson sampling draws batches of any "
+        "size, also of one. Where squeeze() takes the dimension of the batch away, name the dimension it is to take; "
+        "where the model needs several examples (batch statistics in training), it mixes them: replace that by "
+        "nn.GroupNorm or nn.LayerNorm."
     )
 
 
@@ -406,6 +439,7 @@ def _all_alike(values: Sequence[Any]) -> bool:
 
 
 def mode_of(model: nn.Module) -> str:
+    """The mode a model is in."""
     modules = list(model.modules())
     training = sum(m.training for m in modules)
     if training in (0, len(modules)):
@@ -422,6 +456,7 @@ def _is_finite(number: float) -> bool:
 
 
 def short(error: Exception) -> str:
+    """The first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}".rstrip(".")
 

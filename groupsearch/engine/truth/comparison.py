@@ -65,7 +65,9 @@ def compare_losses(losses: Tensor, truths: Mapping[int, Truth], tolerance: float
     for i, truth in truths.items():
         found = float(losses[i])
         if not abs(found - truth.loss) <= tolerance * (abs(truth.loss) + 0.1 * scale) + 1e-30:
-            return Difference("loss", "", "", i, abs(found - truth.loss) / max(abs(truth.loss), 1e-30), found, truth.loss)
+            return Difference(
+                "loss", "", "", i, abs(found - truth.loss) / max(abs(truth.loss), 1e-30), found, truth.loss
+            )
     return None
 
 
@@ -142,7 +144,14 @@ def _apart(one: Gradient, other: Gradient) -> dict[str, float]:
 
 
 def _fault(
-    what: str, booked: Booked, name: str, example: int | None, distance: float, total: float, engine: float, truth: float
+    what: str,
+    booked: Booked,
+    name: str,
+    example: int | None,
+    distance: float,
+    total: float,
+    engine: float,
+    truth: float,
 ) -> Difference:
     found = distance / max(total, 1e-30) if distance == distance else float("inf")
     return Difference(what, name, booked.places.get(name, name.rpartition(".")[0]), example, found, engine, truth)

@@ -42,7 +42,12 @@ class Constants:
 
 
 # both Python and numpy draw a first uniform number near to the quantile from these seeds
-_CHOICES = (Constants(0.75, 0.0, 1947), Constants(0.25, 0.5, 855), Constants(0.03, 0.03, 470), Constants(0.97, 0.97, 56))
+_CHOICES = (
+    Constants(0.75, 0.0, 1947),
+    Constants(0.25, 0.5, 855),
+    Constants(0.03, 0.03, 470),
+    Constants(0.97, 0.97, 56),
+)
 USUAL, *OTHERS = _CHOICES
 """The usual draws, and others for parts of a model that are used at some draws only."""
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from groupsearch.engine.truth.comparison import Difference
 from groupsearch.engine.truth.signature import signature
+from groupsearch.workloads.batches import count_examples
 
 Outputs = list[tuple[str, list[Tensor]]]
 
@@ -21,23 +22,32 @@ MIXING = (
 )
 
 
-def first_difference(forward: Callable[[Any], Any], model: nn.Module, batch: Any, alone: Sequence[Any]) -> str | None:
+def first_difference(
+    forward: Callable[[Any], Any], model: nn.Module, batch: Any, alone: Sequence[Any], numbers: Sequence[int] = ()
+) -> str | None:
     """Name of the first module whose output for an example is another one in the batch than alone.
+
+    ``numbers`` says which examples of the batch those alone are; all in order if not given.
 
     None where every module's outputs agree, or they cannot be compared.
     """
     try:
         with torch.no_grad():
-            together = _outputs(forward, model, batch, len(alone))
+            together = _outputs(forward, model, batch, count_examples(batch))
             apart = [_outputs(forward, model, one, 1) for one in alone]
     except Exception:  # a diagnosis must not hide what it is of
         return None
     if any([name for name, _ in one] != [name for name, _ in together] for one in apart):
         return None
     for number, (name, rows) in enumerate(together):
-        for i, row in enumerate(rows):
-            own = apart[i][number][1]
-            if len(own) == 1 and not torch.allclose(row, own[0], rtol=1e-2, atol=1e-3 * float(own[0].abs().max())):
+        for i, one in zip(numbers or range(len(alone)), apart, strict=True):
+            own = one[number][1]
+            row = rows[i] if rows else None
+            if (
+                row is not None
+                and len(own) == 1
+                and not torch.allclose(row, own[0], rtol=1e-2, atol=1e-3 * float(own[0].abs().max()))
+            ):
                 return name
     return None
 
@@ -65,7 +75,9 @@ def _hooked(model: nn.Module, see: Callable[[str, Any], None]) -> Iterator[None]
 
 def _rows(output: Any, size: int) -> list[Tensor]:
     leading = [
-        x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and x.shape[0] == size
+        x
+        for x in pytree.tree_leaves(output)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and x.shape[0] == size
     ]
     return [sum((signature(x[i]) for x in leading), torch.zeros(())) for i in range(size)] if leading else []
 
@@ -81,7 +93,9 @@ def described(fault: Difference, batch: str, begins: str | None, plain_agrees: b
     """
     place = "In the loss" if not fault.layer and not fault.parameter else f"At layer {fault.layer!r}"
     if fault.what == "loss":
-        where = f", from module {begins!r} on" if begins else ", though no module's output does: it is the loss that mixes"
+        where = (
+            f", from module {begins!r} on" if begins else ", though no module's output does: it is the loss that mixes"
+        )
         if begins == "":
             where = ", between the model's parts, in its own forward"
         return (
@@ -103,7 +117,13 @@ def described(fault: Difference, batch: str, begins: str | None, plain_agrees: b
             f"gradient that is {fault.truth:.4g} by plain autograd, in a batch of {batch}. Freeze the layer with "
             "requires_grad_(False), and report this."
         )
-    begun = "" if begins is None else f" It begins in module {begins!r}." if begins else " It begins in the model's own forward."
+    begun = (
+        ""
+        if begins is None
+        else f" It begins in module {begins!r}."
+        if begins
+        else " It begins in the model's own forward."
+    )
     return (
         f"{place} (parameter {fault.parameter!r}) the gradient of an example depends on the other examples of its batch, "
         f"or the examples are in another order there: it differs by {_percent(fault.found)} from that of the example "

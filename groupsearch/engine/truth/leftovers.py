@@ -139,7 +139,11 @@ def _inside(name: str, value: Any) -> _Slot | None:
 
 def _is_object(value: Any) -> bool:
     """Whether a value keeps attributes of its own that a forward pass may change."""
-    return hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type | ModuleType) and not callable(value)
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, nn.Module | Tensor | type | ModuleType)
+        and not callable(value)
+    )
 
 
 def _parts(value: Any) -> list[Any]:

@@ -77,7 +77,12 @@ class PoisonedIds(TorchFunctionMode):
         return reference is not None and reference() is tensor
 
     def _follow(self, tensor: Tensor) -> None:
-        if tensor.dim() and tensor.shape[0] == self._size and not tensor.is_floating_point() and not tensor.is_complex():
+        if (
+            tensor.dim()
+            and tensor.shape[0] == self._size
+            and not tensor.is_floating_point()
+            and not tensor.is_complex()
+        ):
             self._ids[id(tensor)] = weakref.ref(tensor)
 
     def _poisoned(self, out: Tensor, ids: Tensor) -> Tensor:

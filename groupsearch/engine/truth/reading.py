@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from torch import nn
 from groupsearch.engine.arrival import Receiver
 from groupsearch.engine.capture import Capture
 from groupsearch.options import EngineOptions
+from groupsearch.trace import Site
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,8 @@ class Reading:
             yield
         finally:
             capture.remove()
+
+
+def layouts_of(sites: Sequence[Site]) -> dict[str, str]:
+    """Where layers keep the examples, as the sites of a trace say."""
+    return {site.layer: site.layout for site in sites if site.layout != "first"}

@@ -87,7 +87,9 @@ def _different(batch: Any) -> list[int]:
     """Numbers of up to three different rows; the second, where there is one, has the first one's label."""
     count = min(count_examples(batch), _LOOKED_AT)
     tensors = [tensor[:count].detach().cpu() for tensor in tensors_of(batch)]
-    keys = [tuple(t[i].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors) for i in range(count)]
+    keys = [
+        tuple(t[i].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors) for i in range(count)
+    ]
     firsts = list({key: i for i, key in reversed(list(enumerate(keys)))}.values())
     firsts.sort()
     labels = next((t for t in tensors if t[0].numel() == 1 and not t.is_floating_point()), None)
