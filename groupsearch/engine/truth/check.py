@@ -217,12 +217,14 @@ class _Check:
 
     def run(self, tried: Tried) -> Checked:
         rows, known = tried.rows, tried.draws == self._subject.draws
+        self._look_back(rows)
         self._truths = tried.truths if known else tuple(self._alone(example) for example in rows.examples)
         for shape in self._shapes(rows):
             self._compare(rows, shape)
         self._compare_extreme(rows)
         self._poison(rows)
-        self._check_left(rows)
+        self._refuse_buffers()
+        self._tell_of_left()
         said = self._said
         return Checked(
             mode=mode_of(self._subject.model),
@@ -258,13 +260,13 @@ class _Check:
     def _shapes(self, rows: Rows) -> list[_Batch]:
         count = len(rows.examples)
         last, middle = count - 1, min(1, count - 1)
-        shapes = [_Batch((0,)), _Batch((middle, 0)), _Batch((0, middle, last)), _Batch((last, 0, 0))]
+        shapes = [_Batch((0,)), _Batch((middle, 0)), _Batch((0, middle, last)), _Batch((last, last, 0))]
         return list(dict.fromkeys(shapes))
 
     def _compare(self, rows: Rows, shape: _Batch, examples: Sequence[Any] = (), truths: Sequence[Truth] = ()) -> None:
         examples = examples or [rows.examples[i] for i in shape.numbers]
         truths = truths or [self._truths[i] for i in shape.numbers]
-        fault, worst, booked = self._fault(self._subject, examples, truths, self._tolerance)
+        fault, worst = self._fault(self._subject, examples, truths, self._tolerance)
         if fault is not None:
             in_double = self._in_double(examples)
             if in_double is None or in_double[0] is not None:
@@ -276,12 +278,12 @@ class _Check:
 
     def _fault(
         self, subject: Subject, examples: Sequence[Any], truths: Sequence[Truth], tolerance: float
-    ) -> tuple[Difference | None, float, Booked]:
+    ) -> tuple[Difference | None, float]:
         with self._fresh() if subject is self._subject else nullcontext():
             booked = subject.booked(joined(examples))
         by_number = dict(enumerate(truths))
         worst, fault = compare(booked, by_number, tolerance)
-        return compare_losses(booked.losses, by_number, tolerance) or fault, worst, booked
+        return compare_losses(booked.losses, by_number, tolerance) or fault, worst
 
     def _in_double(self, examples: Sequence[Any]) -> tuple[Difference | None] | None:
         self._memory.put_back()
@@ -364,40 +366,54 @@ class _Check:
 
     # -- what is left behind -----------------------------------------------------------------
 
-    def _check_left(self, rows: Rows) -> None:
-        dependent = [name for name, values in self._left.items() if not _all_alike(values)]
-        buffers = [name for name in dependent if name in self._memory.buffers and name not in self._allowed]
-        if buffers:
-            raise UnsupportedModelError(
-                f"A forward pass leaves what depends on its examples in {_listed(buffers)}: it is saved with the weights, and "
-                "later steps may use it, all without noise. Call .eval() on the module, or make it without such state; "
-                f"or allow it by name, as allow_state={tuple(buffers)!r}, and treat it as private data."
-            )
-        attributes = [name for name in dependent if name not in self._memory.buffers]
-        if len(rows.examples) > 1 and self._depends_on_earlier(rows):
+    def _look_back(self, rows: Rows) -> None:
+        """A pass leaves nothing behind that depends on its data and that the next one uses."""
+        examples = rows.examples
+        if len(examples) == 1:
+            self._say("whether a step depends on the one before: there are no two different examples")
+            return
+        found = []
+        for earlier in (examples[1], examples[-1] if len(examples) > 2 else examples[0]):
+            self._memory.put_back()
+            self._subject.loss(self._subject.model, earlier)
+            self._note_left()
+            self._memory.put_back(only=self._allowed)
+            found.append(self._subject.alone(examples[0]))
+        with self._fresh():
+            self._subject.loss(self._subject.model, joined(examples[:2]))
+        self._refuse_buffers()
+        if self._differ(*found):
+            names = [name for name in self._dependent() if name not in self._memory.buffers]
             raise UnsupportedModelError(
                 "The gradient of an example depends on the batch before its own: a forward pass keeps something "
-                f"({_listed(attributes) or 'outside of the model'}) that the next one uses, so that an example has part in "
+                f"({_listed(names) or 'outside of the model'}) that the next one uses, so that an example has part in "
                 "more than one step. Make the model without such memory, or clear it before every step; where it may, "
                 "allow it by name with allow_state."
             )
-        for name in dependent:
-            allowed = " (allowed by name): it tells of the examples without noise, so treat it as private data"
+
+    def _differ(self, one: Truth, other: Truth) -> bool:
+        booked = Booked(torch.tensor([one.loss]), {0: one.gradient}, Gradient(), {}, {})
+        fault = compare(booked, {0: other}, self._tolerance)[1]
+        return (compare_losses(booked.losses, {0: other}, self._tolerance) or fault) is not None
+
+    def _dependent(self) -> list[str]:
+        return [name for name, values in self._left.items() if not _all_alike(values)]
+
+    def _refuse_buffers(self) -> None:
+        buffers = [name for name in self._dependent() if name in self._memory.buffers and name not in self._allowed]
+        if buffers:
+            raise UnsupportedModelError(
+                f"A forward pass leaves what depends on its examples in {_listed(buffers)}: it is saved with the "
+                "weights, and later steps may use it, all without noise. Call .eval() on the module, or make it "
+                f"without such state; or allow it by name, as allow_state={tuple(buffers)!r}, and treat it as private "
+                "data."
+            )
+
+    def _tell_of_left(self) -> None:
+        for name in self._dependent():
+            allowed = " (allowed by name) tells of the examples without noise: treat it as private data"
             kept = " holds what depends on the last batch, and no result uses it: do not save it with the model"
             self._said.state.append(name + (allowed if name in self._allowed else kept))
-
-    def _depends_on_earlier(self, rows: Rows) -> bool:
-        """Whether the first row's gradient is another one after the second row than after the third."""
-        found = []
-        for earlier in (rows.examples[1], rows.examples[-1] if len(rows.examples) > 2 else rows.examples[0]):
-            self._memory.put_back()
-            self._subject.loss(self._subject.model, earlier)
-            self._memory.put_back(only=self._allowed)
-            found.append(self._subject.alone(rows.examples[0]))
-        one, other = found
-        booked = Booked(torch.tensor([one.loss]), {0: one.gradient}, type(one.gradient)(), {}, {})
-        worst, fault = compare(booked, {0: other}, self._tolerance)
-        return (compare_losses(booked.losses, {0: other}, self._tolerance) or fault) is not None
 
     def _say(self, text: str) -> None:
         self._said.skipped.append(text)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 # what nn.Module keeps for itself, other than its mode
-_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
+_OWN = frozenset(vars(nn.Module())) - {"training"}
 _DEPTH = 4
 
 
@@ -68,13 +68,13 @@ class Memory:
         return found if isinstance(found, bool | int | float | str) else object()
 
     def _remember_attributes(self, prefix: str, module: nn.Module, seen: set[int]) -> None:
-        for space, holder in (("", vars(module)), ("_buffers", module._buffers)):
-            names = [name for name in holder if space or name not in _OWN]
+        for is_buffers, holder in ((False, vars(module)), (True, module._buffers)):
+            names = [name for name in holder if is_buffers or name not in _OWN]
             held = {name: holder[name] for name in names}
             for name, value in held.items():
                 self._slots.append(_attribute(prefix + name, holder, name, value))
                 self._remember_inside(prefix + name, value, seen, 0)
-            if not space:
+            if not is_buffers:
                 self._slots.append(_no_others(prefix, holder, frozenset(names)))
 
     def _remember_inside(self, name: str, value: Any, seen: set[int], depth: int) -> None:
@@ -99,7 +99,7 @@ def _no_others(prefix: str, holder: Any, names: frozenset[str]) -> _Slot:
     """No attribute may have come."""
 
     def others() -> list[str]:
-        return [name for name in holder if name not in names and name not in _OWN and name != "_buffers"]
+        return [name for name in holder if name not in names and name not in _OWN]
 
     def drop() -> None:
         for name in others():
