@@ -233,10 +233,10 @@ class PrivateEngine:
         return watch
 
     def _check_step(self, examples: int) -> None:
-        if self.settings.batches is not None:
-            self.settings.batches.check_step(examples)
         if self._watch is not None:
             self._watch.check()
+        if self.settings.batches is not None:
+            self.settings.batches.check_step(examples)
 
     def _fixed(self) -> dict[str, Any]:
         return {
