@@ -10,11 +10,13 @@ go of something that a site books). Backward reaches site L-1 first and site 0 l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from groupsearch.checked import Checked
 from groupsearch.errors import DocumentError
 
 
@@ -185,6 +187,7 @@ class Trace:
         settings: what the trace is keyed by (model, device, dtype, checkpoint, norm_method, ...).
         carried_bytes: clipped sums of earlier micro-batches, alive throughout; 0 where the trace is of
             the only one. Sites then leave none behind: what they sum is added to these in place.
+        checked: how the engine was held to plain autograd on the model; None where it had no weights.
     """
 
     sites: tuple[Site, ...]
@@ -197,6 +200,7 @@ class Trace:
     batch_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     carried_bytes: int = 0
+    checked: Checked | None = None
 
     @property
     def length(self) -> int:
@@ -226,6 +230,7 @@ class Trace:
             "batch_size": self.batch_size,
             "carried_bytes": self.carried_bytes,
             "settings": dict(self.settings),
+            **({"checked": self.checked.to_json()} if self.checked else {}),
         }
 
     @classmethod
@@ -250,6 +255,7 @@ class Trace:
                 batch_size=data["batch_size"],
                 settings=dict(data["settings"]),
                 carried_bytes=data.get("carried_bytes", 0),  # older documents are of one micro-batch
+                checked=Checked.from_json(data["checked"]) if data.get("checked") else None,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DocumentError(
@@ -262,6 +268,12 @@ def weights_with_choice(sites: Sequence[Site]) -> frozenset[str]:
     """The weights whose norm method can be chosen, by the name that :class:`EngineOptions` knows them by."""
     matrices = (site for site in sites if site.kind not in ("embedding", "function") and site.method != "direct")
     return frozenset(site.parameters[0] for site in matrices)
+
+
+def shared_parameters(sites: Sequence[Site]) -> frozenset[str]:
+    """The parameters that several sites use."""
+    uses = Counter(name for site in sites for name in site.parameters)
+    return frozenset(name for name, count in uses.items() if count > 1)
 
 
 def _changes(labels: Sequence[str]) -> tuple[int, ...]:

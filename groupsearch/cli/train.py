@@ -172,6 +172,8 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: di
         "metric": {"name": result.metric_name, "mean": result.metric},
         "step_seconds": result.step_seconds,
         "examples": result.examples,
+        "checked": None if result.checked is None else result.checked.to_json(),
+        "watched": None if result.watched is None else result.watched.to_json(),
     }
 
 

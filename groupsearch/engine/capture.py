@@ -74,6 +74,7 @@ class Capture:
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._inside: list[CheckpointedForward] = []
         self._before_calls: list[tuple[Randomness, Left]] = []
+        self._aside = False
         self._given_as = ("second",) if self._rows.dimension else ("first",) if self._rows.count == 1 else ("folded",)
         self._watch_outputs = any(
             x.rule is None or x.rule.kind == "embedding" or x.layout != "first" for x in self.layers
@@ -98,10 +99,34 @@ class Capture:
         self._meeting.forget()
         _WATCHED.discard(self._model())
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """For a while the model runs as if nothing watched it."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    @contextmanager
+    def turned_to(self, receive: Receiver) -> Iterator[None]:
+        """For a while forward passes, of the same examples until the next backward, are another receiver's."""
+        before = self._receive, self.passes
+        self._receive, self.passes = receive, Passes()
+        self.passes.policy = "same"
+        try:
+            yield
+        finally:
+            self._receive, self.passes = before
+            self._meeting.forget()
+
+    def _is_on(self) -> bool:
+        return torch.is_grad_enabled() and not self._aside
+
     # -- passes ------------------------------------------------------------------------------
 
     def _begin_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not self._is_on():
             return
         if not in_backward() and self.passes.begin(_count_examples((args, kwargs), self._rows), self._rows):
             for name, module in self._mixing:
@@ -114,7 +139,7 @@ class Capture:
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         while self._meeting.watching:
             self._meeting.leave()
-        if output is None and not in_backward():
+        if output is None and not in_backward() and not self._aside:
             self.passes.fail()
 
     def _arrive(self, arrival: Arrival) -> None:
@@ -127,7 +152,7 @@ class Capture:
 
     def _watch(self, layer: Layer) -> None:
         for name in layer.trainable:
-            self._handles.append(refuse_gradient(layer, name))
+            self._handles.append(refuse_gradient(layer, name, lambda: self._aside))
         before, after = self._hooks_of(layer)
         module = layer.module
         forward = vars(module).get("forward")
@@ -137,7 +162,7 @@ class Capture:
             return
 
         def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled():
+            if self._is_on():
                 self.passes.running()
                 _check_no_transform(layer)
                 before(layer)
@@ -155,7 +180,7 @@ class Capture:
 
     @contextmanager
     def _run_inside(self, layer: Layer, before: Callable[..., None], after: Callable[..., Any]) -> Iterator[None]:
-        if not torch.is_grad_enabled():
+        if not self._is_on():
             yield
             return
         self.passes.running()

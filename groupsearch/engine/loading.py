@@ -30,12 +30,19 @@ class LogicalBatch:
             to its end; ``stepped`` after :meth:`PoissonBatches.check_step`.
     """
 
-    def __init__(self, sizes: Sequence[int], pieces: Iterator[Any], on_end: Callable[[LogicalBatch], None]) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        pieces: Iterator[Any],
+        on_end: Callable[[LogicalBatch], None],
+        on_piece: Callable[[Any], None] = lambda piece: None,
+    ) -> None:
         self.examples = sum(sizes)
         self.stage = "new"
         self._length = self._left = len(sizes)
         self._pieces = pieces
         self._on_end = on_end
+        self._on_piece = on_piece
 
     def __len__(self) -> int:
         return self._length
@@ -52,7 +59,9 @@ class LogicalBatch:
         while self._left:
             self._left -= 1
             self.stage = "begun"
-            yield next(self._pieces)
+            piece = next(self._pieces)
+            self._on_piece(piece)
+            yield piece
         if self.stage in ("new", "begun"):
             self.stage = "finished"
             self._on_end(self)
@@ -84,6 +93,7 @@ class PoissonBatches:
 
     Attributes:
         taken: logical batches finished so far, over all iterations.
+        on_piece: is shown every physical batch before it is handed out.
 
     Raises:
         GroupSearchError: for a number outside its range, or a data set without length and elements.
@@ -115,6 +125,7 @@ class PoissonBatches:
         self.expected_batch_size = float(expected_batch_size)
         self.steps = steps
         self.taken = 0
+        self.on_piece: Callable[[Any], None] = lambda piece: None
         sampler = PoissonSampler(size, expected_batch_size / max(size, 1), steps, generator)
         self._draws = PhysicalDraws(sampler, physical_batch)
         self._views = views
@@ -138,10 +149,16 @@ class PoissonBatches:
         pieces = self._load()
         for _ in range(left):
             sizes, state = self._draws.next()
-            self._current = batch = LogicalBatch(sizes, pieces, partial(self._end, state))
+            self._current = batch = LogicalBatch(sizes, pieces, partial(self._end, state), self._see)
             yield batch
             self._check_handed_out(batch)
         next(pieces, None)  # there is none; asking lets the workers end
+
+    def first(self, count: int) -> Any:
+        """The first examples of the data as a physical batch; nothing is drawn."""
+        numbers = list(range(min(count, len(self.dataset))))
+        fetch = getattr(self.dataset, "__getitems__", None)
+        return self._collate(fetch(numbers) if fetch else [self.dataset[i] for i in numbers])
 
     def check_step(self, examples: int) -> None:
         """Check that an optimizer step is on one whole logical batch, for the first time.
@@ -191,6 +208,9 @@ class PoissonBatches:
             )
         self.taken, self._next_state = int(state["taken"]), state["generator"].clone()
         self._current = None
+
+    def _see(self, piece: Any) -> None:
+        self.on_piece(piece)
 
     def _end(self, state: Tensor, batch: LogicalBatch) -> None:
         if batch is self._current:

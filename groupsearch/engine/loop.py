@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from groupsearch.checked import Checked
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
@@ -22,9 +23,15 @@ from groupsearch.engine.mechanism import Mechanism
 from groupsearch.engine.scaling import LossScale
 from groupsearch.engine.state import VERSION, check_state, describe_plan
 from groupsearch.engine.step import PrivateStep, nothing_yet
+from groupsearch.engine.truth.check import Subject
+from groupsearch.engine.truth.gradients import Loss
+from groupsearch.engine.truth.reading import Reading
+from groupsearch.engine.truth.report import EngineReport
+from groupsearch.engine.truth.watch import RATE, Watch
 from groupsearch.engine.zeroing import ZeroGrad
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.trace import shared_parameters
 
 if TYPE_CHECKING:
     from groupsearch.engine.accounting import Accountant
@@ -40,6 +47,9 @@ class LoopSettings:
     batches: PoissonBatches | None = None
     grad_scaler: GradScaler | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
+    loss: Loss | None = None
+    watch: float = RATE
+    checked: Checked | None = None
 
 
 class PrivateEngine:
@@ -73,6 +83,7 @@ class PrivateEngine:
         self.mechanism = mechanism
         self.settings = settings
         self.accountant = accountant
+        self._model = model
         grouping = self.plan.grouping
         groups = Groups(grouping.sites, grouping.group_of, grouping.groups)
         layouts = Layouts.of_sites(grouping.sites)
@@ -85,11 +96,16 @@ class PrivateEngine:
         self._step = PrivateStep(
             model, optimizer, mechanism, self._ledger, settings.expected_batch_size, self._loss_scale, self._settle
         )
-        if settings.batches is not None:
-            self._step.on_check = settings.batches.check_step
+        self._watch = self._new_watch(Reading(settings.options, layouts))
+        self._step.on_check = self._check_step
         if accountant is not None:
             self._step.on_release = accountant.step
         self._zero_grads = [ZeroGrad(owner, self._discard) for owner in (optimizer, model)]
+
+    def report(self) -> EngineReport:
+        """How every site is clipped, what was checked of the model and how, and what the watch has seen."""
+        watched = None if self._watch is None else self._watch.watched
+        return EngineReport.of(self.plan, self.settings.options.methods, self.settings.checked, watched)
 
     @property
     def steps(self) -> int:
@@ -212,8 +228,27 @@ class PrivateEngine:
         for zero_grad in self._zero_grads:
             zero_grad.remove()
         self._loss_scale.detach()
+        if self._watch is not None and self.settings.batches is not None:
+            self.settings.batches.on_piece = lambda piece: None
         self._ledger.abandon()
         self._ledger.norms = {}
+
+    def _new_watch(self, reading: Reading) -> Watch | None:
+        batches, loss = self.settings.batches, self.settings.loss
+        if batches is None or loss is None or not self.settings.watch:
+            return None
+        shared = shared_parameters(self.plan.grouping.sites)
+        subject = Subject(self._model, loss, lambda model, receive: self._capture.turned_to(receive), shared)
+        mode = self.settings.checked.mode if self.settings.checked else None
+        watch = Watch(subject, self._capture.set_aside, reading, self.settings.watch, mode)
+        batches.on_piece = watch.see
+        return watch
+
+    def _check_step(self, examples: int) -> None:
+        if self._watch is not None:
+            self._watch.check()
+        if self.settings.batches is not None:
+            self.settings.batches.check_step(examples)
 
     def _fixed(self) -> dict[str, Any]:
         return {

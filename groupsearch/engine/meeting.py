@@ -192,6 +192,8 @@ class Meeting(TorchFunctionMode):
             swap = {id(t.tensor): self._expand(t, layout, rank, longest) for t in tracked}
             args, kwargs = pytree.tree_map(lambda x: swap.get(id(x), x), (tuple(args), dict(kwargs)))
             return func(*args, **kwargs)
+        if name == "__setitem__" and self._sets_rows(layout, *args):
+            return self._set_rows(func, layout, *args)
         if any(self.from_batch(t) for t in tensors):
             if func is functional.linear and self._is_matrix_site(layout, *args, **kwargs):
                 return self._matrix_site(layout, *args, **kwargs)
@@ -247,6 +249,15 @@ class Meeting(TorchFunctionMode):
             self._tracked.deliver(tracked, _sum_to(_split(source, layout, g), shape), arrive)
 
         return with_gradient(source, expanded, pull)
+
+    def _sets_rows(self, layout: str, x: Any, index: Any, value: Any) -> bool:
+        """Whether a function of parameters is put where a mask of the batch says (a mask embedding)."""
+        masks = isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == x.shape[: index.dim()]
+        return bool(masks) and value in self._tracked and self._is_row(x, layout)
+
+    def _set_rows(self, func: Any, layout: str, x: Tensor, index: Tensor, value: Tensor) -> Any:
+        met = self._expand(self._tracked[value], layout, x.dim(), x.shape[0])
+        return func(x, index, met.expand_as(x)[index])
 
     def _is_matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         own = self._tracked.of([x for x in (weight, bias) if x is not None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -88,10 +90,12 @@ def refuse_mixing(name: str, module: nn.Module) -> None:
         )
 
 
-def refuse_gradient(layer: Layer, name: str) -> RemovableHandle:
+def refuse_gradient(layer: Layer, name: str, unless: Callable[[], bool] = lambda: False) -> RemovableHandle:
     """Raise, from now on, when autograd gives a layer's parameter a gradient; the handle ends it."""
 
     def refuse(parameter: Tensor) -> None:
+        if unless():
+            return
         parameter.grad = None
         raise UnsupportedModelError(
             f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the "

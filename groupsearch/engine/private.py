@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +13,21 @@ from torch.optim import Optimizer
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.coverage import check_covered, check_optimizer_kind, check_plain
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.loop import LoopSettings, PrivateEngine
 from groupsearch.engine.mechanism import Mechanism
+from groupsearch.engine.truth.check import check_before
+from groupsearch.engine.truth.draws import alike
+from groupsearch.engine.truth.gradients import Loss
+from groupsearch.engine.truth.reading import Reading
+from groupsearch.engine.truth.watch import RATE
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
-from groupsearch.trace import weights_with_choice
+from groupsearch.trace import shared_parameters, weights_with_choice
 
 REDUCTIONS = ("mean", "sum")
+_SHOWN = 16
 
 
 def make_private(
@@ -34,6 +43,10 @@ def make_private(
     grad_scaler: GradScaler | None = None,
     options: EngineOptions | None = None,
     generator: torch.Generator | None = None,
+    loss: Loss | None = None,
+    sample: Any = None,
+    watch: float = RATE,
+    allow_state: Collection[str] = (),
 ) -> PrivateEngine:
     """Make the steps of an existing loop differentially private (Book-Keeping with groups).
 
@@ -68,14 +81,21 @@ def make_private(
             (``scaler.update(scaler.get_scale())``), or with bfloat16, which needs none.
         options: choices of cost only.
         generator: draws the noise; by default one seeded from the operating system.
+        loss: ``loss(model, batch)``, one loss per example (B,). With it the engine is held to plain autograd before
+            the first step, on the model in the mode it is in (:mod:`groupsearch.engine.truth`): on the sample, or on
+            the first examples of the batches' data. It costs about 25 examples' forward and backward passes.
+        sample: a batch to check on, as ``loss`` takes it.
+        watch: with ``loss`` and ``batches``, the part of physical batches that the watch in training looks at
+            (:mod:`groupsearch.engine.truth.watch`); 0 for none. A difference refuses the step.
+        allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
 
     Returns:
-        The engine. ``engine.detach()`` takes it away again.
+        The engine. ``engine.detach()`` takes it away again; ``engine.report()`` says what was checked.
 
     Raises:
         UnsupportedModelError: for a layer that mixes examples, a wrapped model or an optimizer that
             cannot be served, or a trainable parameter that no site of the plan covers or that the optimizer
-            does not hold.
+            does not hold; where the check finds that examples mix or the engine is not right.
         GroupSearchError: for a number outside its range, or batches together with what they say.
     """
     if loss_reduction not in REDUCTIONS:
@@ -109,5 +129,23 @@ def make_private(
         generator = torch.Generator(next(p.device for p in model.parameters() if p.requires_grad))
         generator.seed()
     mechanism = Mechanism(plan, noise_multiplier, generator, expected_batch_size)
-    settings = LoopSettings(expected_batch_size, loss_reduction, sampling_rate, batches, grad_scaler, options)
+    checked = None
+    if loss is not None and (sample is not None or batches is not None):
+        sites = plan.grouping.sites
+        if sample is None and batches is not None:
+            with alike():  # what loading draws is no part of the training
+                sample = batches.first(_SHOWN)
+        reading = Reading(options, Layouts.of_sites(sites))
+        checked = check_before(model, loss, sample, reading, shared_parameters(sites), allow_state)
+    settings = LoopSettings(
+        expected_batch_size,
+        loss_reduction,
+        sampling_rate,
+        batches,
+        grad_scaler,
+        options,
+        loss=loss,
+        watch=watch,
+        checked=checked,
+    )
     return PrivateEngine(model, optimizer, mechanism, settings, accountant)

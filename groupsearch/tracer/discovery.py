@@ -109,15 +109,14 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
 def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
     watch = _Watch(model)
     try:
-        with watch, torch.random.fork_rng():
-            torch.manual_seed(0)
+        with watch:
             loss(model, examples)
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(examples)} examples failed: {error}. Poisson sampling draws batches of any "
-            "size; make the model and the loss run on all of them."
+            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on batches "
+            "of any size."
         ) from error
     return watch
 

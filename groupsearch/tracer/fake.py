@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.recipes import Recipe, call_key, find_recipe
+from groupsearch.workloads.batches import map_tensors
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _DEVICE = torch.ops.prim.device.default
@@ -142,4 +143,4 @@ def fake_batch(batch: Any, fake: FakeTensors, device: torch.device) -> Any:
             fake.mode.mark(duplicate)
         return duplicate
 
-    return pytree.tree_map_only(Tensor, copied, batch)
+    return map_tensors(copied, batch)

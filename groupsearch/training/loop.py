@@ -23,9 +23,10 @@ from groupsearch.engine.accounting import epsilon
 from groupsearch.engine.loading import LogicalBatch, PoissonBatches
 from groupsearch.engine.optimizers import make_optimizer
 from groupsearch.engine.sampling import physical_chunks
+from groupsearch.engine.truth.report import EngineReport
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
-from groupsearch.tracer import observe_sites
+from groupsearch.tracer.sites import sites_of
 from groupsearch.training.agreement import check_sites
 from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
 from groupsearch.training.settings import TrainSettings
@@ -35,6 +36,7 @@ from groupsearch.workloads.workload import Batch, Data, Workload
 
 # float16 takes small gradients for zero. A scale that adapts tells of overflows without noise, so it stays as it is.
 _LOSS_SCALE = 2.0**10
+_SHOWN = 16
 _STREAMS = ("weights", "sampling", "noise", "dropout")
 
 OnStep = Callable[[int, CurvePoint | None], None]
@@ -47,8 +49,9 @@ def train(
 
     Batches are Poisson samples of the training data, processed in pieces of at most
     ``physical_batch`` examples. On a CPU the same arguments give the same numbers, bit for bit.
-    Private training begins with a check of the model on three of the examples, in evaluation mode:
-    its sites must be those of the grouping, and no example's gradient may depend on another example.
+    Private training begins with a check of the model on a few of the examples, as it is trained: its
+    sites must be those of the grouping, and every example's gradient that of plain autograd on it alone
+    (:mod:`groupsearch.engine.truth`). A watch looks at some of the batches again.
 
     Args:
         workload: must have data.
@@ -97,6 +100,8 @@ def train(
         noise_multiplier=noise_multiplier,
         steps=settings.steps,
         examples=examples,
+        checked=run.report and run.report.checked,
+        watched=run.report and run.report.watched,
     )
 
 
@@ -117,6 +122,7 @@ class _Run:
         self.grouping = grouping
         self.noise_multiplier = noise_multiplier
         self.engine: PrivateEngine | None = None
+        self.report: EngineReport | None = None
         self.seeds = _seeds(settings.seed)
         self.device = torch.device(settings.device)
         self.model = workload.build(self.seeds["weights"]).to(self.device)
@@ -156,6 +162,9 @@ class _Run:
                 loss_reduction="sum",
                 grad_scaler=self.scaler,
                 options=settings.options,
+                loss=self.workload.loss,
+                watch=settings.watch,
+                allow_state=settings.allow_state,
                 generator=torch.Generator(self.device).manual_seed(self.seeds["noise"]),
             )
             try:
@@ -164,13 +173,15 @@ class _Run:
                 ):  # row i of a batch is example i, however often the loss calls the model
                     yield
             finally:
+                self.report = self.engine.report()
                 self.engine.detach()
 
     def _check_sites(self, grouping: Grouping) -> None:
-        few: Batch = self._select(self.data.train, torch.arange(min(3, self.data.train_size), device="cpu"))
+        few: Batch = self._select(self.data.train, torch.arange(min(_SHOWN, self.data.train_size), device="cpu"))
         if self.workload.views > 1:
             few = repeat_views(few, self.workload.views, self.workload.augment)
-        check_sites(grouping, observe_sites(self.model, few, self.workload.loss, options=self.settings.options))
+        found = sites_of(self.model, few, self.workload.loss, self.settings.options, apart=grouping.sites[0].rows.apart)
+        check_sites(grouping, found)
 
     def step(self, step: int, logical: LogicalBatch) -> float:
         """One optimizer step on one logical batch; its seconds."""

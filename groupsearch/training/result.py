@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from groupsearch.checked import Checked, Watched
 from groupsearch.errors import GroupSearchError
 
 
@@ -51,6 +52,8 @@ class TrainResult:
         noise_multiplier: 0 without privacy.
         steps: optimizer steps taken.
         examples: examples in all batches together.
+        checked: how the engine was held to plain autograd before the first step; None without privacy.
+        watched: what the watch in training did; None where there was none.
     """
 
     metric: float | None
@@ -62,3 +65,5 @@ class TrainResult:
     noise_multiplier: float
     steps: int
     examples: int
+    checked: Checked | None = None
+    watched: Watched | None = None

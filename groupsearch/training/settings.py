@@ -41,6 +41,8 @@ class TrainSettings:
             rounding, no number.
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to, in training and
             evaluation; float16 comes with a loss scale.
+        watch: the part of physical batches that the watch in training looks at, 0 for none.
+        allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
     """
 
     steps: int
@@ -61,6 +63,8 @@ class TrainSettings:
     options: EngineOptions = field(default_factory=EngineOptions)
     checkpoint: str = "none"
     autocast: str = "none"
+    watch: float = 0.01
+    allow_state: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
