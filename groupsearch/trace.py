@@ -153,6 +153,7 @@ class Trace:
         settings: what the trace is keyed by (model, device, dtype, checkpoint, norm_method, ...).
         carried_bytes: clipped sums of earlier micro-batches, alive throughout; 0 where the trace is of
             the only one. Sites then leave none behind: what they sum is added to these in place.
+        unprobed: operations of the step of which it is not known what they allocate beside their results.
     """
 
     sites: tuple[Site, ...]
@@ -165,6 +166,7 @@ class Trace:
     batch_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     carried_bytes: int = 0
+    unprobed: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -193,6 +195,7 @@ class Trace:
             "nonprivate_peak_bytes": self.nonprivate_peak_bytes,
             "batch_size": self.batch_size,
             "carried_bytes": self.carried_bytes,
+            "unprobed": list(self.unprobed),
             "settings": dict(self.settings),
         }
 
@@ -220,6 +223,7 @@ class Trace:
                 batch_size=data["batch_size"],
                 settings=dict(data["settings"]),
                 carried_bytes=data.get("carried_bytes", 0),  # older documents are of one micro-batch
+                unprobed=tuple(data.get("unprobed", ())),  # and do not say what was not probed
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DocumentError(

@@ -149,6 +149,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
         nonprivate_peak_bytes=nonprivate_peak_bytes,
         batch_size=batch_size,
         carried_bytes=recorder.carried_bytes,
+        unprobed=tuple(sorted(live.unprobed)),
         settings={**keys, **settings.to_json()},
     )
 
