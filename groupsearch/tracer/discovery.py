@@ -103,8 +103,8 @@ def _check_batch_first(calls: Pairs) -> None:
         if two.inputs and three.inputs and _grown(two.inputs[0], three.inputs[0]) not in ("first", "folded"):
             raise UnsupportedModelError(
                 f"For batches of two and of three examples the first tensor that the model was called with had shapes "
-                f"{two.inputs[0]} and {three.inputs[0]}: it does not lead with the examples. Call the model with a tensor "
-                "that does as its first, and let it transpose inside where it wants time first."
+                f"{two.inputs[0]} and {three.inputs[0]}: it does not lead with the examples. Call the model with a "
+                "tensor that does as its first, and let it transpose inside where it wants time first."
             )
 
 
@@ -117,8 +117,8 @@ def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on batches "
-            "of any size."
+            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on "
+            "batches of any size."
         ) from error
     return watch
 
