@@ -115,8 +115,8 @@ def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on batches "
-            "of any size."
+            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on "
+            "batches of any size."
         ) from error
     return watch
 

@@ -219,7 +219,7 @@ def settle(
     """How the engine can read a model, and what arrives in a pass over three examples, see :func:`observe_pass`.
 
     A layer that cannot be followed inside is differentiated as one, together with as few modules
-    around it as keep the examples together. Several rows of an example lie ``apart`` or side by side; None is not known.
+    around it as keep the examples together. Several rows of an example lie ``apart`` or side by side; None: not known.
 
     Raises:
         UnsupportedModelError: when that is the whole model, or something else cannot be covered; and when nobody

@@ -100,8 +100,8 @@ def train(
         noise_multiplier=noise_multiplier,
         steps=settings.steps,
         examples=examples,
-        checked=run.report and run.report.checked,
-        watched=run.report and run.report.watched,
+        checked=None if run.report is None else run.report.checked,
+        watched=None if run.report is None else run.report.watched,
     )
 
 

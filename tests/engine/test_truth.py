@@ -482,7 +482,7 @@ def test_the_model_that_takes_no_batch_of_one_is_told_so() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.h(self.l(x.squeeze())[0][..., -1, :])
 
-    with pytest.raises(UnsupportedModelError, match="one example alone failed where one on several runs.*squeeze"):
+    with pytest.raises(UnsupportedModelError, match=r"one example alone failed where one on several runs.*squeeze"):
         trace_model(Squeezing(), batch_of(1, 2, 3), cross_entropy)
 
 

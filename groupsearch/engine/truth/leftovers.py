@@ -60,7 +60,7 @@ class Memory:
         return tuple(dict.fromkeys(slot.name for slot in self._slots if not slot.is_same()))
 
     def value(self, name: str) -> Any:
-        """What a buffer or an attribute holds now: a copy of a tensor, a number or text; else something like nothing."""
+        """What a buffer or attribute holds now: a copy of a tensor, a number or text; else like nothing else."""
         path, _, last = name.rpartition(".")
         found = getattr(self._model.get_submodule(path), last, None)
         if isinstance(found, Tensor) and not found.is_meta:
@@ -165,7 +165,12 @@ def _container(name: str, value: Any) -> _Slot | None:
         return _Slot(name, lambda: list(value) == list(items) and _all_same(value.values(), items.values()), refill)
     if isinstance(value, set):
         members = set(value)
-        return _Slot(name, lambda: value == members, lambda: (value.clear(), value.update(members))[0])
+
+        def readmit() -> None:
+            value.clear()
+            value.update(members)
+
+        return _Slot(name, lambda: value == members, readmit)
     if isinstance(value, list | deque):
         parts = list(value)
 

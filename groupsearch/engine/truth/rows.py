@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,15 +107,19 @@ def _different(batch: Any) -> list[int]:
 
 def _derived(batch: Any, example: Any, count: int) -> list[Any]:
     """Different rows made of one; none where there is nothing to change."""
-    made = []
+    made: list[Any] = []
     for k in range(1, count + 1):
         scaled = _scaled(batch, example, 1 - 0.3 * k)
         if scaled is None:
-            scaled = map_tensors(lambda t, k=k: t.roll(k, 1) if t.dim() == 2 and t.shape[1] > k else t, example)
+            scaled = map_tensors(partial(_rolled, by=k), example)
             if all(torch.equal(a, b) for a, b in zip(tensors_of(scaled), tensors_of(example), strict=True)):
                 return made
         made.append(scaled)
     return made
+
+
+def _rolled(tensor: Tensor, by: int) -> Tensor:
+    return tensor.roll(by, 1) if tensor.dim() == 2 and tensor.shape[1] > by else tensor
 
 
 def _scaled(batch: Any, example: Any, factor: float) -> Any:
