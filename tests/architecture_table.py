@@ -93,7 +93,7 @@ def _attempt(work: Callable[[], Verdict], frozen: tuple[str, ...] = ()) -> Verdi
 
 
 def _truth(architecture: Architecture) -> tuple[torch.dtype, nn.Module, Any, Gradients]:
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float32,) if architecture.single else (torch.float64, torch.float32):
         model, batch = architecture.model(dtype), architecture.batch(dtype)
         try:
             with alike():

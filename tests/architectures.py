@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,8 @@ class Architecture:
         kind: what the table lists it under.
         build: makes the configuration, where one class of settings does not.
         frozen: starts of the names of parameters that do not train.
+        note: what is special about it.
+        single: whether it runs in float32 only.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Architecture:
     build: Callable[[], Any] | None = None
     frozen: tuple[str, ...] = ()
     note: str = ""
-    tags: Mapping[str, Any] = field(default_factory=dict)
+    single: bool = False
 
     @property
     def seed(self) -> int:
@@ -350,8 +352,8 @@ EXPERTS = [
     experts("Dots1", **MLA),
     experts("LongcatFlash", **{**MLA, "num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 12, "expert_ffn_hidden_size": 8, "moe_topk": 2, "zero_expert_num": 1}),
     decoder("Llama4", {**MOE, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 12, "attention_chunk_size": 8}, config="Llama4TextConfig", kind="mixture of experts"),
-    other("SwitchTransformersForConditionalGeneration", "mixture of experts", pairs, translated, {**T5ISH, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64}, "SwitchTransformersConfig"),
-    seq2seq("NllbMoe", {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64}, kind="mixture of experts"),
+    other("SwitchTransformersForConditionalGeneration", "mixture of experts", pairs, translated, {**T5ISH, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64}, "SwitchTransformersConfig", single=True),
+    seq2seq("NllbMoe", {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64}, kind="mixture of experts", single=True),
 ]
 
 TRANSLATORS = [
@@ -391,7 +393,7 @@ VISION = [
     image("Segformer", {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [4, 8], "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 8}, cls="SegformerForSemanticSegmentation", loss=read),
     image("Pvt", {"num_encoder_blocks": 2, "depths": [1, 1], "sequence_reduction_ratios": [2, 1], "hidden_sizes": [4, 8], "patch_sizes": [4, 2], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "image_size": 16}, inputs=partial(pixels, side=16)),
     image("PvtV2", {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [4, 8], "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}),
-    image("Cvt", {"patch_sizes": [3, 3, 3], "patch_stride": [2, 2, 2], "patch_padding": [1, 1, 1], "embed_dim": [4, 4, 8], "num_heads": [1, 1, 2], "depth": [1, 1, 1], "mlp_ratio": [2.0, 2.0, 2.0]}, inputs=partial(pixels, side=16)),
+    image("Cvt", {"patch_sizes": [3, 3, 3], "patch_stride": [2, 2, 2], "patch_padding": [1, 1, 1], "embed_dim": [4, 4, 8], "num_heads": [1, 1, 2], "depth": [1, 2, 3], "mlp_ratio": [2.0, 2.0, 2.0]}, inputs=partial(pixels, side=16)),
     image("MobileViT", {"image_size": 32, "hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 8], "expand_ratio": 1.0}, inputs=partial(pixels, side=32)),
     image("RegNet", {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "groups_width": 4, "num_hidden_layers": ..., "hidden_size": ...}),
     image("Bit", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 2, "num_hidden_layers": ..., "hidden_size": ...}),

@@ -26,6 +26,7 @@ from groupsearch.workloads.batches import count_examples, first_examples
 Loss = Callable[[nn.Module, Any], Tensor]
 Shapes = tuple[tuple[int, ...], ...]
 _CHOOSING = {"nonzero", "nonzero_static", "argwhere", "masked_select", "unique", "unique_consecutive"}
+_SORTING = {"sort", "argsort", "msort"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         calls: by module, in order.
-        regrouping: modules, but not the model itself, that choose rows by their values.
+        regrouping: modules, but not the model itself, that choose or sort rows by their values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -187,7 +188,7 @@ class _Watch(TorchFunctionMode):
         self._stack.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and self._running[-1] and _regroups(func, args):
+        if self._running and self._running[-1] and _regroups(func, args, kwargs):
             self.regrouping.add(self._running[-1])
         return func(*args, **(kwargs or {}))
 
@@ -207,9 +208,12 @@ class _Watch(TorchFunctionMode):
             self._stack.callback(handle.remove)
 
 
-def _regroups(func: Any, args: Any) -> bool:
-    """Whether an operation takes out as many rows as their values say."""
+def _regroups(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation takes out as many rows as their values say, or puts rows in the order of their values."""
     name = getattr(func, "__name__", "")
+    if name in _SORTING:
+        dim = args[1] if len(args) > 1 and isinstance(args[1], int) else (kwargs or {}).get("dim", 0 if name == "msort" else -1)
+        return isinstance(args[0], Tensor) and dim % max(args[0].dim(), 1) == 0
     if name == "__getitem__":
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return isinstance(first, Tensor) and first.dtype == torch.bool

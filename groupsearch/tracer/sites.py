@@ -179,7 +179,8 @@ def _check_adds_up(key: str, entry: WholeEntry) -> None:
         raise UnsupportedModelError(
             f"Module {key!r} gives other gradients when its examples run one by one than when they run together: an "
             "example's gradient depends on the others (batch statistics, capacity limits of experts). Remove what "
-            "mixes the examples, or freeze it with requires_grad_(False)."
+            "mixes the examples, or freeze it with requires_grad_(False).",
+            key,
         )
 
 
