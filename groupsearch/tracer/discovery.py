@@ -27,6 +27,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Shapes = tuple[tuple[int, ...], ...]
 _CHOOSING = {"nonzero", "nonzero_static", "argwhere", "masked_select", "unique", "unique_consecutive"}
 _SORTING = {"sort", "argsort", "msort"}
+_REPEATING = {"repeat", "tile"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
 
 
 def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
-    watch = _Watch(model)
+    watch = _Watch(model, count_examples(examples))
     try:
         with watch, torch.random.fork_rng():
             torch.manual_seed(0)
@@ -166,11 +167,12 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         calls: by module, in order.
-        regrouping: modules, but not the model itself, that choose or sort rows by their values.
+        regrouping: modules, but not the model itself, that choose, sort or repeat rows.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, examples: int) -> None:
         super().__init__()
+        self._examples = examples
         self.calls: dict[str, list[Seen]] = {}
         self.regrouping: set[str] = set()
         self._model = model
@@ -188,7 +190,7 @@ class _Watch(TorchFunctionMode):
         self._stack.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and self._running[-1] and _regroups(func, args, kwargs):
+        if self._running and self._running[-1] and _regroups(func, args, kwargs, self._examples):
             self.regrouping.add(self._running[-1])
         return func(*args, **(kwargs or {}))
 
@@ -208,16 +210,30 @@ class _Watch(TorchFunctionMode):
             self._stack.callback(handle.remove)
 
 
-def _regroups(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation takes out as many rows as their values say, or puts rows in the order of their values."""
+def _regroups(func: Any, args: Any, kwargs: Any, examples: int) -> bool:
+    """Whether an operation takes out as many rows as their values say, sorts them, or repeats them one block after another."""
     name = getattr(func, "__name__", "")
     if name in _SORTING:
-        dim = args[1] if len(args) > 1 and isinstance(args[1], int) else (kwargs or {}).get("dim", 0 if name == "msort" else -1)
-        return isinstance(args[0], Tensor) and dim % max(args[0].dim(), 1) == 0
+        return _led_by(args[0], examples) and _sorted_dim(name, args, kwargs) % max(args[0].dim(), 1) == 0
+    if name in _REPEATING:  # (k B, ...) with the examples not in one piece
+        times = args[1] if isinstance(args[1], list | tuple) else args[1:]
+        return _led_by(args[0], examples) and len(times) == args[0].dim() and int(times[0]) > 1
     if name == "__getitem__":
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return isinstance(first, Tensor) and first.dtype == torch.bool
     return name in _CHOOSING or (name == "where" and len(args) == 1)
+
+
+def _led_by(tensor: Any, examples: int) -> bool:
+    """Whether the rows of a tensor may be those of the examples."""
+    return isinstance(tensor, Tensor) and bool(tensor.dim()) and tensor.shape[0] > 0 and tensor.shape[0] % examples == 0
+
+
+def _sorted_dim(name: str, args: Any, kwargs: Any) -> int:
+    if name == "msort":
+        return 0
+    given = [x for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
+    return int(given[0] if given else (kwargs or {}).get("dim", -1))
 
 
 def _shapes(value: Any) -> Shapes:
