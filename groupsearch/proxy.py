@@ -20,6 +20,7 @@ from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry, MatrixEntry, matrix_instances, of_examples
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.widening import widened
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.gram import Grams, sharing_pairs
@@ -130,8 +131,7 @@ def site_grams(model: nn.Module, batch: Any, loss: Loss, sites: Sequence[Site]) 
         if site in sharing:
             kept[site] = entry
 
-    layouts = {site.layer: site.layout for site in sites if site.layout != "first"}
-    capture = Capture(model, receive, EngineOptions(), layouts)
+    capture = Capture(model, receive, EngineOptions(), Layouts.of_sites(sites))
     capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
     try:
         with torch.random.fork_rng():  # a training that is under way must go on as if nothing had been drawn

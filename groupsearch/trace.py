@@ -19,6 +19,23 @@ from groupsearch.errors import DocumentError
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How the examples of a batch are counted in what the model is called with.
+
+    Attributes:
+        leaf: number of the tensor that tells, among those the model is given that have dimensions.
+        dimension: of that tensor.
+        count: K, how many rows there belong to one example (augmented views, a triplet).
+        apart: whether they lie apart (K B, as ``torch.cat`` leaves them), or side by side (B K).
+    """
+
+    leaf: int = 0
+    dimension: int = 0
+    count: int = 1
+    apart: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """One use of a layer in the forward pass.
 
@@ -42,6 +59,7 @@ class Site:
         close_live_bytes: bytes alive at the close of this site's hook, just before sums are
             formed, without any clipped sum.
         groups: channel groups of a convolution; 1 elsewhere. d counts the inputs of one, p the outputs of all.
+        rows: how examples are counted in what the model is called with; the same at every site.
     """
 
     name: str
@@ -59,6 +77,20 @@ class Site:
     gradient_bytes: int = 0
     close_live_bytes: int = 0
     groups: int = 1
+    rows: Rows = field(default_factory=Rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain structure; :meth:`from_json` is its inverse."""
+        data = {**asdict(self), "parameters": list(self.parameters)}
+        if self.rows == Rows():
+            del data["rows"]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Site:
+        """The site that :meth:`to_json` wrote; keys that are not known are left out."""
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        return cls(**{**known, "parameters": tuple(data["parameters"]), "rows": Rows(**data.get("rows", {}))})
 
 
 @dataclass(frozen=True)
@@ -184,7 +216,7 @@ class Trace:
     def to_json(self) -> dict[str, Any]:
         """A plain structure of lists, strings and integers; :meth:`from_json` is its inverse."""
         return {
-            "sites": [{**asdict(site), "parameters": list(site.parameters)} for site in self.sites],
+            "sites": [site.to_json() for site in self.sites],
             "instants": [[i.site, int(i.in_hook), i.live_bytes, i.forward_bytes] for i in self.instants],
             "booked": [[b.size_bytes, b.first_site, b.last_site, b.released, *b.between] for b in self.booked],
             "cross_terms": [[c.early, c.late, c.transient_bytes] for c in self.cross_terms],
@@ -205,9 +237,7 @@ class Trace:
         """
         try:
             return cls(
-                sites=tuple(
-                    Site(**{**_known(site), "parameters": tuple(site["parameters"])}) for site in data["sites"]
-                ),
+                sites=tuple(map(Site.from_json, data["sites"])),
                 instants=tuple(Instant(site, bool(hook), *sizes) for site, hook, *sizes in _integers(data["instants"])),
                 booked=tuple(
                     Booked(size, first, last, released, tuple(between))
@@ -236,10 +266,6 @@ def weights_with_choice(sites: Sequence[Site]) -> frozenset[str]:
 
 def _changes(labels: Sequence[str]) -> tuple[int, ...]:
     return tuple(b for b in range(1, len(labels)) if labels[b] != labels[b - 1])
-
-
-def _known(site: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in site.items() if key in Site.__dataclass_fields__}
 
 
 def _integers(rows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from groupsearch.engine.sampling import PhysicalDraws, PoissonSampler
 from groupsearch.errors import GroupSearchError
+from groupsearch.workloads.views import group_views
 
 Examples = Mapping[str, Tensor] | Dataset[Any] | Sequence[Any]
 
@@ -74,6 +75,10 @@ class PoissonBatches:
         generator: draws the batches and nothing else; by default one seeded from the operating system.
             Seed it apart from the noise's: sampling and noise must be independent.
         collate_fn: makes a physical batch of a list of elements; torch's default if None.
+        views: K, how many times every example of a batch is loaded: tensors (B, ...) come as (B, K, ...). An example
+            is clipped once, whatever its views (:func:`groupsearch.workloads.views.mean_over_views`).
+        augment: is given every physical batch as it was collated, with K rows of an example side by side, and
+            changes row by row; None where the data set itself gives another view at every look.
         num_workers: processes that load; 0 for none.
         pin_memory: whether to load into page-locked memory.
 
@@ -93,6 +98,8 @@ class PoissonBatches:
         physical_batch: int | None = None,
         generator: torch.Generator | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        views: int = 1,
+        augment: Callable[[Any], Any] | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -100,6 +107,8 @@ class PoissonBatches:
         size = len(self.dataset)
         if steps < 1:
             raise GroupSearchError(f"Expected at least one step, found {steps}.")
+        if views < 1:
+            raise GroupSearchError(f"Expected at least one view of every example, found {views}.")
         if generator is None:
             generator = torch.Generator()
             generator.seed()
@@ -108,6 +117,9 @@ class PoissonBatches:
         self.taken = 0
         sampler = PoissonSampler(size, expected_batch_size / max(size, 1), steps, generator)
         self._draws = PhysicalDraws(sampler, physical_batch)
+        self._views = views
+        if views > 1 or augment is not None:
+            self._collate = _Views(self._collate, views, augment)
         self._next_state = generator.get_state()
         self._loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._current: LogicalBatch | None = None
@@ -192,7 +204,8 @@ class PoissonBatches:
         # a resumed run, which makes one loader more, would differ from then on.
         seed = self._draws.sampler.generator.initial_seed() + self.taken  # workers augment differently every time
         own = torch.Generator().manual_seed(seed % 2**63)
-        draws: Any = self._draws.fed()
+        views = self._views
+        draws: Any = ([i for i in chunk for _ in range(views)] for chunk in self._draws.fed())
         return iter(
             DataLoader(self.dataset, batch_sampler=draws, collate_fn=self._collate, generator=own, **self._loading)
         )
@@ -223,6 +236,18 @@ class _Rows(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         return {name: tensor[indices] for name, tensor in self._tensors.items()}
+
+
+class _Views:
+    """Collates what was loaded several times, side by side; a class, so that workers can be sent it."""
+
+    def __init__(self, collate: Callable[..., Any], views: int, augment: Callable[[Any], Any] | None) -> None:
+        self._collate, self._views, self._augment = collate, views, augment
+
+    def __call__(self, elements: Any) -> Any:
+        rows = self._collate(elements)
+        rows = rows if self._augment is None else self._augment(rows)
+        return rows if self._views == 1 else group_views(rows, self._views)
 
 
 def _as_it_is(batch: Any) -> Any:

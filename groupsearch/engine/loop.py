@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ledger import Ledger
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.mechanism import Mechanism
@@ -74,7 +75,7 @@ class PrivateEngine:
         self.accountant = accountant
         grouping = self.plan.grouping
         groups = Groups(grouping.sites, grouping.group_of, grouping.groups)
-        layouts = {site.layer: site.layout for site in grouping.sites if site.layout != "first"}
+        layouts = Layouts.of_sites(grouping.sites)
         self._ledger = Ledger(
             groups, mechanism.clip, self._scale_of, lambda: self._capture.passes.current, mechanism.abandon
         )
@@ -192,6 +193,17 @@ class PrivateEngine:
         if self.accountant is not None:
             self.accountant.load_state_dict(state["accountant"])
         self._step.count = int(state["steps"])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """An engine belongs to one model and its optimizer, and is neither copied nor pickled.
+
+        Raises:
+            GroupSearchError: always.
+        """
+        raise GroupSearchError(
+            "An engine can be neither copied nor pickled: noise would be drawn twice. Save engine.state_dict(); a copy "
+            "of the model is a plain model, which can be made private by itself."
+        )
 
     def detach(self) -> None:
         """Take the engine away; model and optimizer are as they were."""

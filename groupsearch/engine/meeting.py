@@ -27,10 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.layers import Layer, Matrix, linear_operands, matrix_entry
-from groupsearch.engine.layout import by_example, rows_per_example, unfold_rows
+from groupsearch.engine.passes import Pass
 from groupsearch.engine.sources import Arrive, Source, Sources, Tracked
 from groupsearch.engine.substitutes import SUBSTITUTES
-from groupsearch.engine.taps import Autocast, Saved, with_gradient
+from groupsearch.engine.taps import Autocast, Take, with_gradient
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 
@@ -52,16 +52,16 @@ class Meeting(TorchFunctionMode):
     """Watches functions of bare parameters until they meet the batch.
 
     Args:
-        batch_size: gives B of the pass that is under way.
+        running: gives the pass that is under way.
         arrive: gives what is called in backward with the key of a site and a maker of its book entry.
         options: decides the norm method of matrix sites.
     """
 
     def __init__(
-        self, batch_size: Callable[[], int], arrive: Callable[[], Arrive], options: EngineOptions | None = None
+        self, running: Callable[[], Pass], arrive: Callable[[], Arrive], options: EngineOptions | None = None
     ) -> None:
         super().__init__()
-        self._batch_size = batch_size
+        self.running = running
         self.arrival = arrive
         self.options = options or EngineOptions()
         self._tracked = Sources()
@@ -83,11 +83,6 @@ class Meeting(TorchFunctionMode):
     def watching(self) -> bool:
         """Whether operations are watched now."""
         return self._depth > 0
-
-    @property
-    def batch_size(self) -> int:
-        """B of the pass that is under way."""
-        return self._batch_size()
 
     @property
     def layer(self) -> Layer | None:
@@ -142,14 +137,14 @@ class Meeting(TorchFunctionMode):
 
     def mark(self, value: Any, layouts: tuple[str, ...] = ("first",)) -> None:
         """Note that tensors come from the batch, in one of these layouts, although they ask for no gradients."""
-        size = self._batch_size()
+        source = self.running()
         for part in value if isinstance(value, list | tuple) else (value,):
             if (
                 isinstance(part, Tensor)
                 and not part.requires_grad
-                and any(rows_per_example(part, layout, size) is not None for layout in layouts)
+                and any(source.rows_of(part, layout) is not None for layout in layouts)
             ):
-                setattr(part, _MARK, size)
+                setattr(part, _MARK, source.batch_size)
 
     def from_batch(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from the batch (and is no function of parameters alone)."""
@@ -183,15 +178,8 @@ class Meeting(TorchFunctionMode):
         return self._seen_as or tracked.sources[0].layer.layout
 
     def _is_row(self, value: Any, layout: str) -> bool:
-        rows = isinstance(value, Tensor) and rows_per_example(value, layout, self._batch_size()) is not None
+        rows = isinstance(value, Tensor) and self.running().rows_of(value, layout) is not None
         return rows and self.from_batch(value)
-
-    def _split(self, layout: str) -> Callable[[Tensor], Tensor]:
-        """Turns tensors in a layout into (B, rows of an example, ...)."""
-        size = self._batch_size()
-        if layout == "second":
-            return lambda x: x.transpose(0, 1).unsqueeze(2)
-        return lambda x: unfold_rows(x, size)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
@@ -219,14 +207,15 @@ class Meeting(TorchFunctionMode):
 
     def _expands(self, tensor: Tensor, out: Tensor, layout: str) -> bool:
         """Whether an expansion gave every example its own copy."""
-        if rows_per_example(out, layout, self._batch_size()) is None:
+        if self.running().rows_of(out, layout) is None:
             return False
         if layout == "second":
             return tensor.dim() < out.dim() - 1 or (tensor.dim() == out.dim() and tensor.shape[1] == 1)
         return _leads_free(tensor, out.dim())
 
     def _expand(self, tracked: Tracked, layout: str, rank: int, longest: int) -> Tensor:
-        size = self._batch_size()
+        source = self.running()
+        size = source.batch_size
         key = (id(tracked.tensor), rank, longest)
         if key in self._expanded:
             return self._expanded[key]
@@ -241,7 +230,8 @@ class Meeting(TorchFunctionMode):
                 tracked.sources[0].layer.name,
             )
         if second:
-            met = self._meet(tracked, aligned.expand(aligned.shape[0], size, *aligned.shape[2:]), layout)
+            second_size = size * source.rows.count
+            met = self._meet(tracked, aligned.expand(aligned.shape[0], second_size, *aligned.shape[2:]), layout)
         elif longest == size or rank < 1:
             met = self._meet(tracked, aligned.expand(size, *aligned.shape[1:]), layout)
         else:  # rows folded with the examples: each row sees a copy
@@ -251,8 +241,12 @@ class Meeting(TorchFunctionMode):
         return met
 
     def _meet(self, tracked: Tracked, expanded: Tensor, layout: str) -> Tensor:
-        shape, arrive, split = tracked.tensor.shape, self.arrival(), self._split(layout)
-        return with_gradient(expanded, lambda g: self._tracked.deliver(tracked, _sum_to(split(g), shape), arrive))
+        shape, arrive, source = tracked.tensor.shape, self.arrival(), self.running()
+
+        def pull(g: Tensor, take: Take) -> None:
+            self._tracked.deliver(tracked, _sum_to(_split(source, layout, g), shape), arrive)
+
+        return with_gradient(source, expanded, pull)
 
     def _is_matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         own = self._tracked.of([x for x in (weight, bias) if x is not None])
@@ -262,7 +256,7 @@ class Meeting(TorchFunctionMode):
 
     def _matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``functional.linear`` with parameters as weight and bias, of an input that keeps the examples."""
-        size, arrive, options = self._batch_size(), self.arrival(), self.options
+        source, arrive, options = self.running(), self.arrival(), self.options
         by_weight, by_bias = (
             self._tracked[x].sources[0] if x is not None and x in self._tracked else None for x in (weight, bias)
         )
@@ -272,21 +266,20 @@ class Meeting(TorchFunctionMode):
             if by_weight
             else None
         )
-        saved = Saved((input,) if matrix else ())
 
-        def pull(g: Tensor) -> None:
-            g = by_example(g, layout, size)
+        def pull(g: Tensor, take: Take) -> None:
+            g = source.by_example(g, layout)
             if matrix is not None and by_weight is not None:
-                x = by_example(self.during(saved.take)[0], layout, size)
+                x = source.by_example(self.during(take)[0], layout)
                 arrive(by_weight.key, lambda: matrix_entry(matrix, x, g, linear_operands, options))
             elif by_bias is not None:
                 arrive(by_bias.key, lambda: by_bias.entry(g.flatten(1, -2).sum(1) if g.dim() > 2 else g))
 
-        return with_gradient(out, pull) if by_weight or by_bias else out
+        return with_gradient(source, out, pull, (input,) if matrix else ()) if by_weight or by_bias else out
 
     def _function_site(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layout: str) -> Any:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        arrive, split = self.arrival(), self._split(layout)
+        source, arrive = self.running(), self.arrival()
         shared = [i for i, x in enumerate(leaves) if x in self._tracked]
         tracked = [self._tracked[leaves[i]] for i in shared]
         rows = [i for i, x in enumerate(leaves) if self._is_row(x, layout)]
@@ -295,18 +288,18 @@ class Meeting(TorchFunctionMode):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         out = func(*args, **kwargs)
         left = any(isinstance(x, Tensor) and self.from_batch(x) and not self._is_row(x, layout) for x in leaves)
-        if left or not isinstance(out, Tensor) or rows_per_example(out, layout, self._batch_size()) is None:
+        if left or not isinstance(out, Tensor) or source.rows_of(out, layout) is None:
             raise UnsupportedModelError(
                 f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, "
-                f"where its operands or its result do not lead with the batch of {self._batch_size()} examples. Use a "
+                f"where its operands or its result do not lead with the batch of {source.batch_size} examples. Use a "
                 "torch.nn layer that does, batch first, or freeze the parameter with requires_grad_(False).",
                 tracked[0].sources[0].layer.name,
             )
-        saved, autocast = Saved(tuple(leaves[i] for i in rows)), Autocast.now(out.device.type)
+        saved, autocast = tuple(leaves[i] for i in rows), Autocast.now(out.device.type)
         constants = [None if i in rows else x for i, x in enumerate(leaves)]
 
-        def pull(g: Tensor) -> None:
-            xs = self.during(saved.take)
+        def pull(g: Tensor, take: Take) -> None:
+            xs = self.during(take)
 
             def example(g_i: Tensor, *xs_i: Tensor) -> Any:
                 def value(*parameters: Tensor) -> Any:
@@ -320,11 +313,11 @@ class Meeting(TorchFunctionMode):
 
             with warnings.catch_warnings(), _one_by_one(tracked[0].sources[0]), autocast.again():
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                instances = torch.func.vmap(example)(split(g), *[split(x.detach()) for x in xs])
+                instances = torch.func.vmap(example)(*[_split(source, layout, x.detach()) for x in (g, *xs)])
             for t, instance in zip(tracked, instances, strict=True):
                 self._tracked.deliver(t, instance, arrive)
 
-        return with_gradient(out, pull)
+        return with_gradient(source, out, pull, saved)
 
 
 @contextmanager
@@ -340,6 +333,14 @@ def _one_by_one(source: Source) -> Iterator[None]:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _split(source: Pass, layout: str, tensor: Tensor) -> Tensor:
+    """A tensor in a layout as (B, rows of an example, ...), for ``second`` as (B, T, rows of an example, ...)."""
+    if layout != "second":
+        return source.by_example(tensor, "folded")
+    split = source.by_example(tensor, "second")
+    return split.unsqueeze(2) if source.rows.count == 1 else split.transpose(1, 2)
 
 
 def _leads_free(tensor: Tensor, rank: int) -> bool:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.layers import Layer, rule_for
+from groupsearch.engine.layout import Layouts
 from groupsearch.errors import UnsupportedModelError
 
 
-def owned_layers(model: nn.Module, layouts: Mapping[str, str] | None = None) -> tuple[Layer, ...]:
+def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Layer, ...]:
     """The modules of a model that own trainable parameters, with their rules.
 
     Args:
         model: the model.
-        layouts: where a layer keeps the examples, by name, if not in the first dimension; a module
-            with layout ``whole`` owns every parameter inside.
+        layouts: where layers keep the examples; a module with layout ``whole`` owns every parameter inside.
 
     Raises:
         UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, for a
             complex parameter, and when nothing is trainable.
     """
-    layouts = layouts or {}
+    found = (layouts or Layouts()).of
     _refuse_complex(model)
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers: list[Layer] = []
@@ -32,7 +32,7 @@ def owned_layers(model: nn.Module, layouts: Mapping[str, str] | None = None) -> 
         refuse_mixing(name, module)
         if any(not outer or name.startswith(outer + ".") for outer in inside) or isinstance(module, _LISTS):
             continue
-        whole = layouts.get(name) == "whole"
+        whole = found.get(name) == "whole"
         owner = whole or isinstance(module, _OWNERS)
         held = module.named_parameters(remove_duplicate=False) if owner else _held(module)
         trainable = {local: canonical[id(p)] for local, p in held if p.requires_grad}
@@ -40,7 +40,7 @@ def owned_layers(model: nn.Module, layouts: Mapping[str, str] | None = None) -> 
             inside.append(name)
         if trainable:
             rule = None if owner else rule_for(name, module)
-            layers.append(Layer(name, module, trainable, rule, layouts.get(name, "first")))
+            layers.append(Layer(name, module, trainable, rule, found.get(name, "first")))
             if rule is None:
                 _refuse_own_checkpoint(name, module, whole)
     if not layers:

@@ -32,6 +32,10 @@ class ZeroGrad:
         copy = memo.get(id(self._owner), self._owner)
         return MethodType(type(copy).zero_grad, copy)
 
+    def __reduce__(self) -> Any:
+        """The plain method: a saved model has no engine."""
+        return getattr, (self._owner, "zero_grad")
+
     def remove(self) -> None:
         """The owner's own zero_grad again."""
         if vars(self._owner).get("zero_grad") is self:

@@ -60,19 +60,19 @@ def trace_model(
         UnsupportedModelError: for a layer, a parameter or a loss that cannot be made private.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
-    check_examples(model, batch, loss, settings.options)
+    rows = check_examples(model, batch, loss, settings.options)
     keys = {"device": device or "cpu", "fake": device is None, "torch": torch.__version__}
     if device is None:
         try:
             fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
             with fake:
-                return record_step(stage, settings, count_examples(batch), keys)
+                return record_step(stage, settings, count_examples(batch), keys, rows)
         except ValuesNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
     stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"))
     keys |= {"fake": False, **stage.live.allocator.to_json()}
-    return record_step(stage, settings, count_examples(batch), keys)
+    return record_step(stage, settings, count_examples(batch), keys, rows)
 
 
 def trace_methods(model: nn.Module, batch: Any, loss: Loss, **settings: Any) -> Alternatives:

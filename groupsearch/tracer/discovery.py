@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from groupsearch.engine.layout import ONE_ROW
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.trace import Rows
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples
 
@@ -45,10 +47,17 @@ class Usage:
     Attributes:
         layouts: of the layers that own trainable parameters, by name.
         keeping: modules that are given and return whole examples, batch first.
+        rows: how the model is called with the examples; several of one example are taken to lie side by side.
     """
 
     layouts: dict[str, str]
     keeping: frozenset[str]
+    rows: Rows = ONE_ROW
+
+    @property
+    def orders(self) -> tuple[Rows, ...]:
+        """What sizes leave open: rows of one example may lie side by side or apart."""
+        return (self.rows,) if self.rows.count == 1 else (self.rows, replace(self.rows, apart=True))
 
     def is_inside_whole(self, layer: str) -> bool:
         """Whether a layer is, or lies in, a module that is differentiated as one."""
@@ -76,7 +85,8 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     two, three = runs
     regrouping = two.regrouping | three.regrouping
     calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
-    usage = Usage({}, frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs))))
+    keeping = frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs)))
+    usage = Usage({}, keeping, _rows(calls[""]))
     for layer in layers:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
             continue  # knows by itself, or is taken care of
@@ -152,6 +162,35 @@ def _layout_around(name: str, calls: Mapping[str, Pairs]) -> str:
         if layout != "none" or not name:
             return "first" if layout == "none" else layout
         name = name.rpartition(".")[0]
+
+
+def _rows(pairs: Pairs) -> Rows:
+    """How the calls of the model tell the number of examples: by the first tensor that grows with it.
+
+    Raises:
+        UnsupportedModelError: when none does, or two calls tell it in different ways.
+    """
+    found = dict.fromkeys(map(_rows_of_call, pairs or ()))
+    if len(found) == 1 and None not in found:
+        return next(rows for rows in found if rows is not None)
+    said = "no tensor grows in proportion to the examples of the batch" if None in found else "calls differ in that"
+    raise UnsupportedModelError(
+        "Which rows of the model's inputs belong to one example cannot be told"
+        + (f": {said}. " if found else ": the loss does not call the model itself. ")
+        + "Call the model with tensors that hold the same number of rows for every example, each time it is called, "
+        "in their first (or second) dimension."
+    )
+
+
+def _rows_of_call(pair: tuple[Seen, Seen]) -> Rows | None:
+    shapes = [(two, three) for two, three in zip(pair[0].inputs, pair[1].inputs, strict=False) if two]
+    for leaf, (two, three) in enumerate(shapes):
+        layout = _grown(two, three)
+        if layout in ("first", "folded") and two[0] % 2 == 0:
+            return Rows(leaf, 0, two[0] // 2)
+        if layout == "second":
+            return Rows(leaf, 1)
+    return None
 
 
 def _keeps(pair: tuple[Seen, Seen]) -> bool:

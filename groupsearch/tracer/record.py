@@ -14,7 +14,7 @@ from groupsearch.engine.book import Book
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.noise import add_noise_
-from groupsearch.trace import Booked, Site, Trace, weights_with_choice
+from groupsearch.trace import Booked, Rows, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.instants import Hook, cut_instants
 from groupsearch.tracer.sites import (
@@ -106,7 +106,9 @@ class StepRecorder:
         return self._summed_bytes
 
 
-def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any]) -> Trace:
+def record_step(
+    stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any], rows: Rows | None = None
+) -> Trace:
     """Trace a stage: a non-private step, then a private one.
 
     Raises:
@@ -116,7 +118,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
     nonprivate_peak_bytes = stage.counted_step()
     live = stage.live
     recorder = StepRecorder(stage, settings)
-    layouts, few, _ = settle(stage.model, stage.batch, stage.loss, settings.options)
+    layouts, few, _ = settle(stage.model, stage.batch, stage.loss, settings.options, rows)
     capture = Capture(stage.model, recorder.receive, settings.options, layouts)
     capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
     try:
@@ -134,7 +136,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
     check_same_sites(recorder.arrivals, few)
     booked = _booked(recorder.hooks)
     instants, released = cut_instants(live, recorder.hooks, (recorder.start, backward_end), booked)
-    sites = as_sites(recorder.arrivals, stage.model)
+    sites = as_sites(recorder.arrivals, stage.model, layouts.rows)
     settings.options.check_weights(weights_with_choice(sites))
     return Trace(
         sites=_measured(sites, recorder, stage.static.total),

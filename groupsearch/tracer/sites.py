@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Dimensions
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site
+from groupsearch.trace import Rows, Site
 from groupsearch.tracer.discovery import Loss, find_layouts
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples, varied_examples
@@ -41,7 +42,7 @@ class Observed:
     dimensions: Dimensions
 
 
-def as_sites(arrivals: Sequence[Observed], model: nn.Module) -> tuple[Site, ...]:
+def as_sites(arrivals: Sequence[Observed], model: nn.Module, rows: Rows) -> tuple[Site, ...]:
     """Number what backward reached, last first, and name further uses of a layer ``name#k``."""
     blocks = find_blocks(model)
     uses: Counter[str] = Counter()
@@ -64,6 +65,7 @@ def as_sites(arrivals: Sequence[Observed], model: nn.Module) -> tuple[Site, ...]
                 parameters=seen.parameters,
                 parameter_count=seen.parameter_count,
                 layout=seen.layout,
+                rows=rows,
             )
         )
     return tuple(sites)
@@ -86,49 +88,70 @@ def observe_sites(
     owned_layers(model)  # refuses in the mode the model is trained in
     several = varied_examples(batch, 5)
     with _evaluating(model):
-        layouts, arrivals, norms_LB = settle(model, several, loss, options)
-        passes = [observe_pass(model, _taken(several, (0, 1, k)), loss, options, layouts) for k in (3, 4)]
-        fewer, _ = observe_pass(model, first_examples(several, 2), loss, options, layouts)
+        usage = find_layouts(model, first_examples(several, 3), loss)
+        for rows in usage.orders[:-1]:
+            try:
+                return _observed_in_order(model, several, loss, options, rows)
+            except UnsupportedModelError:  # perhaps the rows of an example lie in another order
+                pass
+        return _observed_in_order(model, several, loss, options, usage.orders[-1])
+
+
+def _observed_in_order(
+    model: nn.Module, several: Any, loss: Loss, options: EngineOptions | None, rows: Rows
+) -> tuple[Site, ...]:
+    layouts, arrivals, norms_LB = settle(model, several, loss, options, rows)
+    passes = [observe_pass(model, _taken(several, (0, 1, k)), loss, options, layouts) for k in (3, 4)]
+    fewer, _ = observe_pass(model, first_examples(several, 2), loss, options, layouts)
     check_all_seen(model, arrivals)
     check_same_sites(arrivals, fewer)
     for replaced, replaced_LB in passes:
         check_same_sites(arrivals, replaced)
         if not isinstance(norms_LB, FakeTensor):
             _check_separate(arrivals, norms_LB[:, :2], replaced_LB[:, :2])
-    return as_sites(arrivals, model)
+    return as_sites(arrivals, model, layouts.rows)
 
 
-def check_examples(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None) -> None:
-    """Raise when examples cannot be told apart, as far as that can be seen: only weights that are there show it.
+def check_examples(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None) -> Rows | None:
+    """How the model is called with the examples, as far as it can be seen: only weights that are there show it.
+
+    Raise when examples cannot be told apart, as far as that can be seen: only weights that are there show it.
 
     Raises:
         UnsupportedModelError: see :func:`observe_sites`.
     """
     tensors = [*model.parameters(), *(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))]
     if any(isinstance(x, FakeTensor) or x.is_meta for x in tensors):
-        return
+        return None
     device = next(model.parameters()).device
     few = pytree.tree_map_only(Tensor, lambda x: x.to(device), varied_examples(batch, 5))
-    observe_sites(model, few, loss, options=options)
+    return observe_sites(model, few, loss, options=options)[0].rows
 
 
 def settle(
-    model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None
-) -> tuple[Mapping[str, str], list[Observed], Tensor]:
+    model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None, rows: Rows | None = None
+) -> tuple[Layouts, list[Observed], Tensor]:
     """Where the layers keep the examples, and what arrives in a pass over three of them, see :func:`observe_pass`.
 
     A layer that cannot be followed inside is differentiated as one, together with as few modules
-    around it as keep the examples together.
+    around it as keep the examples together. Several rows of an example lie as ``rows`` says.
 
     Raises:
-        UnsupportedModelError: when that is the whole model, or something else cannot be covered.
+        UnsupportedModelError: when that is the whole model, or something else cannot be covered; and when nobody
+            knows in which order several rows of an example lie.
     """
     three = first_examples(batch, 3)
     usage = find_layouts(model, three, loss)
+    if rows is None and len(usage.orders) > 1:
+        raise UnsupportedModelError(
+            f"The model is called with {usage.rows.count} rows of every example, whose order only values show. Give it "
+            "with its weights and a batch with its values, not on the meta device."
+        )
     while True:
+        layouts = Layouts(usage.layouts, rows or usage.rows)
         try:
-            arrivals, norms_LB = observe_pass(model, three, loss, options, usage.layouts)
-            return usage.layouts, arrivals, norms_LB
+            arrivals, norms_LB = observe_pass(model, three, loss, options, layouts)
+            return layouts, arrivals, norms_LB
         except UnsupportedModelError as error:
             if error.layer is None or not usage.make_whole(error.layer):
                 raise
@@ -139,7 +162,7 @@ def observe_pass(
     batch: Any,
     loss: Loss,
     options: EngineOptions | None = None,
-    layouts: Mapping[str, str] | None = None,
+    layouts: Layouts | None = None,
 ) -> tuple[list[Observed], Tensor]:
     """What arrives in one backward pass, in that order, and every example's gradient norm, (L, B)."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}

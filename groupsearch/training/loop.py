@@ -30,6 +30,7 @@ from groupsearch.training.agreement import check_sites
 from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
 from groupsearch.training.settings import TrainSettings
 from groupsearch.workloads.blocks import checkpoint_as
+from groupsearch.workloads.views import repeat_views
 from groupsearch.workloads.workload import Batch, Data, Workload
 
 # float16 takes small gradients for zero. A scale that adapts tells of overflows without noise, so it stays as it is.
@@ -127,6 +128,8 @@ class _Run:
             expected_batch_size=settings.sampling_rate * data.train_size,
             steps=settings.steps,
             physical_batch=settings.physical_batch,
+            views=workload.views,
+            augment=workload.augment,
             # Drawn on the CPU whatever the device, so that every device sees the same batches.
             generator=torch.Generator("cpu").manual_seed(self.seeds["sampling"]),
         )
@@ -164,7 +167,9 @@ class _Run:
                 self.engine.detach()
 
     def _check_sites(self, grouping: Grouping) -> None:
-        few = self._select(self.data.train, torch.arange(min(3, self.data.train_size), device="cpu"))
+        few: Batch = self._select(self.data.train, torch.arange(min(3, self.data.train_size), device="cpu"))
+        if self.workload.views > 1:
+            few = repeat_views(few, self.workload.views, self.workload.augment)
         check_sites(grouping, observe_sites(self.model, few, self.workload.loss, options=self.settings.options))
 
     def step(self, step: int, logical: LogicalBatch) -> float:

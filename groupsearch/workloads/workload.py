@@ -89,6 +89,8 @@ class Workload:
         batch_size: the physical batch size to assume when none is given.
         training: how to train it, or None where there are no data.
         settings: what the workload was made with, for documents.
+        views: K, how many views of every example a step takes, see :func:`groupsearch.workloads.views.with_views`.
+        augment: makes the views of one another different; None where they are not.
     """
 
     name: str
@@ -101,6 +103,8 @@ class Workload:
     batch_size: int = 32
     training: TrainingDefaults | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    views: int = 1
+    augment: Callable[[Any], Any] | None = None
 
     @cached_property
     def model(self) -> nn.Module:

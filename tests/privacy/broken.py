@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from groupsearch.engine import PrivateEngine
-from groupsearch.engine.arrival import Pass
 from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry, InstanceEntry, MatrixEntry
 from groupsearch.engine.mechanism import Mechanism
+from groupsearch.engine.passes import Pass
 
 Damage = Callable[[PrivateEngine], None]
 
