@@ -64,6 +64,8 @@ class Adapter:
         generator = torch.Generator().manual_seed(self.seed)
         made = (pairs if self.base == "seq2seq" else words)(batch_size, generator)
         made |= {name: torch.ones_like(made["input_ids"]) for name in ("attention_mask",) if self.base != "seq2seq"}
+        if "num_tasks" in self.settings:
+            made["task_ids"] = torch.arange(batch_size) % 2
         return made | {"scale": torch.linspace(0.5, 3.0, batch_size, dtype=dtype), "label": torch.arange(batch_size) % 2}
 
 
@@ -126,11 +128,11 @@ ADAPTERS: tuple[Adapter, ...] = (
     _on("PSOFT", "PsoftConfig", r=2),
     _on("TinyLoRA", "TinyLoraConfig", r=2, u=4),
     _on("Uni-LoRA", "UniLoraConfig", r=2, theta_d_length=8),
-    _on("FRoD", "FrodConfig"),
+    _on("FRoD", "FrodConfig", progressbar=False),
     _on("DEFT", "DeftConfig", r=2),
     _on("BEFT", "BeftConfig", target_modules=["v_proj"]),
     _on("AdaMSS", "AdamssConfig", r=4, num_subspaces=2, subspace_rank=1),
-    _on("Supertuning", r=1),
+    _on("Supertuning", sparsity=0.5),
     _on("OSF", "OSFConfig", effective_rank=2),
     Adapter("LayerNorm tuning", "LNTuningConfig", {"target_modules": ["norm", "input_layernorm"]}),
     Adapter("Trainable tokens", "TrainableTokensConfig", {"token_indices": [5, 6, 7], "target_modules": ["embed_tokens"]}),

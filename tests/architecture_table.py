@@ -57,7 +57,7 @@ class Verdict:
     says: str = ""
 
 
-def judge(architecture: Architecture) -> Verdict:
+def judge(architecture: Architecture, freely: bool = True) -> Verdict:
     """Compare the engine with one example at a time, in training mode, dropout as configured; drawn alike, and freely."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +75,7 @@ def judge(architecture: Architecture) -> Verdict:
                     model.get_parameter(name).requires_grad_(False)
                 rest = [{n: x for n, x in g.items() if n not in frozen} for g in truth]
                 verdict = _attempt(lambda: _compare(model, batch, architecture.loss, rest, dtype), frozen)
-        if verdict.outcome != "right":
+        if verdict.outcome != "right" or not freely:
             return verdict
         free = _attempt(lambda: _step_freely(model, batch, architecture.loss, verdict))
         return free

@@ -137,7 +137,7 @@ class Capture:
             return
 
         def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not self._is_swapped(layer):
                 self.passes.running()
                 _check_no_transform(layer)
                 before(layer)
@@ -181,10 +181,18 @@ class Capture:
             slots[name] = replacement
         self._swapped.append((layer.module, originals))
 
+    def _is_swapped(self, layer: Layer) -> bool:
+        """Whether a layer around it, which shares its parameters, has put others in their place already."""
+        taken = {(id(slots), name) for _, originals in self._swapped for slots, name, _ in originals}
+        return bool(taken) and any(
+            (id(layer.module.get_submodule(path)._parameters), name) in taken
+            for path, _, name in (local.rpartition(".") for local in layer.trainable)
+        )
+
     def _restore(self, layer: Layer) -> bool:
         if not self._swapped or self._swapped[-1][0] is not layer.module:
             return False
-        for slots, name, original in self._swapped.pop()[1]:
+        for slots, name, original in reversed(self._swapped.pop()[1]):  # a tied one comes twice
             slots[name] = original
         if isinstance(layer.module, nn.RNNBase):
             layer.module._update_flat_weights()  # it keeps a list of its parameters

@@ -21,10 +21,10 @@ def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Laye
 
     Raises:
         UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, for a
-            complex parameter, and when nothing is trainable.
+            parameter that is complex or has hooks, and when nothing is trainable.
     """
     found = (layouts or Layouts()).of
-    _refuse_complex(model)
+    _refuse_parameters(model)
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers: list[Layer] = []
     inside: list[str] = []
@@ -59,13 +59,19 @@ def _held(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Paramet
             yield from _held(child, f"{prefix}{name}.")
 
 
-def _refuse_complex(model: nn.Module) -> None:
+def _refuse_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
             raise UnsupportedModelError(
                 f"Parameter {name!r} holds complex numbers, whose clipping and noise are not defined here. Keep their "
                 "real and imaginary parts as a real parameter of shape (..., 2) and use torch.view_as_complex of it, "
                 "or freeze it with requires_grad_(False)."
+            )
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has a hook on its gradient (Tensor.register_hook), which gradients that are "
+                "clipped example by example do not pass. Change them after the noise instead, before the optimizer's "
+                "step, or freeze the parameter with requires_grad_(False)."
             )
 
 

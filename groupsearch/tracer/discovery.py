@@ -146,13 +146,13 @@ def _grown(two: tuple[int, ...], three: tuple[int, ...]) -> str:
 def _layout(pairs: Pairs) -> str:
     if pairs is None:
         return "mixed"
-    found = {_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)}
-    found -= {"none"}
-    if not found:
-        return "none"
-    if found <= {"first", "folded"}:
+    each = [_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)]
+    found = [layout for layout in each if layout != "none"]
+    if not found or "mixed" in found:
+        return "mixed" if found else "none"
+    if set(found) <= {"first", "folded"}:
         return "folded" if "folded" in found else "first"
-    return found.pop() if len(found) == 1 else "mixed"
+    return found[0]  # what a module returns in several layouts, it works on in that of the first
 
 
 def _layout_around(name: str, calls: Mapping[str, Pairs]) -> str:
