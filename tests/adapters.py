@@ -66,7 +66,10 @@ class Adapter:
         made |= {name: torch.ones_like(made["input_ids"]) for name in ("attention_mask",) if self.base != "seq2seq"}
         if "num_tasks" in self.settings:
             made["task_ids"] = torch.arange(batch_size) % 2
-        return made | {"scale": torch.linspace(0.5, 3.0, batch_size, dtype=dtype), "label": torch.arange(batch_size) % 2}
+        return made | {
+            "scale": torch.linspace(0.5, 3.0, batch_size, dtype=dtype),
+            "label": torch.arange(batch_size) % 2,
+        }
 
 
 def after_prompt(model: nn.Module, batch: Any) -> Tensor:

@@ -84,13 +84,17 @@ def judge(architecture: Architecture, freely: bool = True) -> Verdict:
 def _attempt(work: Callable[[], Verdict], frozen: tuple[str, ...] = ()) -> Verdict:
     try:
         verdict = work()
-        return Verdict(verdict.outcome, verdict.error, verdict.dtype, verdict.sites, frozen or verdict.frozen, verdict.says)
+        return Verdict(
+            verdict.outcome, verdict.error, verdict.dtype, verdict.sites, frozen or verdict.frozen, verdict.says
+        )
     except GroupSearchError as error:
         return Verdict("refused", frozen=frozen, says=" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - what it is to find
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
-        return Verdict("CRASH", frozen=frozen, says=f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({where})")
+        return Verdict(
+            "CRASH", frozen=frozen, says=f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({where})"
+        )
 
 
 def _truth(architecture: Architecture) -> tuple[torch.dtype, nn.Module, Any, Gradients]:
@@ -112,7 +116,9 @@ def per_example(model: nn.Module, batch: Any, loss: Callable[..., Tensor]) -> Gr
     for i in range(len(next(iter(batch.values())))):
         value = loss(model, one_example(batch, i))
         grads = torch.autograd.grad(value.sum(), list(parameters.values()), allow_unused=True)
-        found.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)})
+        found.append(
+            {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+        )
     return found
 
 
@@ -127,7 +133,9 @@ def groupings(sites: Sequence[Site]) -> list[tuple[int, ...]]:
     return [(), every] if every else [()]
 
 
-def clipped(truth: Gradients, groups: Sequence[set[str]], threshold: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+def clipped(
+    truth: Gradients, groups: Sequence[set[str]], threshold: float
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The clipped sums, and the largest number in any example's part of each."""
     total = {n: torch.zeros_like(x) for n, x in truth[0].items()}
     largest = dict.fromkeys(total, 0.0)
@@ -141,7 +149,9 @@ def clipped(truth: Gradients, groups: Sequence[set[str]], threshold: float) -> t
     return total, largest
 
 
-def _compare(model: nn.Module, batch: Any, loss: Callable[..., Tensor], truth: Gradients, dtype: torch.dtype) -> Verdict:
+def _compare(
+    model: nn.Module, batch: Any, loss: Callable[..., Tensor], truth: Gradients, dtype: torch.dtype
+) -> Verdict:
     sites = observe_sites(copy.deepcopy(model), batch, loss)
     norms = sorted(sum(float(x.double().abs().square().sum()) for x in g.values()) ** 0.5 for g in truth)
     limit, worst = norms[len(norms) // 2], 0.0
@@ -194,7 +204,10 @@ def main(wanted: Sequence[str]) -> None:
             verdict = Verdict("BROKEN", says=repr(error)[:300])
         counts[verdict.outcome] += 1
         error = "" if verdict.error is None else f"{verdict.error:.1e}"
-        print(f"{verdict.outcome:8s} {architecture.name:44s} {str(verdict.dtype)[6:]:8s} {error:8s} {time.perf_counter() - began:5.1f}s | {verdict.sites} | frozen {len(verdict.frozen)} {verdict.frozen[:2]} | {verdict.says[:420]}", flush=True)
+        print(
+            f"{verdict.outcome:8s} {architecture.name:44s} {str(verdict.dtype)[6:]:8s} {error:8s} {time.perf_counter() - began:5.1f}s | {verdict.sites} | frozen {len(verdict.frozen)} {verdict.frozen[:2]} | {verdict.says[:420]}",
+            flush=True,
+        )
     print(dict(counts))
 
 

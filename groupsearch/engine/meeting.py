@@ -42,8 +42,15 @@ _ELEMENTWISE = {
 _EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _FILLING = {f"{stem}{name}" for stem in ("", "new_") for name in ("zeros", "ones", "full", "empty")}
 _CASTING = {"to", "type_as"}
-_PUTTING = {f"index_{stem}{end}" for stem in ("put", "add", "copy") for end in ("", "_")} | {"scatter", "scatter_"}
+_COPYING = _CASTING | {"contiguous", "clone", "detach", "long", "int", "bool", "float", "double", "half", "bfloat16"}
+_PUTTING = {f"index_{stem}{end}" for stem in ("put", "add", "copy") for end in ("", "_")} | {
+    "scatter",
+    "scatter_",
+    "__setitem__",
+}
 _MARK = "_groupsearch_rows_of"
+_FILLED = "_groupsearch_filled"
+ANY = ("first", "folded", "second")
 
 
 T = TypeVar("T")
@@ -156,7 +163,7 @@ class Meeting(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in SUBSTITUTES and self._running:
+        if func in SUBSTITUTES and self._running and any(self.from_batch(t) for t in _tensors(args, kwargs)):
             return SUBSTITUTES[func](self, *args, **kwargs)
         if self._tracked and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
@@ -169,16 +176,20 @@ class Meeting(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         deciding = tensors[:1] if name in _CASTING else tensors
         if any(self.from_batch(t) for t in deciding):
-            self.mark(out, self._kept_by_index(*args) if name == "__getitem__" else ("first", "folded", "second"))
+            self.mark(out, self._kept(name, args))
         elif name in _FILLING or name in _EXPANDING:
-            self.mark(out)
+            along = name in _EXPANDING and isinstance(args[0], Tensor) and args[0].shape[1:2] == (1,)
+            self.mark(out, ("first", "second") if along else ("first",))
+            if name in _FILLING:
+                setattr(out, _FILLED, True)
         return out
 
-    def _kept_by_index(self, tensor: Any, index: Any) -> tuple[str, ...]:
-        """The layouts that what an index takes of a tensor can have: a part of the first dimension is not the examples."""
-        if not _takes_part(index):
-            return ("first", "folded", "second")
-        return tuple(x for x in getattr(tensor, _MARK, ("second",)) if x == "second")
+    def _kept(self, name: str, args: Sequence[Any]) -> tuple[str, ...]:
+        """The layouts that the result of an operation on something of the batch may have."""
+        had: tuple[str, ...] = getattr(args[0], _MARK, ANY) if args else ANY
+        if name == "__getitem__" and _takes_part(args[1]):  # of the first dimension: no longer the examples
+            return tuple(layout for layout in had if layout == "second")
+        return had if name in _COPYING else ANY
 
     def _layout(self, tracked: Tracked) -> str:
         """Where a function of parameters will meet the examples: where the layer of the first one keeps them."""
@@ -191,8 +202,8 @@ class Meeting(TorchFunctionMode):
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
         tracked, name = self._tracked.of(tensors), getattr(func, "__name__", "")
-        if name in _PUTTING and hasattr(args[0], _MARK) and not any(self.from_batch(t) for t in tensors[1:]):
-            delattr(args[0], _MARK)  # filled with one number, so that its size alone made it look like the batch's
+        if name in _PUTTING and self._is_constant(name, args, tensors):
+            delattr(args[0], _MARK)
         rank, layout = max(t.dim() for t in tensors), self._layout(tracked[0])
         rows = [t for t in tensors if self._is_row(t, layout)]
         if name in _ELEMENTWISE and any(t.dim() == rank for t in rows):
@@ -227,6 +238,12 @@ class Meeting(TorchFunctionMode):
             )
         copies = self._expand(value, layout, rows.dim(), rows.shape[0])
         rows[index] = copies.expand(rows.shape)[index]
+
+    def _is_constant(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+        """Whether what parameters are put into was filled with one number, and only its size made it look like rows."""
+        if not (hasattr(args[0], _FILLED) and hasattr(args[0], _MARK)) or any(map(self.from_batch, tensors[1:])):
+            return False
+        return name != "__setitem__" or args[2].dim() > args[0].dim() - _indexed(args[1], args[0].dim())
 
     def _expands(self, tensor: Tensor, out: Tensor, layout: str) -> bool:
         """Whether an expansion gave every example its own copy."""
