@@ -1,5 +1,8 @@
 """The methods of PEFT that can be made from a configuration alone, on a small Llama (or another model they ask for)."""
 
+# One method is one line, however long.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import warnings

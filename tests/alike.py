@@ -1,7 +1,7 @@
 """Random draws that are the same for every example: so that dropout can stay on while examples are compared.
 
-What is drawn depends on nothing but the length of the last dimension, which is never the examples': masks differ
-between features (or keys, or columns of an image), and are the same for all rows, runs and batch sizes. Functions are
+What is drawn depends on nothing but the place in the last dimension, which of two or more is never the examples':
+masks differ between features (or keys, or columns of an image), and are the same for all rows, runs and batch sizes. Functions are
 replaced, and no mode of torch is entered: those are not in force in hooks of a backward pass.
 """
 
@@ -99,4 +99,4 @@ def _pattern(like: Tensor, normal: bool = False) -> Tensor:
             row = torch.erfinv(2 * row - 1) * 2**0.5
         dtype = like.dtype if like.is_floating_point() else torch.float32
         row = row.to(dtype)
-        return row.expand(like.shape).clone() if like.dim() else row[0].clone()
+        return (row if like.dim() > 1 else row[0]).expand(like.shape).clone()

@@ -1,12 +1,13 @@
 """docs/architectures.md: what the engine makes of architectures that docs/models.md does not list, found by running them.
 
-``python -m tests.architecture_table`` runs all and writes the page; with names (or parts of names) it runs those and
-keeps the other rows.
+``python -m tests.architecture_table`` runs all and writes the page; with names (or parts of names, or ``0/4`` for one
+part of four) it runs those and keeps the other rows.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 import sys
 import time
@@ -32,6 +33,27 @@ from tests.reference import one_example, trainable
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 FLOOR = {torch.float32: 1e-3, torch.float64: 1e-3}
+HEADER = ("architecture", "kind", "outcome", "sites", "error", "in")
+INTRODUCTION = """\
+# Architectures of transformers
+
+{} classes beyond those of [models.md](models.md), each small, from its configuration with random weights and trained as
+its class builds it: in training mode, with the dropout, experts and attention that it comes with. One step of the engine
+is compared with one-example-at-a-time autograd, over one group and over as many groups as no parameter spans; random
+draws are made alike for all examples meanwhile. Where that holds, the model is traced and takes a step with its draws
+left free, too. {}.
+
+- *outcome*: `right`; or what the engine says where it refuses. Parameters that a class holds and its loss never uses are
+  refused by name; such a row says which, that autograd agrees, and what comes of the rest when they are frozen.
+- *sites*: uses of layers that own trainable parameters, by kind, as in models.md.
+- *error*: the largest of any clipped sum, relative to the largest number that an example adds to the parameter (or a
+  thousandth of the largest in the model), rounded up to a power of ten, *in* this type of numbers.
+
+The page is written by `python -m tests.architecture_table`, in parts if names, or parts of names, are given; a sample is
+run again by the tests and all of it by `pytest -m slow`.
+
+"""
+_NUMBERS = re.compile(r" \(.*?\)")
 UNUSED = re.compile(r"no use of these trainable parameters: (.*?)\. ")
 Gradients = list[dict[str, Tensor]]
 
@@ -61,7 +83,12 @@ def judge(architecture: Architecture, freely: bool = True) -> Verdict:
     """Compare the engine with one example at a time, in training mode, dropout as configured; drawn alike, and freely."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dtype, model, batch, truth = _truth(architecture)
+        try:
+            dtype, model, batch, truth = _truth(architecture)
+        except ValueError:  # batch normalisation, which refuses a single example
+            dtype = torch.float32
+            model, batch = architecture.model(dtype), architecture.batch(dtype)
+            return _attempt(lambda: _compare(model, batch, architecture.loss, [], dtype))
         with alike():
             frozen: tuple[str, ...] = ()
             verdict = _attempt(lambda: _compare(model, batch, architecture.loss, truth, dtype))
@@ -89,7 +116,7 @@ def _attempt(work: Callable[[], Verdict], frozen: tuple[str, ...] = ()) -> Verdi
         )
     except GroupSearchError as error:
         return Verdict("refused", frozen=frozen, says=" ".join(str(error).split()))
-    except Exception as error:  # noqa: BLE001 - what it is to find
+    except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         return Verdict(
@@ -145,7 +172,8 @@ def clipped(
             factor = min(1.0, threshold / norm) if norm else 1.0
             for n in names:
                 total[n] += factor * gradient[n]
-                largest[n] = max(largest[n], float((factor * gradient[n]).abs().max()))
+                if gradient[n].numel():
+                    largest[n] = max(largest[n], float((factor * gradient[n]).abs().max()))
     return total, largest
 
 
@@ -164,6 +192,8 @@ def _compare(
         expected, largest = clipped(truth, groups, limit / len(groups) ** 0.5)
         floor = FLOOR[dtype] * max(largest.values())
         for name, want in expected.items():
+            if not want.numel():
+                continue
             error = float((sums[name] - want).abs().max()) / max(largest[name], floor)
             worst = max(worst, error) if error == error else float("inf")
     kinds = Counter(site.kind for site in sites)
@@ -191,24 +221,53 @@ def _step_freely(model: nn.Module, batch: Any, loss: Callable[..., Tensor], foun
     return found
 
 
+def row(architecture: Architecture, verdict: Verdict) -> tuple[str, ...]:
+    """What the page says of an architecture."""
+    name = f"`{architecture.name}`" + (f", {architecture.note}" if architecture.note else "")
+    frozen = f"; never used, to be frozen: {_named(verdict.frozen)}" if verdict.frozen else ""
+    if verdict.outcome == "right":
+        assert verdict.error is not None
+        reached = f"1e{max(-16, math.ceil(math.log10(max(verdict.error, 1e-16)))):03d}"
+        return name, architecture.kind, f"right{frozen}", verdict.sites, reached, str(verdict.dtype)[6:]
+    says = _NUMBERS.sub("", verdict.says.split(". ")[0]).replace("|", "/")
+    return name, architecture.kind, f"{verdict.outcome}: {says}{frozen}", "-", "-", "-"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def page(rows: Sequence[Sequence[str]]) -> str:
+    """The whole page."""
+    counts = Counter(cells[2].split(":")[0].split(";")[0] for cells in rows)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    lines = (HEADER, ("---",) * len(HEADER), *rows)
+    return INTRODUCTION.format(len(rows), told) + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def written() -> dict[str, tuple[str, ...]]:
+    """The rows of the page as it is, each as its cells, by the first."""
+    if not PAGE.exists():
+        return {}
+    found = re.findall(r"^\| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {cells[0]: cells for cells in (tuple(line.split(" | ")) for line in found[2:])}
+
+
 def main(wanted: Sequence[str]) -> None:
-    """Print verdicts."""
-    counts: Counter[str] = Counter()
-    for architecture in ARCHITECTURES:
-        if wanted and not any(part in architecture.name for part in wanted):
-            continue
-        began = time.perf_counter()
-        try:
+    """Judge the architectures whose names contain one of these, or all, and write their rows."""
+    rows, every = written(), ARCHITECTURES
+    for part in [text for text in wanted if "/" in text]:
+        index, parts = map(int, part.split("/"))
+        every, wanted = every[index::parts], [text for text in wanted if text != part]
+    for architecture in every:
+        if not wanted or any(part in architecture.name for part in wanted):
+            began = time.perf_counter()
             verdict = judge(architecture)
-        except Exception as error:  # noqa: BLE001
-            verdict = Verdict("BROKEN", says=repr(error)[:300])
-        counts[verdict.outcome] += 1
-        error = "" if verdict.error is None else f"{verdict.error:.1e}"
-        print(
-            f"{verdict.outcome:8s} {architecture.name:44s} {str(verdict.dtype)[6:]:8s} {error:8s} {time.perf_counter() - began:5.1f}s | {verdict.sites} | frozen {len(verdict.frozen)} {verdict.frozen[:2]} | {verdict.says[:420]}",
-            flush=True,
-        )
-    print(dict(counts))
+            cells = row(architecture, verdict)
+            print(*cells[:1], *cells[2:], f"{time.perf_counter() - began:.1f} s", sep=" | ", flush=True)
+            rows = {**written(), cells[0]: cells}
+            order = [row(each, Verdict("refused"))[0] for each in ARCHITECTURES]
+            PAGE.write_text(page([rows[name] for name in order if name in rows]), encoding="utf-8")
 
 
 if __name__ == "__main__":
