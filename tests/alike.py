@@ -5,6 +5,7 @@ masks differ between features (or keys, or columns of an image), and are the sam
 replaced, and no mode of torch is entered: those are not in force in hooks of a backward pass.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import random

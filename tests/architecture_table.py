@@ -4,6 +4,7 @@
 part of four) it runs those and keeps the other rows.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import copy

@@ -363,7 +363,7 @@ class Meeting(TorchFunctionMode):
 def _of_each(example: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Results of a function of every example's rows, stacked."""
     try:
-        return torch.func.vmap(example)(*rows)  # type: ignore[no-any-return]
+        return torch.func.vmap(example)(*rows)
     except RuntimeError:  # an operation that vmap does not know
         return tuple(torch.stack(found) for found in zip(*[example(*x) for x in zip(*rows, strict=True)], strict=True))
 

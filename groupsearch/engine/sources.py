@@ -77,8 +77,8 @@ class Sources:
                     f"Parameter {key!r} reached the loss through an operation that cannot be followed example "
                     "by example (such as an autograd.Function of your own). Use it in elementwise operations, expand, "
                     "matrix products or a torch.nn layer of its own, or put what uses it into a module of the model "
-                    "that takes and returns the batch first; use use_reentrant=False where activation checkpointing is on, or freeze it with "
-                    "requires_grad_(False).",
+                    "that takes and returns the batch first; use use_reentrant=False where activation checkpointing is "
+                    "on, or freeze it with requires_grad_(False).",
                     layer,
                 )
 
