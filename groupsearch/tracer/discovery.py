@@ -250,7 +250,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _regroups(func: Any, args: Any, kwargs: Any, examples: int) -> bool:
-    """Whether an operation takes out as many rows as their values say, sorts them, or repeats them block after block."""
+    """Whether an operation takes out as many rows as their values say, sorts or repeats them block after block."""
     name = getattr(func, "__name__", "")
     if name in _SORTING:
         return _led_by(args[0], examples) and _sorted_dim(name, args, kwargs) % max(args[0].dim(), 1) == 0

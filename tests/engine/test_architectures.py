@@ -1,4 +1,4 @@
-"""Architectures of transformers as they come, against one example at a time; what is found is in docs/architectures.md."""
+"""Architectures of transformers as they come, against one example at a time; docs/architectures.md has the outcome."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from groupsearch.tracer.sites import observe_sites
 from tests.architecture_table import Verdict, _compare, per_example
 from tests.case import Wrap
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(batch["x"]).sin().flatten(1).sum(1)
@@ -23,10 +25,7 @@ def _cells(m: nn.Module, x: Tensor) -> Tensor:
     state = x.new_zeros(len(x), 4)
     pair = (state, state)
     for step in x.unbind(1):
-        if isinstance(m.cell, nn.LSTMCell):
-            pair = m.cell(step, pair)
-        else:
-            pair = (m.cell(step, pair[0]), state)
+        pair = m.cell(step, pair) if isinstance(m.cell, nn.LSTMCell) else (m.cell(step, pair[0]), state)
     return m.head(pair[0])
 
 
@@ -44,7 +43,7 @@ def _masked(m: nn.Module, x: Tensor) -> Tensor:
 
 def _bias_network(m: nn.Module, x: Tensor) -> Tensor:
     places = torch.linspace(-1, 1, x.shape[1]).to(x.dtype)[:, None]
-    return m.head(x) + m.second(torch.relu_(m.first(places)))
+    return m.scale * m.head(x) + m.second(torch.relu_(m.first(places)))
 
 
 def _filled(m: nn.Module, x: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     **{c.__name__: lambda c=c: Wrap(_cells, cell=c(6, 4), head=nn.Linear(4, 3)) for c in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)},
     "lists": lambda: Wrap(_lists, weights=nn.ParameterList([_random(6, 6), _random(6, 6)]), scales=nn.ParameterDict({"one": _random(6)}), head=nn.Linear(6, 3)),
     "masked": lambda: Wrap(_masked, stem=nn.Linear(6, 5), token=_random(5), head=nn.Linear(5, 3)),
-    "bias network": lambda: Wrap(_bias_network, first=nn.Linear(1, 5), second=nn.Linear(5, 3), head=nn.Linear(6, 3)),
+    "bias network": lambda: Wrap(_bias_network, scale=_random(3), first=nn.Linear(1, 5), second=nn.Linear(5, 3), head=nn.Linear(6, 3)),
     "filled": lambda: _with(Wrap(_filled, upper=_random(3), head=nn.Linear(6, 3)), rows=torch.tensor([0, 0, 1]), columns=torch.tensor([1, 2, 2])),
     "sparse": lambda: _with(Wrap(_sparse, values=_random(2)), base=torch.randn(3, 6)),
 }  # fmt: skip
@@ -85,7 +84,9 @@ def test_it_is_exact(kind: str, size: int) -> None:
     model = KINDS[kind]().double()
     batch = {"x": torch.randn(size, 4, 6, dtype=torch.float64)}
     verdict: Verdict = _compare(model, batch, _loss, per_example(model, batch, _loss), torch.float64)
-    assert verdict.outcome == "right" and verdict.error is not None and verdict.error < 1e-12, verdict
+    assert verdict.outcome == "right", verdict
+    assert verdict.error is not None
+    assert verdict.error < 1e-12
 
 
 def test_a_complex_parameter_is_refused_by_name_and_the_remedy_works() -> None:
