@@ -164,6 +164,7 @@ def _recorded(
         batch_size=batch_size,
         carried_bytes=recorder.carried_bytes,
         checked=None if examined is None else examined.checked,
+        unprobed=tuple(sorted(live.unprobed)),
         settings={**keys, **settings.to_json()},
     )
 

@@ -23,7 +23,7 @@ from groupsearch.trace import StaticBytes, weights_with_choice
 from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
-from groupsearch.tracer.scratch import workspace_bytes
+from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.workloads.batches import check_loss, map_tensors, tensors_of
 from groupsearch.workloads.blocks import checkpoint_as
 
@@ -164,17 +164,25 @@ def fake_stage(
         return fake, make_stage(duplicate, examples, loss, settings, LiveBytes(scratch, allocator))
 
 
-def real_stage(model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, device: torch.device) -> Stage:
+def real_stage(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    settings: StepSettings,
+    device: torch.device,
+    scratch: Scratch | None = None,
+) -> Stage:
     """A stage on copies of a model and a batch on a device, counted as the device's allocator does.
 
     A CUDA device has taken one step: its libraries are loaded, and their workspaces are among the static bytes.
+    Its operations are watched as they run, those of the CPU are probed by ``scratch``.
 
     Raises:
         GroupSearchError: when the device is not there.
     """
     moved = real_copy(model, batch, device)
     workspaces = workspace_bytes(device)
-    stage = make_stage(*moved, loss, settings, LiveBytes(allocator=Allocator.of(device)), workspaces)
+    stage = make_stage(*moved, loss, settings, LiveBytes(scratch, Allocator.of(device)), workspaces)
     if device.type == "cuda":
         stage.step()
     return stage
