@@ -25,7 +25,7 @@ class TrainSettings:
         optimizer: one of :data:`groupsearch.engine.optimizers.OPTIMIZERS`.
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: budget that the noise multiplier is calibrated for, when that is not given.
-        delta: None for n^-1.1, see :func:`groupsearch.engine.accounting.default_delta`.
+        delta: None for 1e-2 / n, see :func:`groupsearch.engine.accounting.default_delta`.
         noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
         rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the three below.
         max_grad_norm: R.

@@ -58,7 +58,7 @@ class TrainingDefaults:
         optimizer: ``adam`` or ``sgd``.
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: privacy budget that the noise is calibrated for.
-        delta: the other half of the budget.
+        delta: the other half of the budget; None for 1e-2 / n, n being the number of training examples.
         rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`.
         max_grad_norm: R of the clip plan.
     """
@@ -68,7 +68,7 @@ class TrainingDefaults:
     optimizer: str = "adam"
     sampling_rate: float = 0.2
     epsilon: float = 8.0
-    delta: float = 1e-5
+    delta: float | None = None
     rule: str = "abadi"
     max_grad_norm: float = 1.0
 
