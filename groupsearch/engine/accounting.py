@@ -21,11 +21,13 @@ from groupsearch.engine.composition import (
     ACCOUNTANTS,
     SAMPLINGS,
     Phase,
+    accountant_for,
     check_phase,
     check_sampling,
     composed_epsilon,
 )
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy import PrivacyStatement
 
 __all__ = ["ACCOUNTANTS", "SAMPLINGS", "Accountant", "default_delta", "epsilon", "noise_multiplier_for"]
 
@@ -145,6 +147,18 @@ class Accountant:
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
         """Epsilon at ``delta`` of all steps counted so far, see :func:`epsilon`."""
         return composed_epsilon(self.phases, delta, accountant, self.sampling)
+
+    def statement(self, delta: float, examples: int, **known: Any) -> PrivacyStatement:
+        """All steps counted so far and what they cost at ``delta``, in a training on so many examples.
+
+        Args:
+            delta: 0 < delta < 1.
+            examples: n.
+            known: further fields of :class:`~groupsearch.privacy.PrivacyStatement`.
+        """
+        accountant = accountant_for(self.sampling, delta)
+        spent = self.epsilon(delta, accountant)
+        return PrivacyStatement(spent, delta, examples, self.sampling, self.phases, accountant, **known)
 
     def state_dict(self) -> dict[str, Any]:
         """The sampling, and one [noise multiplier, sampling rate, steps] per stretch of equal steps; plain types."""

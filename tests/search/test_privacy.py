@@ -179,8 +179,8 @@ def test_training_the_chosen_one_anew_is_paid_for_as_well() -> None:
 
 def test_what_repeat_and_select_costs_is_stated_in_full() -> None:
     cost = repeated_selection_cost(candidates=20, mean=8.0, delta=1e-5, epsilon=14.25, with_training=17.5)
-    assert (cost.data, cost.epsilon) == ("private", 14.25)
-    assert all(number in cost.statement for number in ("8 expected", "from 20", "14.2", "17.5", "1e-05"))
+    assert (cost.data, cost.epsilon, cost.whole) == ("private", 14.25, 17.5)
+    assert all(number in cost.statement for number in ("8 expected", "from 20", "14.3", "17.5", "1e-05"))
 
 
 def rng_of(seed: int) -> np.random.Generator:
