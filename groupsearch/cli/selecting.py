@@ -17,9 +17,9 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes, format_count, format_interval, format_number
 
 if TYPE_CHECKING:
+    from groupsearch.privacy import SelectionCost
     from groupsearch.search import Choice, SearchSettings
     from groupsearch.search.privacy import RepeatAndSelect, Selected
-    from groupsearch.search.selection import SelectionCost
     from groupsearch.search.space import Space
     from groupsearch.trace import Trace
     from groupsearch.training import TrainSettings

@@ -1,8 +1,8 @@
 """What a differentially private training run costs in privacy, and what noise a budget asks for.
 
 How batches are drawn (``sampling``) decides what a step costs; the three ways, and the neighbouring data sets that
-epsilon is about, are described in :mod:`groupsearch.engine.composition`. Only Poisson sampling is amplified as Poisson sampling: batches of a fixed size and shuffled epochs cost more, and are
-accounted as what they are.
+epsilon is about, are described in :mod:`groupsearch.engine.composition`. Only Poisson sampling is amplified as
+Poisson sampling: batches of a fixed size and shuffled epochs cost more, and are accounted as what they are.
 
 The figure that is reported comes from privacy loss distributions (``pld``) where there are any;
 Renyi differential privacy (``rdp``) is looser and serves as the cross-check. Adaptive thresholds change

@@ -167,7 +167,8 @@ def _rdp(phases: Sequence[Phase], delta: float, orders: Sequence[float] | None =
 def _pld(phases: Sequence[Phase], delta: float, guess: float) -> float:
     """Epsilon by privacy loss distributions on a grid fit for an epsilon of about ``guess``.
 
-    Every grid gives an upper bound, up to the rounding of the convolutions, which is taken off delta. Its width w shifts each step's loss by about w^2 / 5, and the total
+    Every grid gives an upper bound, up to the rounding of the convolutions, which is taken off delta. Its width w
+    shifts each step's loss by about w^2 / 5, and the total
     is kept near 1e-5 of epsilon; a thousand to 200,000 points per step keep a call near a second.
     """
     steps = sum(steps for _, _, steps in phases)

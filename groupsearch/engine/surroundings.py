@@ -49,7 +49,7 @@ def _accelerate_accumulates() -> int:
 
 
 def _running_trainer() -> Any:
-    """transformers' Trainer, where one calls this; None elsewhere."""
+    """The Trainer of transformers that calls this, if one does."""
     trainer_class: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     frame = sys._getframe(1) if trainer_class is not None else None
     while frame is not None:

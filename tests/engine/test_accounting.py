@@ -398,7 +398,7 @@ def test_an_accountant_counts_the_sampling_that_it_was_made_for(sampling):
 
 
 def shuffled(*stretches):
-    """The accountant of a shuffled run that was stopped and resumed between stretches of (noise, steps), at rate 0.1."""
+    """The accountant of a shuffled run, resumed between stretches of (noise, steps), at rate 0.1."""
     state = Accountant(1.0, 0.1, "shuffled").state_dict()
     for noise, steps in stretches:
         accountant = Accountant(noise, 0.1, "shuffled")

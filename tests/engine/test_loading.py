@@ -272,6 +272,11 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def give_up(self, logical: LogicalBatch) -> None:
+        for batch in logical:
+            loss_of(self.model, batch).mean().backward()
+        self.optimizer.zero_grad()
+
     @property
     def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
@@ -357,11 +362,9 @@ def test_a_batch_given_up_may_be_taken_again_from_its_physical_batches() -> None
 def test_no_logical_batch_is_left_out_by_a_look_at_its_losses() -> None:
     """``zero_grad(); continue`` on chosen batches went unseen: 6 batches, 3 steps counted."""
     run = Run()
+    left_out = (run.give_up(logical) for logical in run.batches)
     with pytest.raises(GroupSearchError, match="drawn and finished but not stepped on") as refusal:
-        for logical in run.batches:
-            for batch in logical:
-                loss_of(run.model, batch).mean().backward()
-            run.optimizer.zero_grad()
+        list(left_out)
     assert run.engine.steps == 0
     assert not re.search(r"\d", str(refusal.value)), "a number of it may be private"
     assert "not finite adds nothing" in str(refusal.value), "no reason to leave one out"
@@ -372,17 +375,14 @@ def test_a_logical_batch_is_not_left_out_in_another_way(way: str) -> None:
     run = Run()
     run.train(11 if way == "at the end" else 2)
     left_out = iter(run.batches)
-    for batch in next(left_out):
-        loss_of(run.model, batch).mean().backward()
-    run.optimizer.zero_grad()
+    run.give_up(next(left_out))
+    ways = {
+        "after a break": lambda: next(iter(run.batches)),
+        "by a checkpoint": run.batches.state_dict,
+        "at the end": lambda: next(left_out),
+    }
     with pytest.raises(GroupSearchError, match="not stepped on"):
-        match way:
-            case "after a break":
-                next(iter(run.batches))
-            case "by a checkpoint":
-                run.batches.state_dict()
-            case "at the end":
-                next(left_out)
+        ways[way]()
 
 
 def test_without_an_engine_batches_may_be_left_out() -> None:
@@ -403,10 +403,9 @@ def test_an_empty_batch_takes_a_step_of_noise_alone_and_is_not_left_out() -> Non
     run.optimizer.step()
     assert run.engine.steps == 1
     assert not torch.equal(run.weights, before), "noise"
+    passed_over = (run.step_on(logical) for logical in empty if logical.examples)
     with pytest.raises(GroupSearchError, match="not stepped on"):
-        for logical in empty:
-            if logical.examples:
-                run.step_on(logical)
+        list(passed_over)
 
 
 def test_a_batch_of_which_nothing_is_finite_takes_a_step_of_noise_alone() -> None:
@@ -432,11 +431,14 @@ def test_an_example_is_not_in_two_passes_of_a_logical_batch(order: tuple[int, ..
     logical = next(logical for logical in run.batches if len(logical) > 2 or run.step_on(logical))
     pieces = iter(logical)
     seen: list[dict[str, Tensor]] = []
+
+    def take(index: int) -> None:
+        while len(seen) <= index:
+            seen.append(next(pieces))
+        loss_of(run.model, seen[index]).mean().backward()
+
     with pytest.raises(GroupSearchError, match="more examples than were handed out"):
-        for index in order:
-            while len(seen) <= index:
-                seen.append(next(pieces))
-            loss_of(run.model, seen[index]).mean().backward()
+        list(map(take, order))
 
 
 @pytest.mark.parametrize("call", ["check_step", "check_handed_out", "next", "again"])
@@ -446,17 +448,14 @@ def test_no_refusal_tells_a_private_number(call: str) -> None:
     logical = next(stream)
     pieces = iter(logical)
     next(pieces)
+    calls = {
+        "check_step": lambda: batches.check_step(1234),
+        "check_handed_out": lambda: batches.check_handed_out(logical.examples + 1),
+        "next": lambda: next(stream),
+        "again": lambda: (list(pieces), list(logical)),
+    }
     with pytest.raises(GroupSearchError) as refusal:
-        match call:
-            case "check_step":
-                batches.check_step(1234)
-            case "check_handed_out":
-                batches.check_handed_out(logical.examples + 1)
-            case "next":
-                next(stream)
-            case "again":
-                list(pieces)
-                list(logical)
+        calls[call]()
     assert not set(re.findall(r"\d+", str(refusal.value))) - {"1"}
 
 
