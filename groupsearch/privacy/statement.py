@@ -110,6 +110,7 @@ class PrivacyStatement:
             for sentence in (
                 lead,
                 self.selection.statement if self.selection is not None else "",
+                self._delta(),
                 f"Neighbours are {NEIGHBOURS}.",
                 *map(self._phase, self.phases),
                 f"Covered: {COVERED}. Not covered: {'; '.join(NOT_COVERED)}.",
@@ -142,6 +143,12 @@ class PrivacyStatement:
             selection=None if selection is None else SelectionCost(**selection),
             given_up=int(data["given_up"]),
         )
+
+    def _delta(self) -> str:
+        share = self.delta * self.examples
+        if share <= 1e-2 * (1 + 1e-9):
+            return ""
+        return f"Delta is large: {format_number(share)}/n, where at most 0.01/n is advised."
 
     def _phase(self, phase: tuple[float, float, int]) -> str:
         noise, rate, steps = phase

@@ -174,3 +174,9 @@ def test_a_search_states_what_is_left_out_and_marks_what_is_exact(tmp_path: Any)
 def test_reading_it_needs_no_torch() -> None:
     code = "import sys; import groupsearch.privacy.sizes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_large_delta_is_named() -> None:
+    assert "Delta is large" not in str(STATED)
+    assert "0.48/n" in str(dataclasses.replace(STATED, delta=1437**-1.1))
+    assert "Delta is large" not in str(dataclasses.replace(STATED, delta=1e-2 / 1437))
