@@ -26,7 +26,8 @@ def adaptive_selection_cost(data: str) -> SelectionCost:
         data,
         None,
         "Groupings were compared on private data by an adaptive search, which no theorem accounts for: the epsilon "
-        "stated is that of one training alone, and choosing has cost more. Search on public or synthetic data, or "
+        "stated is that of one training alone, and choosing has cost more. Runs of one seed share their noise, so that "
+        "not even their own epsilons add up. Search on public or synthetic data, or "
         "with --private-selection, to state an epsilon of the whole.",
     )
 

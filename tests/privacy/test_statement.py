@@ -178,5 +178,5 @@ def test_reading_it_needs_no_torch() -> None:
 
 def test_a_large_delta_is_named() -> None:
     assert "Delta is large" not in str(STATED)
-    assert "0.48/n" in str(dataclasses.replace(STATED, delta=1437**-1.1))
+    assert "0.483/n" in str(dataclasses.replace(STATED, delta=1437**-1.1))
     assert "Delta is large" not in str(dataclasses.replace(STATED, delta=1e-2 / 1437))
