@@ -207,8 +207,6 @@ def print_result(result: SearchResult) -> None:
 
 
 def _print_rungs(result: SearchResult) -> None:
-    from groupsearch.search.selection import adaptive_selection_cost
-
     cost = result.cost
     rows = [
         (
@@ -228,4 +226,3 @@ def _print_rungs(result: SearchResult) -> None:
         f"{format_number(cost.before_replication)} full trainings to find the front and "
         f"{format_number(cost.full_trainings - cost.before_replication)} to repeat it."
     )
-    say(adaptive_selection_cost(result.selection_data).statement)

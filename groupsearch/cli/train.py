@@ -20,7 +20,8 @@ from groupsearch.cli.parameters import (
 from groupsearch.cli.training import describe, training_setup
 from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
-from groupsearch.units import format_bytes, format_interval, format_number, format_seconds
+from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, not_private_sentence
+from groupsearch.units import format_bytes, format_interval, format_seconds
 
 if TYPE_CHECKING:
     from groupsearch.grouping import Grouping
@@ -86,7 +87,7 @@ def command(
 ) -> None:
     """Train MODEL with privacy and one grouping.
 
-    The document has the curve, the metric and the epsilon that the run cost.
+    The document has the curve, the metric, the epsilon that the run cost and what that means.
 
     \b
     groupsearch train digits-vit --grouping best:4 --epsilon 8
@@ -109,11 +110,13 @@ def command(
     chosen = Grouping.parse(trace, grouping) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
     settings.plan(chosen)  # refused before anything runs
     document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "thresholds": [], "steps": 0}
+    document["not_private"] = NOT_PRIVATE["train"]
     try:
         _run(setup, chosen, settings, document)
     except KeyboardInterrupt as interrupt:
         done = document["steps"]
-        document["epsilon"] = describe(replace(settings, steps=done))["epsilon"] if done else 0.0
+        spent = settings.statement(_train_size(setup), steps=done)
+        document |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
         planned.save(document)
         raise KeyboardInterrupt(
             f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
@@ -171,10 +174,16 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: di
     document |= {
         "metric": {"name": result.metric_name, "mean": result.metric},
         "step_seconds": result.step_seconds,
-        "examples": result.examples,
+        "expected_examples": settings.steps * settings.sampling_rate * _train_size(setup),
+        "privacy": settings.statement(_train_size(setup)).to_json(),
         "checked": None if result.checked is None else result.checked.to_json(),
         "watched": None if result.watched is None else result.watched.to_json(),
     }
+
+
+def _train_size(setup: Setup) -> int:
+    assert setup.loaded.data is not None  # it is being trained
+    return setup.loaded.data.train_size
 
 
 def _print_result(document: Mapping[str, Any]) -> None:
@@ -188,6 +197,7 @@ def _print_result(document: Mapping[str, Any]) -> None:
     groups = f"{document['groups']} group{'' if document['groups'] == 1 else 's'}"
     say(
         f"{document['model']['name']} with {groups} {reached} after {document['steps']} steps of "
-        f"{format_seconds(document['step_seconds'])}, at epsilon {format_number(document['epsilon'])} and delta "
-        f"{format_number(document['delta'])}; estimated peak {format_bytes(document['peak_bytes'])}."
+        f"{format_seconds(document['step_seconds'])}; estimated peak {format_bytes(document['peak_bytes'])}."
     )
+    say(str(PrivacyStatement.from_json(document["privacy"])))
+    say(not_private_sentence(document["not_private"]))

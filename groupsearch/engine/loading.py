@@ -25,7 +25,8 @@ class LogicalBatch:
     """One Poisson sample; iterating it yields its physical batches, none where no example was taken.
 
     Attributes:
-        examples: how many examples it has, possibly 0.
+        examples: how many examples it has, possibly 0; a private number.
+        handed_out: how many of them are in the physical batches so far; likewise.
         stage: ``new``; ``begun`` from its first physical batch on; ``finished`` when it was iterated
             to its end; ``stepped`` after :meth:`PoissonBatches.check_step`.
     """
@@ -38,14 +39,16 @@ class LogicalBatch:
         on_piece: Callable[[Any], None] = lambda piece: None,
     ) -> None:
         self.examples = sum(sizes)
+        self.handed_out = 0
         self.stage = "new"
-        self._length = self._left = len(sizes)
+        self._sizes = tuple(sizes)
+        self._left = len(sizes)
         self._pieces = pieces
         self._on_end = on_end
         self._on_piece = on_piece
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._sizes)
 
     def __contains__(self, item: object) -> bool:
         return False  # it is no mapping; without this method `"labels" in batch` would load it and lose it
@@ -57,6 +60,7 @@ class LogicalBatch:
                 "keep this one's physical batches in a list."
             )
         while self._left:
+            self.handed_out += self._sizes[-self._left]
             self._left -= 1
             self.stage = "begun"
             piece = next(self._pieces)
@@ -76,6 +80,9 @@ class PoissonBatches:
     whatever the number of workers. Iterating again after a break goes on with the first logical batch
     that was not finished; iterating again after the end goes on with fresh ones.
 
+    Where an engine has them (``make_private(..., batches=...)``) every logical batch that was drawn and handed out
+    must be stepped on before the next one: which batches are left out could tell of the data, and no noise hides it.
+
     Args:
         dataset: a mapping of tensors that lead with the examples, or a map-style data set.
         expected_batch_size: sampling rate times number of examples; a logical batch's mean size.
@@ -94,6 +101,8 @@ class PoissonBatches:
     Attributes:
         taken: logical batches finished so far, over all iterations.
         on_piece: is shown every physical batch before it is handed out.
+        private: whether an engine steps on them.
+        seeded: whether the generator was given, so that somebody may know its seed.
 
     Raises:
         GroupSearchError: for a number outside its range, or a data set without length and elements.
@@ -119,6 +128,7 @@ class PoissonBatches:
             raise GroupSearchError(f"Expected at least one step, found {steps}.")
         if views < 1:
             raise GroupSearchError(f"Expected at least one view of every example, found {views}.")
+        self.seeded = generator is not None
         if generator is None:
             generator = torch.Generator()
             generator.seed()
@@ -126,6 +136,7 @@ class PoissonBatches:
         self.steps = steps
         self.taken = 0
         self.on_piece: Callable[[Any], None] = lambda piece: None
+        self.private = False
         sampler = PoissonSampler(size, expected_batch_size / max(size, 1), steps, generator)
         self._draws = PhysicalDraws(sampler, physical_batch)
         self._views = views
@@ -144,6 +155,7 @@ class PoissonBatches:
         return self.steps
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        self._check_stepped()
         left = self.steps - self.taken % self.steps
         self._draws.rewind(self._next_state, left)
         pieces = self._load()
@@ -171,21 +183,42 @@ class PoissonBatches:
                 examples, or was stepped on already.
         """
         current = self._current
+        if current is not None and not current.examples:
+            list(current)  # one that nobody iterated is finished too
         if current is None or current.stage != "finished" or examples != current.examples:
-            at_hand = f"one of {current.examples} that is {current.stage}" if current else "none yet"
+            found = "none yet" if current is None else f"one that is {current.stage}"
+            if current is not None and current.stage == "finished":
+                found = "a step on other examples than those of the one at hand, that is finished"
             raise GroupSearchError(
-                f"Expected an optimizer step on the examples of one finished logical batch, found a step on {examples} "
-                f"examples, and of logical batches {at_hand}. Epsilon is counted for Poisson samples, each used whole "
-                "and once: call backward on every physical batch, and step once after the last."
+                f"Expected an optimizer step on the examples of one finished logical batch, found {found}. Epsilon is "
+                "counted for Poisson samples, each used whole and once: call backward on every physical batch, and "
+                "step once after the last."
             )
         current.stage = "stepped"
+
+    def check_handed_out(self, examples: int) -> None:
+        """Check that what was backpropagated is of the logical batch at hand, and no example of it twice.
+
+        Args:
+            examples: how many examples were clipped since the last step.
+
+        Raises:
+            GroupSearchError: when that is more than were handed out.
+        """
+        if self._current is None or self._current.stage == "stepped" or examples > self._current.handed_out:
+            raise GroupSearchError(
+                "Found backward on more examples than were handed out of the logical batch at hand: one of them would "
+                "be clipped twice, or is no part of the Poisson sample. Call backward once on every physical batch; "
+                "to begin anew after an accident, call optimizer.zero_grad() first."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next logical batch begins, between two of them; what was loaded ahead is drawn again.
 
         Raises:
-            GroupSearchError: in the middle of a logical batch.
+            GroupSearchError: in the middle of a logical batch, or before the step on it.
         """
+        self._check_stepped()
         if self._current is not None and self._current.stage == "begun":
             raise GroupSearchError(
                 "Expected to save between two logical batches, found one that is handed out in part. Save after the "
@@ -237,12 +270,22 @@ class PoissonBatches:
             )
         if batch.stage in ("new", "begun") and batch.examples:
             raise GroupSearchError(
-                f"The next logical batch was asked for while one of {batch.examples} examples was not finished: two "
-                "would go into one step, or examples be lost. Iterate every logical batch to its end, one per "
-                "optimizer step (with transformers' Trainer: gradient_accumulation_steps=1)."
+                "The next logical batch was asked for while one was not finished: two would go into one step, or "
+                "examples be lost. Iterate every logical batch to its end, one per optimizer step (with transformers' "
+                "Trainer: gradient_accumulation_steps=1)."
             )
         if not batch.examples:
             list(batch)  # one that nobody iterated is finished too
+        self._check_stepped()
+
+    def _check_stepped(self) -> None:
+        if self.private and self._current is not None and self._current.stage == "finished":
+            raise GroupSearchError(
+                "A logical batch was drawn and finished but not stepped on. None may be left out, whatever its losses "
+                "are: which ones are would tell of the data, and no noise hides it. An example whose gradient is not "
+                "finite adds nothing, and an empty batch takes a step of noise alone. Call backward on all of its "
+                "physical batches (again, if their sums were given up: keep them in a list), then optimizer.step()."
+            )
 
 
 class _Rows(Dataset[Any]):

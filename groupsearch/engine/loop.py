@@ -23,6 +23,7 @@ from groupsearch.engine.mechanism import Mechanism
 from groupsearch.engine.scaling import LossScale
 from groupsearch.engine.state import VERSION, check_state, describe_plan
 from groupsearch.engine.step import PrivateStep, nothing_yet
+from groupsearch.engine.surroundings import check_surroundings
 from groupsearch.engine.truth.check import Subject
 from groupsearch.engine.truth.gradients import Loss
 from groupsearch.engine.truth.reading import Reading
@@ -31,6 +32,8 @@ from groupsearch.engine.truth.watch import RATE, Watch
 from groupsearch.engine.zeroing import ZeroGrad
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.privacy import PrivacyStatement
+from groupsearch.privacy.sizes import SizesSeen
 from groupsearch.trace import shared_parameters
 
 if TYPE_CHECKING:
@@ -47,6 +50,9 @@ class LoopSettings:
     batches: PoissonBatches | None = None
     grad_scaler: GradScaler | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
+    sampling: str = "poisson"
+    loss_divisor: float | None = None
+    seeded: bool = False
     loss: Loss | None = None
     watch: float = RATE
     checked: Checked | None = None
@@ -56,19 +62,23 @@ class PrivateEngine:
     """What :func:`~groupsearch.engine.private.make_private` attached to a model and its optimizer.
 
     A logical batch is all that is backpropagated between two steps; every example may be in it once.
-    It is given up, and what was summed of it is dropped,
+    What was summed of it is dropped
 
     * by ``zero_grad`` of the optimizer or the model;
     * after a backward pass that raised: all micro-batches before the accident are dropped with it,
-      whatever they summed. Those that follow count, so take the batch again from its beginning. (A
-      forward pass that raised adds nothing and drops nothing.) Whether an accident happens is not
-      covered by the guarantee: let it not depend on the data.
+      whatever they summed. (A forward pass that raised adds nothing and drops nothing.)
+
+    Take the batch again from its beginning then: every batch that was drawn must be stepped on. One that is left out
+    because of what was seen of it (a loss that is not finite, say) tells of its examples without any noise, which no
+    epsilon counts; with ``batches`` the next one is refused, with a loader of the loop's own it can only be counted
+    (``given_up``). Whether an accident happens is not covered by the guarantee: let it not depend on the data.
 
     Attributes:
         plan: the clip plan.
         mechanism: clips and adds noise.
         settings: what was said of the loop.
         accountant: counts the steps; None where no sampling rate was given.
+        given_up: logical batches of the loop's own loader that were summed and dropped by ``zero_grad``.
     """
 
     def __init__(
@@ -84,6 +94,8 @@ class PrivateEngine:
         self.settings = settings
         self.accountant = accountant
         self._model = model
+        self.given_up = 0
+        self._sizes = None if accountant is None or settings.batches is not None else SizesSeen(*self._population())
         grouping = self.plan.grouping
         groups = Groups(grouping.sites, grouping.group_of, grouping.groups)
         layouts = Layouts.of_sites(grouping.sites)
@@ -98,6 +110,8 @@ class PrivateEngine:
         )
         self._watch = self._new_watch(Reading(settings.options, layouts))
         self._step.on_check = self._check_step
+        if settings.batches is not None:
+            settings.batches.private = True
         if accountant is not None:
             self._step.on_release = accountant.step
         self._zero_grads = [ZeroGrad(owner, self._discard) for owner in (optimizer, model)]
@@ -177,6 +191,17 @@ class PrivateEngine:
             )
         return self.accountant.epsilon(delta)
 
+    def statement(self, delta: float) -> PrivacyStatement:
+        """Epsilon at ``delta`` of all steps so far and all that belongs to it; ``print`` it to read it.
+
+        Raises:
+            GroupSearchError: when the engine has no accountant.
+        """
+        self.epsilon(delta)
+        assert self.accountant is not None
+        _, examples, _ = self._population()
+        return self.accountant.statement(delta, examples, seeded=self.settings.seeded, given_up=self.given_up)
+
     def state_dict(self) -> dict[str, Any]:
         """Steps, accountant, noise generator and thresholds, for ``torch.save``; loads with ``weights_only=True``.
 
@@ -228,7 +253,8 @@ class PrivateEngine:
         for zero_grad in self._zero_grads:
             zero_grad.remove()
         self._loss_scale.detach()
-        if self._watch is not None and self.settings.batches is not None:
+        if self.settings.batches is not None:
+            self.settings.batches.private = False
             self.settings.batches.on_piece = lambda piece: None
         self._ledger.abandon()
         self._ledger.norms = {}
@@ -243,12 +269,6 @@ class PrivateEngine:
         watch = Watch(subject, self._capture.set_aside, reading, self.settings.watch, mode)
         batches.on_piece = watch.see
         return watch
-
-    def _check_step(self, examples: int) -> None:
-        if self._watch is not None:
-            self._watch.check()
-        if self.settings.batches is not None:
-            self.settings.batches.check_step(examples)
 
     def _fixed(self) -> dict[str, Any]:
         return {
@@ -267,11 +287,40 @@ class PrivateEngine:
             )
 
     def _scale_of(self, batch_size: int) -> float:
-        return (batch_size if self.settings.loss_reduction == "mean" else 1.0) / self._loss_scale.value()
+        if self.settings.batches is not None:
+            self.settings.batches.check_handed_out(self._ledger.examples)
+        divisor = self.settings.loss_divisor or 1.0
+        return (batch_size if self.settings.loss_reduction == "mean" else 1.0) * divisor / self._loss_scale.value()
+
+    def _population(self) -> tuple[str, int, float]:
+        """How batches are drawn, from how many examples, at which rate."""
+        rate = self.settings.sampling_rate
+        assert rate is not None
+        return self.settings.sampling, round(self.expected_batch_size / rate), rate
+
+    def _check_step(self, examples: int) -> None:
+        """Refuse a step on a logical batch that is not drawn, or not scaled, as the engine was told, or that the watch objects to."""
+        if self._watch is not None:
+            self._watch.check()
+        check_surroundings(
+            loss_divisor=self.settings.loss_divisor,
+            poisson=self._sizes is not None and self.settings.sampling == "poisson",
+        )
+        if self.settings.batches is not None:
+            self.settings.batches.check_step(examples)
+        wrong = None if self._sizes is None else self._sizes.add(examples)
+        if wrong is not None:
+            raise GroupSearchError(
+                f"Expected batches drawn by {self.settings.sampling} sampling at the rate that was given, found "
+                f"{wrong}: epsilon would be that of another run. Name what the loader does with make_private(..., "
+                "sampling='shuffled') or 'fixed-size', give its rate and expected batch size, or take PoissonBatches."
+            )
 
     def _settle(self) -> None:
         self._ledger.settle(self._capture.passes.open)
 
     def _discard(self) -> None:
         self._settle()
+        if self.settings.batches is None and not self._ledger.empty:
+            self.given_up += 1
         self._ledger.abandon()

@@ -78,8 +78,8 @@ class Passes:
         if self.policy == "same" and current is not None and not current.arrivals and not current.finished:
             if current.batch_size != batch_size:
                 raise UnsupportedModelError(
-                    f"Forward passes of the same examples were announced, but one had {current.batch_size} and the "
-                    f"next {batch_size}. Give row i of every pass to example i."
+                    "Forward passes of the same examples were announced, but one had another number of them than the "
+                    "next. Give row i of every pass to example i."
                 )
             return False
         self.on_begin()

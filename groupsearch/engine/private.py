@@ -39,7 +39,9 @@ def make_private(
     batches: PoissonBatches | None = None,
     expected_batch_size: float | None = None,
     sampling_rate: float | None = None,
+    sampling: str = "poisson",
     loss_reduction: str = "mean",
+    loss_divisor: float | None = None,
     grad_scaler: GradScaler | None = None,
     options: EngineOptions | None = None,
     generator: torch.Generator | None = None,
@@ -70,10 +72,16 @@ def make_private(
         batches: what the loop iterates. The expected batch size and the sampling rate are then theirs,
             and a step that is not on exactly one whole logical batch is refused.
         expected_batch_size: sampling rate times data set size, > 0; never the batch's own size.
-        sampling_rate: probability with which each example enters a logical batch; with it
-            ``engine.epsilon(delta)`` tells what the steps so far cost.
+        sampling_rate: probability with which each example enters a logical batch (else the batch size over the
+            number of examples); with it ``engine.epsilon(delta)`` tells what the steps so far cost.
+        sampling: what the loop's own loader does: ``poisson``, ``shuffled`` or ``fixed-size``, each with an epsilon
+            of its own (:mod:`groupsearch.engine.composition`). Batches that are visibly drawn otherwise are refused:
+            see :class:`~groupsearch.privacy.sizes.SizesSeen`, also for what that may tell of private sizes.
         loss_reduction: "mean" when the loss is the mean of per-example losses over the
             micro-batch, "sum" when it is their sum.
+        loss_divisor: what the loop divides that mean or sum by before backward, as libraries do that accumulate
+            gradients: thresholds would act so many times as large. None where it divides by nothing, which
+            is then held against what accelerate and transformers' Trainer say of themselves.
         grad_scaler: the ``torch.amp.GradScaler`` of a float16 loop, which stays as it is. No step
             is skipped: an overflow adds zero, and lowers the scale at ``update()``. The scale then
             depends on whether any example overflowed, which no noise hides, and so does the rounding of
@@ -102,7 +110,13 @@ def make_private(
         raise GroupSearchError(
             f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}."
         )
+    if loss_divisor is not None and not 0 < loss_divisor < math.inf:
+        raise GroupSearchError(f"Expected a finite loss_divisor > 0, found {loss_divisor}.")
     if batches is not None:
+        if sampling != "poisson":
+            raise GroupSearchError(
+                f"Found batches and also sampling={sampling!r}: PoissonBatches are Poisson samples. Leave one out."
+            )
         if expected_batch_size is not None or sampling_rate is not None:
             raise GroupSearchError(
                 "Found batches and also expected_batch_size or sampling_rate, which are the batches' own. Give either."
@@ -120,11 +134,14 @@ def make_private(
     check_plain(model)
     check_optimizer_kind(optimizer)
     check_covered(model, plan, optimizer)
+    if sampling_rate is None and sampling != "poisson":
+        raise GroupSearchError(f"Found sampling={sampling!r} without a sampling_rate to account with. Give both.")
     accountant = None
     if sampling_rate is not None:
         from groupsearch.engine.accounting import Accountant  # its libraries take as long to load as torch does
 
-        accountant = Accountant(noise_multiplier, sampling_rate)
+        accountant = Accountant(noise_multiplier, sampling_rate, sampling)
+    seeded = generator is not None or (batches is not None and batches.seeded)
     if generator is None:
         generator = torch.Generator(next(p.device for p in model.parameters() if p.requires_grad))
         generator.seed()
@@ -144,6 +161,9 @@ def make_private(
         batches,
         grad_scaler,
         options,
+        sampling=sampling,
+        loss_divisor=loss_divisor,
+        seeded=seeded,
         loss=loss,
         watch=watch,
         checked=checked,

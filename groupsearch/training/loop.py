@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.accounting import epsilon
 from groupsearch.engine.loading import LogicalBatch, PoissonBatches
 from groupsearch.engine.optimizers import make_optimizer
 from groupsearch.engine.sampling import physical_chunks
@@ -62,7 +61,8 @@ def train(
             where the step was evaluated. What it raises ends the training.
 
     Raises:
-        DivergedError: when a loss is not finite.
+        DivergedError: when a weight is no longer finite. Nothing is decided by losses or metrics, which are of
+            private data: no step is skipped, repeated or the last because of them.
         UnsupportedModelError: when the model cannot be trained privately, or has no blocks to checkpoint.
         GroupSearchError: when the workload has no data, when both or neither of epsilon and the
             noise multiplier are given for private training, or when the model has other sites than
@@ -74,17 +74,13 @@ def train(
             f"`data=Data(train=..., validation=...)`."
         )
     size = workload.data.train_size
-    delta = settings.delta_for(size)
     noise_multiplier = 0.0 if grouping is None else settings.noise_multiplier_for(size)
-    spent = math.inf
-    if noise_multiplier > 0:
-        spent = epsilon(noise_multiplier, settings.sampling_rate, settings.steps, delta)
+    statement = None if grouping is None else settings.statement(size)
     run = _Run(workload, workload.data, settings, grouping, noise_multiplier)
-    points, seconds, examples = [], [], 0
+    points, seconds = [], []
     with run.attached():
         for step, logical in enumerate(run.batches, start=1):
             seconds.append(run.step(step, logical))
-            examples += logical.examples
             point = run.evaluate(step) if run.is_due(step) else None
             if point is not None:
                 points.append(point)
@@ -95,11 +91,11 @@ def train(
         metric_name=workload.metric_name,
         curve=tuple(points),
         step_seconds=statistics.median(seconds),
-        epsilon=spent,
-        delta=delta,
+        epsilon=math.inf if statement is None else statement.epsilon,
+        delta=settings.delta_for(size),
         noise_multiplier=noise_multiplier,
         steps=settings.steps,
-        examples=examples,
+        statement=statement,
         checked=None if run.report is None else run.report.checked,
         watched=None if run.report is None else run.report.watched,
     )
@@ -186,17 +182,15 @@ class _Run:
     def step(self, step: int, logical: LogicalBatch) -> float:
         """One optimizer step on one logical batch; its seconds."""
         begin = time.perf_counter()
-        total = torch.zeros((), device=self.device)
         for batch in logical:
             with self._casting():
                 loss = self.workload.loss(self.model, {name: t.to(self.device) for name, t in batch.items()}).sum()
             # The engine divides by the expected batch size itself.
             share = loss if self.grouping is not None else loss / self.batches.expected_batch_size
             torch.autograd.backward(self.scaler.scale(share))
-            total += loss.detach()
-        self._check_finite(step, "training", total.item())
         self._take_step(logical)
         self.optimizer.zero_grad(set_to_none=True)
+        self._check_weights(step)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begin
@@ -214,7 +208,7 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> CurvePoint:
-        """Mean loss and metric over the validation data, in evaluation mode."""
+        """Mean loss and metric over the validation data, in evaluation mode; they may be any numbers."""
         count = self.data.validation_size
         limit = self.settings.physical_batch or self.workload.batch_size
         loss = metric = 0.0
@@ -224,7 +218,6 @@ class _Run:
                 loss += self.workload.loss(self.model, batch).double().sum().item()
                 if self.workload.metric is not None:
                     metric += self.workload.metric(self.model, batch).double().sum().item()
-        self._check_finite(step, "validation", loss)
         return CurvePoint(
             step, loss / count, None if self.workload.metric is None else metric / count, self._adaptive_thresholds()
         )
@@ -242,9 +235,11 @@ class _Run:
     def _select(self, examples: Batch, indices: Tensor) -> dict[str, Tensor]:
         return {name: tensor[indices].to(self.device) for name, tensor in examples.items()}
 
-    def _check_finite(self, step: int, part: str, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise DivergedError(step, f"a {part} loss of {loss}", self.settings.learning_rate)
+    def _check_weights(self, step: int) -> None:
+        """Raise when a weight is not finite: of what a step lets out, which is private, nothing more is asked."""
+        finite = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
+        if not torch.stack(finite).all():
+            raise DivergedError(step, self.settings.learning_rate)
 
 
 @contextmanager

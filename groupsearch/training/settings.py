@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan
-from groupsearch.engine.accounting import default_delta, noise_multiplier_for
+from groupsearch.engine.accounting import Accountant, default_delta, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
+from groupsearch.privacy import PrivacyStatement
 from groupsearch.tracer.step import AUTOCASTS
 from groupsearch.workloads.workload import Workload
 
@@ -25,7 +26,7 @@ class TrainSettings:
         optimizer: one of :data:`groupsearch.engine.optimizers.OPTIMIZERS`.
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: budget that the noise multiplier is calibrated for, when that is not given.
-        delta: None for n^-1.1, see :func:`groupsearch.engine.accounting.default_delta`.
+        delta: None for 1e-2 / n, see :func:`groupsearch.engine.accounting.default_delta`.
         noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
         rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the three below.
         max_grad_norm: R.
@@ -117,3 +118,13 @@ class TrainSettings:
             f"Expected either epsilon or noise_multiplier for private training, found epsilon {self.epsilon} and "
             f"noise_multiplier {self.noise_multiplier}. Give one of them."
         )
+
+    def statement(self, train_size: int, steps: int | None = None) -> PrivacyStatement:
+        """What training like this on so many examples costs in privacy, all steps or so many of them.
+
+        Raises:
+            GroupSearchError: as :meth:`noise_multiplier_for`.
+        """
+        accountant = Accountant(self.noise_multiplier_for(train_size), self.sampling_rate)
+        accountant.step(self.steps if steps is None else steps)
+        return accountant.statement(self.delta_for(train_size), train_size, seeded=self.seed is not None)

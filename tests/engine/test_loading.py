@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.loading import PoissonBatches
+from groupsearch.engine.loading import LogicalBatch, PoissonBatches
 from groupsearch.engine.sampling import PoissonSampler
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
@@ -242,11 +243,11 @@ def test_a_state_of_other_data_is_refused() -> None:
 class Run:
     """A model, its optimizer, its engine and its batches, in training."""
 
-    def __init__(self, physical_batch: int | None = 4, workers: int = 0) -> None:
+    def __init__(self, physical_batch: int | None = 4, workers: int = 0, batches: PoissonBatches | None = None) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-        self.batches = batches_of(FLOATS, physical_batch=physical_batch, num_workers=workers)
+        self.batches = batches or batches_of(FLOATS, physical_batch=physical_batch, num_workers=workers)
         sites = observe_sites(self.model, {"x": FLOATS["x"][:4]}, loss_of)
         self.engine = make_private(
             self.model,
@@ -263,10 +264,18 @@ class Run:
 
     def train(self, steps: int) -> None:
         for logical in islice(self.batches, steps):
-            for batch in logical:
-                loss_of(self.model, batch).mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.step_on(logical)
+
+    def step_on(self, logical: LogicalBatch) -> None:
+        for batch in logical:
+            loss_of(self.model, batch).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def give_up(self, logical: LogicalBatch) -> None:
+        for batch in logical:
+            loss_of(self.model, batch).mean().backward()
+        self.optimizer.zero_grad()
 
     @property
     def weights(self) -> Tensor:
@@ -313,7 +322,8 @@ def test_the_engine_refuses_a_step_that_is_not_on_one_whole_logical_batch() -> N
         run.optimizer.step()
     for batch in pieces:
         loss_of(run.model, batch).mean().backward()
-    loss_of(run.model, {"x": FLOATS["x"][:1]}).mean().backward()
+    with pytest.raises(GroupSearchError, match="more examples than were handed out"):
+        loss_of(run.model, {"x": FLOATS["x"][:1]}).mean().backward()
     with pytest.raises(GroupSearchError, match="that is finished"):
         run.optimizer.step()
     assert run.engine.steps == 0
@@ -332,8 +342,121 @@ def test_a_batch_given_up_is_not_stepped_on() -> None:
     for batch in next(iter(run.batches)):
         loss_of(run.model, batch).mean().backward()
     run.optimizer.zero_grad()
-    with pytest.raises(GroupSearchError, match="found a step on 0 examples"):
+    with pytest.raises(GroupSearchError, match="other examples than those"):
         run.optimizer.step()
+
+
+def test_a_batch_given_up_may_be_taken_again_from_its_physical_batches() -> None:
+    run, straight = Run(), Run()
+    straight.train(1)
+    pieces = list(next(iter(run.batches)))
+    for batch in pieces:
+        loss_of(run.model, batch).mean().backward()
+    run.optimizer.zero_grad()
+    for batch in pieces:
+        loss_of(run.model, batch).mean().backward()
+    run.optimizer.step()
+    assert torch.equal(run.weights, straight.weights)
+
+
+def test_no_logical_batch_is_left_out_by_a_look_at_its_losses() -> None:
+    """``zero_grad(); continue`` on chosen batches went unseen: 6 batches, 3 steps counted."""
+    run = Run()
+    left_out = (run.give_up(logical) for logical in run.batches)
+    with pytest.raises(GroupSearchError, match="drawn and finished but not stepped on") as refusal:
+        list(left_out)
+    assert run.engine.steps == 0
+    assert not re.search(r"\d", str(refusal.value)), "a number of it may be private"
+    assert "not finite adds nothing" in str(refusal.value), "no reason to leave one out"
+
+
+@pytest.mark.parametrize("way", ["after a break", "by a checkpoint", "at the end"])
+def test_a_logical_batch_is_not_left_out_in_another_way(way: str) -> None:
+    run = Run()
+    run.train(11 if way == "at the end" else 2)
+    left_out = iter(run.batches)
+    run.give_up(next(left_out))
+    ways = {
+        "after a break": lambda: next(iter(run.batches)),
+        "by a checkpoint": run.batches.state_dict,
+        "at the end": lambda: next(left_out),
+    }
+    with pytest.raises(GroupSearchError, match="not stepped on"):
+        ways[way]()
+
+
+def test_without_an_engine_batches_may_be_left_out() -> None:
+    run = Run()
+    run.engine.detach()
+    assert len(numbers(batches_of())) == 12
+    for logical in run.batches:
+        list(logical)
+    assert run.batches.taken == 12
+
+
+def test_an_empty_batch_takes_a_step_of_noise_alone_and_is_not_left_out() -> None:
+    empty = batches_of(FLOATS, expected_batch_size=0.3)
+    run = Run(batches=empty)
+    before = run.weights
+    first = next(logical for logical in empty if not logical.examples)  # not even iterated
+    assert first.examples == 0
+    run.optimizer.step()
+    assert run.engine.steps == 1
+    assert not torch.equal(run.weights, before), "noise"
+    passed_over = (run.step_on(logical) for logical in empty if logical.examples)
+    with pytest.raises(GroupSearchError, match="not stepped on"):
+        list(passed_over)
+
+
+def test_a_batch_of_which_nothing_is_finite_takes_a_step_of_noise_alone() -> None:
+    """It steps as an empty one does, and the run goes on."""
+    ends = []
+    for factor in (float("nan"), float("inf"), 0.0):
+        run = Run()
+        for logical in islice(run.batches, 3):
+            for batch in logical:
+                (loss_of(run.model, batch) * factor).mean().backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        assert run.engine.steps == 3
+        ends.append(run.weights)
+    assert torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[1], ends[2])
+    assert ends[0].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [(0, 0), (0, 0, 1), (0, 1, 0)])
+def test_an_example_is_not_in_two_passes_of_a_logical_batch(order: tuple[int, ...]) -> None:
+    run = Run(physical_batch=2)
+    logical = next(logical for logical in run.batches if len(logical) > 2 or run.step_on(logical))
+    pieces = iter(logical)
+    seen: list[dict[str, Tensor]] = []
+
+    def take(index: int) -> None:
+        while len(seen) <= index:
+            seen.append(next(pieces))
+        loss_of(run.model, seen[index]).mean().backward()
+
+    with pytest.raises(GroupSearchError, match="more examples than were handed out"):
+        list(map(take, order))
+
+
+@pytest.mark.parametrize("call", ["check_step", "check_handed_out", "next", "again"])
+def test_no_refusal_tells_a_private_number(call: str) -> None:
+    batches = batches_of({"x": torch.zeros(4000, 1)}, expected_batch_size=2000, physical_batch=999)
+    stream = iter(batches)
+    logical = next(stream)
+    pieces = iter(logical)
+    next(pieces)
+    calls = {
+        "check_step": lambda: batches.check_step(1234),
+        "check_handed_out": lambda: batches.check_handed_out(logical.examples + 1),
+        "next": lambda: next(stream),
+        "again": lambda: (list(pieces), list(logical)),
+    }
+    with pytest.raises(GroupSearchError) as refusal:
+        calls[call]()
+    assert not set(re.findall(r"\d+", str(refusal.value))) - {"1"}
 
 
 @pytest.mark.parametrize("twice", [{"expected_batch_size": 6.0}, {"sampling_rate": 0.15}])
