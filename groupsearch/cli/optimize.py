@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,9 @@ SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "gran
 def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Search the front of accuracy against peak memory.
 
+    A search is an experiment: its trainings use known seeds, so that they can be compared and the search can go on
+    where it stopped. To publish a model, train it with `groupsearch train` afterwards.
+
     MODEL (default: digits-vit, which needs no download) is traced and its estimates are checked by
     runs; then groupings are trained with differential privacy, each with the same noise: many in short
     runs, the best of them in full, and the front is repeated with several seeds and drawn as a page.
@@ -141,8 +144,10 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch optimize digits-cnn --rungs full --max-runs 80 --confidence 0.9
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
+    from groupsearch.cli.console import say
     from groupsearch.cli.stages import start_document
     from groupsearch.cli.training import describe, training_setup
+    from groupsearch.report.words import randomness
 
     if given["private_selection"]:
         refuse_excluded(given)
@@ -151,6 +156,9 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     names = SELECTION_SETTINGS if given["private_selection"] else SEARCH_SETTINGS
     chosen = {key: given[key] for key in names}
     document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
+    if given["private_selection"]:
+        training = replace(training, seed=None)
+    document["randomness"] = training.streams().describe()
     if given["private_selection"]:
         _select(document, setup, training, given, Output.plan(document, output, force, as_json))
         return
@@ -174,6 +182,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
             f"same command with --resume instead of --force goes on."
         )
     print_result(result)
+    say(randomness(document))
     if places.page is not None:
         write_page(document, places.page, force=places.output.force)
 

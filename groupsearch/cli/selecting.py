@@ -8,7 +8,6 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 from click.core import ParameterSource
 
 from groupsearch.cli.console import say
@@ -74,6 +73,7 @@ def select(
     Raises:
         GroupSearchError: when the metric is no share of each example, or a training fails.
     """
+    from groupsearch.randomness import secret_rng
     from groupsearch.search.privacy import RepeatAndSelect, select_privately
     from groupsearch.search.space import Space
 
@@ -86,7 +86,7 @@ def select(
     )
     score = _scorer(workload, trace, training)
     try:
-        best = select_privately(choices, score, scheme, noise, np.random.default_rng())
+        best = select_privately(choices, score, scheme, noise, secret_rng())
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("Interrupted. Nothing of a private selection is kept.") from interrupt
     assert best is not None  # a geometric number is at least 1
@@ -121,7 +121,8 @@ def _scorer(workload: Workload, trace: Trace, training: TrainSettings) -> Any:
     def score(choice: Choice, seed: int) -> float:
         """How many validation examples are right, each counting 1 at most."""
         assert workload.data is not None
-        settings = replace(mechanism_of(choice, training), seed=seed, evaluate_every=0)
+        # No seed, not even one that was drawn for it: the noise of every training has entropy of its own.
+        settings = replace(mechanism_of(choice, training), seed=None, evaluate_every=0)
         found = train(workload, Grouping.from_boundaries(trace, choice.boundaries), settings)
         return (found.metric or 0.0) * workload.data.validation_size
 

@@ -16,6 +16,7 @@ from groupsearch.engine.loop import LoopSettings, PrivateEngine
 from groupsearch.engine.mechanism import Mechanism
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.randomness import source_of
 from groupsearch.trace import weights_with_choice
 
 REDUCTIONS = ("mean", "sum")
@@ -34,6 +35,7 @@ def make_private(
     grad_scaler: GradScaler | None = None,
     options: EngineOptions | None = None,
     generator: torch.Generator | None = None,
+    secure: bool = False,
 ) -> PrivateEngine:
     """Make the steps of an existing loop differentially private (Book-Keeping with groups).
 
@@ -67,7 +69,9 @@ def make_private(
             all others: the guarantee is strict for a scale that does not adapt
             (``scaler.update(scaler.get_scale())``), or with bfloat16, which needs none.
         options: choices of cost only.
-        generator: draws the noise; by default one seeded from the operating system.
+        generator: draws the noise, for experiments alone: epsilon holds for nobody who knows its seed. By default
+            one that the operating system's entropy fills, see :mod:`groupsearch.randomness`.
+        secure: draw the noise from a cipher, see :class:`groupsearch.randomness.SecureStream`.
 
     Returns:
         The engine. ``engine.detach()`` takes it away again.
@@ -76,7 +80,8 @@ def make_private(
         UnsupportedModelError: for a layer that mixes examples, a wrapped model or an optimizer that
             cannot be served, or a trainable parameter that no site of the plan covers or that the optimizer
             does not hold.
-        GroupSearchError: for a number outside its range, or batches together with what they say.
+        GroupSearchError: for a number outside its range, batches together with what they say, or a generator
+            where the noise is to be secure.
     """
     if loss_reduction not in REDUCTIONS:
         raise GroupSearchError(
@@ -105,9 +110,7 @@ def make_private(
         from groupsearch.engine.accounting import Accountant  # its libraries take as long to load as torch does
 
         accountant = Accountant(noise_multiplier, sampling_rate)
-    if generator is None:
-        generator = torch.Generator(next(p.device for p in model.parameters() if p.requires_grad))
-        generator.seed()
-    mechanism = Mechanism(plan, noise_multiplier, generator, expected_batch_size)
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    mechanism = Mechanism(plan, noise_multiplier, source_of(device, generator, secure), expected_batch_size)
     settings = LoopSettings(expected_batch_size, loss_reduction, sampling_rate, batches, grad_scaler, options)
     return PrivateEngine(model, optimizer, mechanism, settings, accountant)

@@ -9,7 +9,7 @@ from typing import Any
 from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
 
-VERSION = 1
+VERSION = 2
 
 
 def describe_plan(plan: ClipPlan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from groupsearch.report.profile_sections import fit_section, joint_section
 from groupsearch.report.section import Section, plot, unbroken
 from groupsearch.report.style import CSS, SCRIPT
 from groupsearch.report.subject import PARTS, Subject, groups_word
-from groupsearch.units import format_bytes, format_count
+from groupsearch.units import format_bytes, format_count, format_number
 
 TITLES = {
     "search": "search report",
@@ -65,12 +65,20 @@ def _page(subject: Subject, sections: list[Section]) -> str:
         f'<main>\n<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n'
         f"<h1>{unbroken(escape(words.headline(subject)))}</h1>\n"
         + (f'<dl class="keys">{keys}</dl>\n' if keys else "")
-        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n</header>\n'
+        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n'
+        f"{_randomness(subject)}</header>\n"
         + "".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>\n" for s in sections)
         + f"<footer>Made by groupsearch from a {escape(subject.kind)} document, schema "
         f"{escape(str(subject.document['schema_version']))}. The page needs no network.</footer>\n</main>\n"
         f"{scripts}\n</body>\n</html>\n"
     )
+
+
+def _randomness(subject: Subject) -> str:
+    """At the top, as it says what every epsilon of the page is worth."""
+    if subject.kind not in ("search", "train"):
+        return ""
+    return f'<p class="lede"><strong>{escape(words.randomness(subject.document))}</strong></p>\n'
 
 
 def _front(subject: Subject) -> Section | None:
@@ -200,6 +208,8 @@ def _privacy(subject: Subject) -> Section | None:
     if subject.document.get("epsilon") is None:
         return None
     note = "What this run spends on its training data; choosing its settings by private data would spend more."
+    if (added := subject.document.get("added_delta")) is not None:
+        note += f" That noise ends somewhere adds {format_number(added, 2)} to delta at most."
     return Section("Privacy spent", f'<p class="lede">{note}</p>\n{_training(subject.document)}')
 
 

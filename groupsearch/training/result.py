@@ -51,6 +51,8 @@ class TrainResult:
         noise_multiplier: 0 without privacy.
         steps: optimizer steps taken.
         examples: examples in all batches together.
+        added_delta: what noise that ends somewhere adds to ``delta``, see
+            :func:`groupsearch.engine.noise.added_delta`; 0 without privacy.
     """
 
     metric: float | None
@@ -62,3 +64,4 @@ class TrainResult:
     noise_multiplier: float
     steps: int
     examples: int
+    added_delta: float = 0.0
