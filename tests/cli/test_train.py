@@ -83,3 +83,10 @@ def test_a_training_from_the_systems_entropy_says_so(tmp_path):
     told = run(*BASE[:-1], "-o", tmp_path / "a.json")
     assert "nobody can draw them again" in " ".join(told.stderr.split())
     assert "nobody can draw them again" in unescape(render_page(read_document(tmp_path / "a.json")))
+
+
+def test_a_secure_training_draws_from_a_cipher_and_takes_no_seed():
+    first, other = trained("--secure"), trained("--secure")
+    assert first["randomness"] == {"secret": True, "secure": True, "seed": None}
+    assert first["curve"] != other["curve"]
+    assert "secure=True" in refused(*BASE, "--secure", "--seed", "1")

@@ -380,3 +380,61 @@ class Stream(IterableDataset[int]):
 def test_what_cannot_be_sampled_is_refused(dataset: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(GroupSearchError, match="Expected"):
         batches_of(dataset, **settings)
+
+
+def branches(tmp_path: Path, exact: bool) -> list[Tensor]:
+    """How far one step goes in two continuations of one state, from the same generators in both processes."""
+    first = Run()
+    first.train(3)
+    first.save(tmp_path / "state.pt")
+    ends = []
+    for _ in range(2):
+        run = Run()
+        run.load(tmp_path / "state.pt", exact=exact)
+        start = run.weights
+        run.train(1)
+        assert (run.engine.steps, run.batches.taken) == (4, 4)
+        ends.append(run.weights - start)
+    return ends
+
+
+def test_branches_of_one_state_share_no_noise_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """With the same noise the difference of two branches would be that of their clean sums."""
+    one, other = branches(tmp_path, exact=False)
+    assert (one != other).all()
+    one, other = branches(tmp_path, exact=True)
+    assert torch.equal(one, other)
+
+
+def test_a_state_holds_no_generator_unless_it_is_asked_for() -> None:
+    run = Run()
+    assert "generator" not in run.engine.state_dict()["mechanism"]
+    assert "generator" not in run.batches.state_dict()
+    for part in run.parts[2:]:
+        with pytest.raises(GroupSearchError, match="exact=True"):
+            part.load_state_dict(part.state_dict(), exact=True)
+
+
+def test_a_loaders_seed_foretells_no_batch() -> None:
+    """A loader's base seed used to be the first number that decides who is in the first batch."""
+    batches = batches_of(seed=3)
+    base = torch.empty((), dtype=torch.int64).random_(generator=batches._workers_generator()).item()
+    drawn = torch.rand(1000, dtype=torch.float64, generator=seeded(3)).mul(2.0**53).long().tolist()
+    assert base % 2**53 not in drawn
+    first = torch.empty((), dtype=torch.int64).random_(generator=seeded(3)).item()
+    assert first % 2**53 == drawn[0], "the test itself: with the sampler's own seed it was"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_secure_batches_are_poisson_samples_that_are_kept_until_they_are_finished(workers: int) -> None:
+    batches = batches_of(generator=None, secure=True, num_workers=workers)
+    first = next(logical for logical in batches if logical.examples)
+    began = batches.taken
+    pieces = numbers(batches, 1)
+    assert sum(map(len, pieces[0])) == first.examples, "the one that was handed out and not finished comes again"
+    assert len(numbers(batches)) == 12 - began - 1
+    assert numbers(batches_of(generator=None, secure=True)) != numbers(batches_of(generator=None, secure=True))
+    with pytest.raises(GroupSearchError, match="secure stream"):
+        batches.state_dict(exact=True)
+    with pytest.raises(GroupSearchError, match="secure=True"):
+        batches_of(secure=True)
