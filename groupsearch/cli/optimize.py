@@ -131,6 +131,9 @@ SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "gran
 def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Search the front of accuracy against peak memory.
 
+    A search is an experiment: its trainings use known seeds, so that they can be compared and the search can go on
+    where it stopped. To publish a model, train it with `groupsearch train` afterwards.
+
     MODEL (default: digits-vit, which needs no download) is traced and its estimates are checked by
     runs; then groupings are trained with differential privacy, each with the same noise: many in short
     runs, the best of them in full, and the front is repeated with several seeds and drawn as a page.
@@ -143,8 +146,10 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch optimize digits-cnn --rungs full --max-runs 80 --confidence 0.9
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
+    from groupsearch.cli.console import say
     from groupsearch.cli.stages import start_document
     from groupsearch.cli.training import describe, training_setup
+    from groupsearch.report.words import randomness
 
     if given["private_selection"]:
         refuse_excluded(given)
@@ -153,6 +158,9 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     names = SELECTION_SETTINGS if given["private_selection"] else SEARCH_SETTINGS
     chosen = {key: given[key] for key in names}
     document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
+    if given["private_selection"]:
+        training = replace(training, seed=None)
+    document["randomness"] = training.streams().describe()
     if given["private_selection"]:
         _select(document, setup, training, given, Output.plan(document, output, force, as_json))
         return
@@ -182,6 +190,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     say(str(statement))
     if document["not_private"]:
         say(not_private_sentence(document["not_private"]))
+    say(randomness(document))
     if places.page is not None:
         write_page(document, places.page, force=places.output.force)
 

@@ -160,6 +160,7 @@ def _proxy(setup: Setup, training: TrainSettings) -> Proxy:
     noise_multiplier, batch = training.noise_multiplier, training.sampling_rate * data.train_size
     say("Taking per-example gradients for the proxy, as a training begins")
     begin = time.perf_counter()
+    assert training.seed is not None  # a search is an experiment
     grams = gram_matrices(setup.loaded, seed=training.seed, settings=training)
     seconds = time.perf_counter() - begin
 

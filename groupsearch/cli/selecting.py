@@ -8,7 +8,6 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 from click.core import ParameterSource
 
 from groupsearch.cli.console import say
@@ -74,6 +73,7 @@ def select(
     Raises:
         GroupSearchError: when the workload does not state that its metric is a share, or a training raises.
     """
+    from groupsearch.randomness import secret_rng
     from groupsearch.search.privacy import RepeatAndSelect, select_privately
     from groupsearch.search.space import Space
 
@@ -86,7 +86,7 @@ def select(
     )
     score = _scorer(workload, trace, training)
     try:
-        best = select_privately(choices, score, scheme, noise, np.random.default_rng())
+        best = select_privately(choices, score, scheme, noise, secret_rng())
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("Interrupted. Nothing of a private selection is kept.") from interrupt
     assert best is not None  # a geometric number is at least 1
@@ -125,7 +125,8 @@ def _scorer(workload: Workload, trace: Trace, training: TrainSettings) -> Any:
     def score(choice: Choice, seed: int) -> float | None:
         """How many validation examples are right, each counting 1 at most; None where weights are not finite."""
         assert workload.data is not None
-        settings = replace(mechanism_of(choice, training), seed=seed, evaluate_every=0)
+        # No seed, not even one that was drawn for it: the noise of every training has entropy of its own.
+        settings = replace(mechanism_of(choice, training), seed=None, evaluate_every=0)
         try:
             found = train(workload, Grouping.from_boundaries(trace, choice.boundaries), settings)
         except DivergedError:

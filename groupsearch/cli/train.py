@@ -13,7 +13,8 @@ from groupsearch.cli.parameters import (
     Positive,
     model_options,
     output_options,
-    seed_option,
+    private_seed_option,
+    secure_option,
     step_options,
     training_options,
 )
@@ -80,14 +81,16 @@ class Allotment(click.ParamType[Any]):
     help="Noise of the groups: global (the same), equal (by threshold) or weights 1,2,1. [default: global]",
 )
 @click.option("--evaluate-every", type=click.IntRange(min=0), help="Steps between points. [default: a tenth of all]")
-@seed_option
+@private_seed_option
+@secure_option
 @output_options
 def command(
     model: str, grouping: str, evaluate_every: int | None, output: str | None, force: bool, as_json: bool, **given: Any
 ) -> None:
     """Train MODEL with privacy and one grouping.
 
-    The document has the curve, the metric, the epsilon that the run cost and what that means.
+    The document has the curve, the metric, the epsilon that the run cost and what that means. Nobody can draw the noise
+    and the batches again, you included; --seed makes them known, for experiments.
 
     \b
     groupsearch train digits-vit --grouping best:4 --epsilon 8
@@ -104,7 +107,8 @@ def command(
         boundaries, options = joint_choice(grouping, model)
         setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
-    document = start_document("train", setup, device=setup.device, grouping=grouping, seed=given["seed"], **plan)
+    document = start_document("train", setup, device=setup.device, grouping=grouping, **_known_of(settings), **plan)
+    document["randomness"] = settings.streams().describe()
     planned = Output.plan(document, output, force, as_json)
     trace = setup.trace()
     chosen = Grouping.parse(trace, grouping) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
@@ -123,6 +127,11 @@ def command(
         ) from interrupt
     _print_result(document)
     planned.save(document)
+
+
+def _known_of(settings: TrainSettings) -> dict[str, Any]:
+    """The seed of an experiment; a secret training has none to tell."""
+    return {} if settings.seed is None else {"seed": settings.seed}
 
 
 def _mechanism(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +185,7 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: di
         "step_seconds": result.step_seconds,
         "expected_examples": settings.steps * settings.sampling_rate * _train_size(setup),
         "privacy": settings.statement(_train_size(setup)).to_json(),
+        "added_delta": result.added_delta,
         "checked": None if result.checked is None else result.checked.to_json(),
         "watched": None if result.watched is None else result.watched.to_json(),
     }
@@ -188,6 +198,7 @@ def _train_size(setup: Setup) -> int:
 
 def _print_result(document: Mapping[str, Any]) -> None:
     from groupsearch.cli.console import say
+    from groupsearch.report.words import randomness
 
     metric = document["metric"]
     reached = "finished"
@@ -201,3 +212,4 @@ def _print_result(document: Mapping[str, Any]) -> None:
     )
     say(str(PrivacyStatement.from_json(document["privacy"])))
     say(not_private_sentence(document["not_private"]))
+    say(randomness(document))

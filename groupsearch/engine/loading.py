@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from groupsearch.engine.sampling import PhysicalDraws, PoissonSampler
 from groupsearch.errors import GroupSearchError
+from groupsearch.randomness import SecureStream, secret_generator, seeded_generator, source_of
 from groupsearch.workloads.views import group_views
 
 Examples = Mapping[str, Tensor] | Dataset[Any] | Sequence[Any]
@@ -88,8 +89,10 @@ class PoissonBatches:
         expected_batch_size: sampling rate times number of examples; a logical batch's mean size.
         steps: logical batches per iteration.
         physical_batch: the most examples in a physical batch; None for no limit.
-        generator: draws the batches and nothing else; by default one seeded from the operating system.
-            Seed it apart from the noise's: sampling and noise must be independent.
+        generator: draws the batches and nothing else, for experiments alone: epsilon holds for nobody who knows its
+            seed. Seed it apart from the noise's: sampling and noise must be independent. By default one that
+            the operating system's entropy fills, see :mod:`groupsearch.randomness`.
+        secure: draw the batches from a cipher, see :class:`groupsearch.randomness.SecureStream`.
         collate_fn: makes a physical batch of a list of elements; torch's default if None.
         views: K, how many times every example of a batch is loaded: tensors (B, ...) come as (B, K, ...). An example
             is clipped once, whatever its views (:func:`groupsearch.workloads.views.mean_over_views`).
@@ -105,7 +108,8 @@ class PoissonBatches:
         seeded: whether the generator was given, so that somebody may know its seed.
 
     Raises:
-        GroupSearchError: for a number outside its range, or a data set without length and elements.
+        GroupSearchError: for a number outside its range, a data set without length and elements, or a
+            generator where batches are to be secure.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class PoissonBatches:
         steps: int,
         physical_batch: int | None = None,
         generator: torch.Generator | None = None,
+        secure: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         views: int = 1,
         augment: Callable[[Any], Any] | None = None,
@@ -129,20 +134,17 @@ class PoissonBatches:
         if views < 1:
             raise GroupSearchError(f"Expected at least one view of every example, found {views}.")
         self.seeded = generator is not None
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
         self.expected_batch_size = float(expected_batch_size)
         self.steps = steps
         self.taken = 0
         self.on_piece: Callable[[Any], None] = lambda piece: None
         self.private = False
-        sampler = PoissonSampler(size, expected_batch_size / max(size, 1), steps, generator)
-        self._draws = PhysicalDraws(sampler, physical_batch)
+        rate, source = expected_batch_size / max(size, 1), source_of("cpu", generator, secure)
+        self._draws = PhysicalDraws(PoissonSampler(size, rate, steps, source), physical_batch)
         self._views = views
         if views > 1 or augment is not None:
             self._collate = _Views(self._collate, views, augment)
-        self._next_state = generator.get_state()
+        self._next_state = self._draws.state()
         self._loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._current: LogicalBatch | None = None
 
@@ -157,7 +159,7 @@ class PoissonBatches:
     def __iter__(self) -> Iterator[LogicalBatch]:
         self._check_stepped()
         left = self.steps - self.taken % self.steps
-        self._draws.rewind(self._next_state, left)
+        self._draws.begin(left)
         pieces = self._load()
         for _ in range(left):
             sizes, state = self._draws.next()
@@ -212,8 +214,12 @@ class PoissonBatches:
                 "to begin anew after an accident, call optimizer.zero_grad() first."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next logical batch begins, between two of them; what was loaded ahead is drawn again.
+    def state_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """How many logical batches were finished, between two of them.
+
+        Args:
+            exact: whether to save the generator as well, where the next logical batch begins: what was loaded ahead
+                is drawn again. Whoever reads such a state knows who is in which batch: it is for experiments.
 
         Raises:
             GroupSearchError: in the middle of a logical batch, or before the step on it.
@@ -224,30 +230,53 @@ class PoissonBatches:
                 "Expected to save between two logical batches, found one that is handed out in part. Save after the "
                 "optimizer step."
             )
-        return {**self._population(), "taken": self.taken, "generator": self._next_state.clone()}
+        state = {**self._population(), "taken": self.taken}
+        if not exact:
+            return state
+        if self._next_state is None:
+            raise GroupSearchError(
+                "Expected a generator to save the state of, found a secure stream, whose batches cannot be drawn "
+                "again. Save without exact=True, or sample without secure=True."
+            )
+        return {**state, "generator": self._next_state.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called, also in the middle of an iteration.
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Go on where :meth:`state_dict` was called, also in the middle of an iteration, with fresh batches.
+
+        The generator, also one that was given, is filled anew from the operating system.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            exact: whether the batches to come are to be those of the run that saved. Epsilon holds for one
+                continuation alone.
 
         Raises:
-            GroupSearchError: when the state is of other data or another expected batch size.
+            GroupSearchError: when the state is of other data or another expected batch size, or holds no
+                generator to go on with.
         """
         own = self._population()
         found = {key: state.get(key) for key in own}
-        if found != own or not {"taken", "generator"} <= state.keys():
+        if found != own or "taken" not in state:
             raise GroupSearchError(
                 f"Expected what state_dict() returned of batches with {own}, found {found}. Resume with the same data "
                 "and the same expected batch size."
             )
-        self.taken, self._next_state = int(state["taken"]), state["generator"].clone()
+        if exact and (self._next_state is None or "generator" not in state):
+            raise GroupSearchError(
+                "Expected a generator in the state and one here to go on with the same batches, found none. Save with "
+                "exact=True and resume without secure=True, or load without exact=True: batches are then drawn anew."
+            )
+        self.taken = int(state["taken"])
+        self._next_state = self._draws.restart(state["generator"] if exact else None)
         self._current = None
 
     def _see(self, piece: Any) -> None:
         self.on_piece(piece)
 
-    def _end(self, state: Tensor, batch: LogicalBatch) -> None:
+    def _end(self, state: Tensor | None, batch: LogicalBatch) -> None:
         if batch is self._current:
             self.taken, self._next_state = self.taken + 1, state
+            self._draws.finish()
 
     def _population(self) -> dict[str, Any]:
         return {"size": self._draws.sampler.size, "expected_batch_size": self.expected_batch_size}
@@ -255,13 +284,18 @@ class PoissonBatches:
     def _load(self) -> Iterator[Any]:
         # With a generator of its own: a loader draws its workers' seed from torch's global one otherwise, and
         # a resumed run, which makes one loader more, would differ from then on.
-        seed = self._draws.sampler.generator.initial_seed() + self.taken  # workers augment differently every time
-        own = torch.Generator().manual_seed(seed % 2**63)
-        views = self._views
+        own, views = self._workers_generator(), self._views
         draws: Any = ([i for i in chunk for _ in range(views)] for chunk in self._draws.fed())
         return iter(
             DataLoader(self.dataset, batch_sampler=draws, collate_fn=self._collate, generator=own, **self._loading)
         )
+
+    def _workers_generator(self) -> torch.Generator:
+        """Apart from the batches' own: a worker's seed, which a data set may show, must foretell none of them."""
+        source = self._draws.sampler.generator
+        if isinstance(source, SecureStream):
+            return secret_generator()
+        return seeded_generator((source.initial_seed() % 2**64, self.taken), "workers")  # another one every time
 
     def _check_handed_out(self, batch: LogicalBatch) -> None:
         if batch is not self._current:

@@ -20,6 +20,7 @@ from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ledger import Ledger
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.mechanism import Mechanism
+from groupsearch.engine.noise import added_delta
 from groupsearch.engine.scaling import LossScale
 from groupsearch.engine.state import VERSION, check_state, describe_plan
 from groupsearch.engine.step import PrivateStep, nothing_yet
@@ -202,35 +203,59 @@ class PrivateEngine:
         _, examples, _ = self._population()
         return self.accountant.statement(delta, examples, seeded=self.settings.seeded, given_up=self.given_up)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Steps, accountant, noise generator and thresholds, for ``torch.save``; loads with ``weights_only=True``.
+    @property
+    def added_delta(self) -> float:
+        """What all steps so far add to delta because noise ends somewhere: no epsilon of any accountant has it.
 
-        With the states of the model, the optimizer, the sampler's generator (and of a GradScaler and torch's own
-        generators where they are used) a resumed run goes on as if it had not stopped, bit for bit on the CPU.
-        The generator's state foretells the noise to come: keep it as safe as the data.
+        A bound, see :func:`groupsearch.engine.noise.added_delta`; infinite noise would add nothing, none adds 1.
+        """
+        if not self.steps:
+            return 0.0
+        if not self.noise_multiplier:
+            return 1.0
+        adaptive = 0 if self.plan.adaptive is None else self.plan.grouping.groups
+        return added_delta(self._step.numbers + adaptive, self.noise_multiplier, self.steps)
+
+    def state_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """Steps, accountant and thresholds, for ``torch.save``; loads with ``weights_only=True``.
+
+        Args:
+            exact: whether to save the state of the noise's generator, too. With the states of the model, the
+                optimizer, the batches (saved with ``exact``; and of a GradScaler and torch's own generators where
+                they are used) a run that is resumed with ``exact`` goes on as if it had not stopped, bit for bit
+                on the CPU. **Whoever reads such a state can take all noise away**, that of the steps before
+                included: it is for experiments.
 
         Raises:
-            GroupSearchError: in the middle of a logical batch, whose sums are not saved.
+            GroupSearchError: in the middle of a logical batch, whose sums are not saved, or when the state of
+                a secure stream is asked for, which has none.
         """
         self._check_between_steps("saved")
         return {
             "version": VERSION,
             **self._fixed(),
             "steps": self.steps,
-            "mechanism": self.mechanism.state_dict(),
+            "mechanism": self.mechanism.state_dict(exact=exact),
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the engine that wrote the state stood.
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Go on where the engine that wrote the state stood, with fresh noise.
+
+        The generator, also one that ``make_private`` was given, is filled anew from the operating system.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            exact: whether to go on with the noise of the run that saved, bit for bit. **Epsilon holds for one
+                continuation alone**: two with the same noise show by their difference what no noise hides.
 
         Raises:
             GroupSearchError: when the state is of another plan, noise, sampling rate or expected batch size,
-                or in the middle of a logical batch.
+                or in the middle of a logical batch, or holds no generator to go on with.
         """
         self._check_between_steps("loaded")
         check_state(state, self._fixed())
-        self.mechanism.load_state_dict(state["mechanism"])
+        self.mechanism.load_state_dict(state["mechanism"], exact=exact)
         if self.accountant is not None:
             self.accountant.load_state_dict(state["accountant"])
         self._step.count = int(state["steps"])
@@ -299,7 +324,7 @@ class PrivateEngine:
         return self.settings.sampling, round(self.expected_batch_size / rate), rate
 
     def _check_step(self, examples: int) -> None:
-        """Refuse a step on a logical batch that is not drawn, or not scaled, as the engine was told, or that the watch objects to."""
+        """Refuse a step that the watch objects to, or on a batch not drawn or scaled as the engine was told."""
         if self._watch is not None:
             self._watch.check()
         check_surroundings(

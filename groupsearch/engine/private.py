@@ -24,6 +24,7 @@ from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.watch import RATE
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.randomness import source_of
 from groupsearch.trace import shared_parameters, weights_with_choice
 
 REDUCTIONS = ("mean", "sum")
@@ -49,6 +50,7 @@ def make_private(
     sample: Any = None,
     watch: float = RATE,
     allow_state: Collection[str] = (),
+    secure: bool = False,
 ) -> PrivateEngine:
     """Make the steps of an existing loop differentially private (Book-Keeping with groups).
 
@@ -88,7 +90,8 @@ def make_private(
             all others: the guarantee is strict for a scale that does not adapt
             (``scaler.update(scaler.get_scale())``), or with bfloat16, which needs none.
         options: choices of cost only.
-        generator: draws the noise; by default one seeded from the operating system.
+        generator: draws the noise, for experiments alone: epsilon holds for nobody who knows its seed. By default
+            one that the operating system's entropy fills, see :mod:`groupsearch.randomness`.
         loss: ``loss(model, batch)``, one loss per example (B,). With it the engine is held to plain autograd before
             the first step, on the model in the mode it is in (:mod:`groupsearch.engine.truth`): on the sample, or on
             the first examples of the batches' data. It costs about 25 examples' forward and backward passes.
@@ -96,6 +99,7 @@ def make_private(
         watch: with ``loss`` and ``batches``, the part of physical batches that the watch in training looks at
             (:mod:`groupsearch.engine.truth.watch`); 0 for none. A difference refuses the step.
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
+        secure: draw the noise from a cipher, see :class:`groupsearch.randomness.SecureStream`.
 
     Returns:
         The engine. ``engine.detach()`` takes it away again; ``engine.report()`` says what was checked.
@@ -104,7 +108,8 @@ def make_private(
         UnsupportedModelError: for a layer that mixes examples, a wrapped model or an optimizer that
             cannot be served, or a trainable parameter that no site of the plan covers or that the optimizer
             does not hold; where the check finds that examples mix or the engine is not right.
-        GroupSearchError: for a number outside its range, or batches together with what they say.
+        GroupSearchError: for a number outside its range, batches together with what they say, or a generator
+            where the noise is to be secure.
     """
     if loss_reduction not in REDUCTIONS:
         raise GroupSearchError(
@@ -142,10 +147,8 @@ def make_private(
 
         accountant = Accountant(noise_multiplier, sampling_rate, sampling)
     seeded = generator is not None or (batches is not None and batches.seeded)
-    if generator is None:
-        generator = torch.Generator(next(p.device for p in model.parameters() if p.requires_grad))
-        generator.seed()
-    mechanism = Mechanism(plan, noise_multiplier, generator, expected_batch_size)
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    mechanism = Mechanism(plan, noise_multiplier, source_of(device, generator, secure), expected_batch_size)
     checked = None
     if loss is not None and (sample is not None or batches is not None):
         sites = plan.grouping.sites

@@ -66,12 +66,20 @@ def _page(subject: Subject, sections: list[Section]) -> str:
         f'<main>\n<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n'
         f"<h1>{unbroken(escape(words.headline(subject)))}</h1>\n"
         + (f'<dl class="keys">{keys}</dl>\n' if keys else "")
-        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n</header>\n'
+        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n'
+        f"{_randomness(subject)}</header>\n"
         + "".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>\n" for s in sections)
         + f"<footer>Made by groupsearch from a {escape(subject.kind)} document, schema "
         f"{escape(str(subject.document['schema_version']))}. The page needs no network.</footer>\n</main>\n"
         f"{scripts}\n</body>\n</html>\n"
     )
+
+
+def _randomness(subject: Subject) -> str:
+    """At the top, as it says what every epsilon of the page is worth."""
+    if subject.kind not in ("search", "train"):
+        return ""
+    return f'<p class="lede"><strong>{escape(words.randomness(subject.document))}</strong></p>\n'
 
 
 def _front(subject: Subject) -> Section | None:
@@ -206,6 +214,8 @@ def _privacy(subject: Subject) -> Section | None:
     document = subject.document
     if subject.privacy is not None:
         stated = [*subject.privacy.sentences, not_private_sentence(document.get("not_private") or {})]
+        if (added := document.get("added_delta")) is not None:
+            stated.append(f"That noise ends somewhere adds {format_number(added, 2)} to delta at most.")
         body = "\n".join(f'<p class="lede">{escape(sentence)}</p>' for sentence in stated if sentence)
         return Section("What is private", body + (_training(document) if subject.kind == "train" else ""))
     if document.get("epsilon") is None:

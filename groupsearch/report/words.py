@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from groupsearch.report.comparisons import comparisons, summary_of
 from groupsearch.report.subject import NEAR_FLOOR, Metric, Subject, groups_word, is_share, metric_of
@@ -38,6 +39,25 @@ class KeyFigure(NamedTuple):
     label: str
     value: str
     note: str
+
+
+def randomness(document: Mapping[str, Any]) -> str:
+    """Whether the noise can be had again, and what epsilon is worth then; of a search or a training."""
+    settings: Mapping[str, Any] = document["settings"]
+    found = document.get("randomness") or {"secret": settings.get("seed") is None, "seed": settings.get("seed")}
+    if found["secret"]:
+        source = "a cipher that the operating system seeds" if found.get("secure") else "the operating system's entropy"
+        return f"Noise and batches were drawn from {source}: nobody can draw them again."
+    if document["kind"] == "train":
+        return (
+            f"Experiment: noise and batches come from seed {found['seed']}, so that they can be had again. Epsilon "
+            f"holds for nobody who knows the seed."
+        )
+    return (
+        f"Experiment: noise and batches come from seed {found['seed']} and those after it, the same for every "
+        f"grouping. Epsilon holds for nobody who knows them, and trainings that share their noise do not compose: "
+        f"the difference of two is the difference of what the noise was to hide."
+    )
 
 
 def headline(subject: Subject) -> str:

@@ -1,8 +1,9 @@
 """Differentially private training of a workload with a grouping, over many steps.
 
-All randomness comes from one seed, in separate streams for initial weights, sampling, noise and
-dropout: two groupings trained with the same seed start from the same weights and see the same
-batches, so their difference is the grouping's.
+Initial weights, sampling, noise and dropout draw from separate streams, which nobody can draw again unless
+a seed is given. Two groupings trained with the same seed start from the same weights and see the same
+batches, so their difference is the grouping's: an experiment, whose epsilon holds for nobody who knows the seed.
+With that seed they also have the same noise, so what they publish together is not covered by adding their epsilons.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -36,7 +36,6 @@ from groupsearch.workloads.workload import Batch, Data, Workload
 # float16 takes small gradients for zero. A scale that adapts tells of overflows without noise, so it stays as it is.
 _LOSS_SCALE = 2.0**10
 _SHOWN = 16
-_STREAMS = ("weights", "sampling", "noise", "dropout")
 
 OnStep = Callable[[int, CurvePoint | None], None]
 
@@ -47,7 +46,7 @@ def train(
     """Trains a freshly built model of the workload, with differential privacy unless ``grouping`` is None.
 
     Batches are Poisson samples of the training data, processed in pieces of at most
-    ``physical_batch`` examples. On a CPU the same arguments give the same numbers, bit for bit.
+    ``physical_batch`` examples. On a CPU the same arguments with the same seed give the same numbers, bit for bit.
     Private training begins with a check of the model on a few of the examples, as it is trained: its
     sites must be those of the grouping, and every example's gradient that of plain autograd on it alone
     (:mod:`groupsearch.engine.truth`). A watch looks at some of the batches again.
@@ -96,6 +95,7 @@ def train(
         noise_multiplier=noise_multiplier,
         steps=settings.steps,
         statement=statement,
+        added_delta=0.0 if run.engine is None else run.engine.added_delta,
         checked=None if run.report is None else run.report.checked,
         watched=None if run.report is None else run.report.watched,
     )
@@ -119,9 +119,9 @@ class _Run:
         self.noise_multiplier = noise_multiplier
         self.engine: PrivateEngine | None = None
         self.report: EngineReport | None = None
-        self.seeds = _seeds(settings.seed)
+        self.streams = settings.streams()
         self.device = torch.device(settings.device)
-        self.model = workload.build(self.seeds["weights"]).to(self.device)
+        self.model = workload.build(self.streams.number("weights")).to(self.device)
         checkpoint_as(self.model, settings.checkpoint)
         self.scaler = GradScaler(self.device.type, _LOSS_SCALE, enabled=settings.autocast == "float16")
         self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
@@ -133,22 +133,24 @@ class _Run:
             views=workload.views,
             augment=workload.augment,
             # Drawn on the CPU whatever the device, so that every device sees the same batches.
-            generator=torch.Generator("cpu").manual_seed(self.seeds["sampling"]),
+            generator=self._generator("sampling", torch.device("cpu")),
+            secure=settings.secure,
         )
+
+    def _generator(self, stream: str, device: torch.device) -> torch.Generator | None:
+        return None if self.settings.secure else self.streams.generator(stream, device)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The engine on the model, if there is a grouping, and dropout drawing from its own stream."""
-        devices = [self.device] if self.device.type == "cuda" else []
         settings = self.settings
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seeds["dropout"])
+        with self.streams.drawn_globally("dropout", [self.device]) as begin_dropout:
             if self.grouping is None:
                 yield
                 return
             self._check_sites(self.grouping)
             # What the check drew must not move what training draws.
-            torch.manual_seed(self.seeds["dropout"])
+            begin_dropout()
             self.engine = make_private(
                 self.model,
                 self.optimizer,
@@ -161,7 +163,8 @@ class _Run:
                 loss=self.workload.loss,
                 watch=settings.watch,
                 allow_state=settings.allow_state,
-                generator=torch.Generator(self.device).manual_seed(self.seeds["noise"]),
+                generator=self._generator("noise", self.device),
+                secure=settings.secure,
             )
             try:
                 with (
@@ -252,9 +255,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _seeds(seed: int) -> dict[str, int]:
-    """An independent seed per stream; 32 bits each, which is what every generator takes."""
-    states = np.random.SeedSequence(seed).generate_state(len(_STREAMS))
-    return {name: int(state) for name, state in zip(_STREAMS, states, strict=True)}

@@ -53,6 +53,8 @@ class TrainResult:
         noise_multiplier: 0 without privacy.
         steps: optimizer steps taken.
         statement: what that means; None where nothing was made private.
+        added_delta: what noise that ends somewhere adds to ``delta``, see
+            :func:`groupsearch.engine.noise.added_delta`; 0 without privacy.
         checked: how the engine was held to plain autograd before the first step; None without privacy.
         watched: what the watch in training did; None where there was none.
     """
@@ -66,5 +68,6 @@ class TrainResult:
     noise_multiplier: float
     steps: int
     statement: PrivacyStatement | None
+    added_delta: float = 0.0
     checked: Checked | None = None
     watched: Watched | None = None

@@ -12,6 +12,7 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.privacy import PrivacyStatement
+from groupsearch.randomness import Streams
 from groupsearch.tracer.step import AUTOCASTS
 from groupsearch.workloads.workload import Workload
 
@@ -34,7 +35,10 @@ class TrainSettings:
         noise_allocation: how noise is.
         physical_batch: most examples in one forward and backward pass; None for no limit.
         evaluate_every: steps between two points of the curve; 0 for the last step alone.
-        seed: source of all randomness, not negative.
+        seed: None for noise, batches, weights and dropout from the operating system's entropy. A seed, not negative,
+            makes it an experiment that gives the same numbers every time, and whose epsilon holds for
+            nobody who knows it.
+        secure: whether noise and batches come from a cipher, see :class:`groupsearch.randomness.SecureStream`.
         device: where to train.
         options: cost-only choices of the engine.
         checkpoint: ``none``, or ``blocks`` (``every:K``) to recompute every repeated block (one in K) in the
@@ -59,7 +63,8 @@ class TrainSettings:
     noise_allocation: str | Sequence[float] = "global"
     physical_batch: int | None = None
     evaluate_every: int = 0
-    seed: int = 0
+    seed: int | None = None
+    secure: bool = False
     device: str = "cpu"
     options: EngineOptions = field(default_factory=EngineOptions)
     checkpoint: str = "none"
@@ -69,8 +74,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise GroupSearchError(f"Expected {name} >= {least}, found {getattr(self, name)}.")
+            found = getattr(self, name)
+            if found is not None and found < least:
+                raise GroupSearchError(f"Expected {name} >= {least}, found {found}.")
+        self.streams()
         checkpoint_interval(self.checkpoint)
         if self.autocast not in AUTOCASTS:
             raise GroupSearchError(f"Expected autocast to be one of {', '.join(AUTOCASTS)}, found {self.autocast!r}.")
@@ -99,6 +106,14 @@ class TrainSettings:
             GroupSearchError: when a rule or allocation does not fit the grouping.
         """
         return ClipPlan(grouping, self.max_grad_norm, self.rule, self.allocation, self.noise_allocation)
+
+    def streams(self) -> Streams:
+        """Where what is random comes from.
+
+        Raises:
+            GroupSearchError: for a seed of a secure training.
+        """
+        return Streams(self.seed, self.secure)
 
     def delta_for(self, train_size: int) -> float:
         """The delta given, or the default one of this many training examples."""

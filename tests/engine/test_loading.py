@@ -116,9 +116,9 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(done: int, workers: i
             seen.append([batch["number"].tolist() for batch in logical])
             if len(seen) == done:
                 break
-    state = first.state_dict()
+    state = first.state_dict(exact=True)
     second = batches_of(seed=99, num_workers=workers)
-    second.load_state_dict(state)
+    second.load_state_dict(state, exact=True)
     rest = numbers(second)
     assert seen + rest == whole[: done + len(rest)]
     assert len(rest) == 12 - done % 12, "the iteration ends where it would have"
@@ -127,10 +127,10 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(done: int, workers: i
 def test_a_state_is_a_snapshot() -> None:
     batches = batches_of()
     numbers(batches, 3)
-    state = batches.state_dict()
+    state = batches.state_dict(exact=True)
     rest = numbers(batches)
     again = batches_of()
-    again.load_state_dict(state)
+    again.load_state_dict(state, exact=True)
     assert numbers(again) == rest
 
 
@@ -237,7 +237,7 @@ def test_a_state_of_other_data_is_refused() -> None:
         with pytest.raises(GroupSearchError, match="same data"):
             other.load_state_dict(state)
     with pytest.raises(GroupSearchError, match="state_dict"):
-        batches_of().load_state_dict({"taken": 3})
+        batches_of().load_state_dict({"size": SIZE})
 
 
 class Run:
@@ -261,6 +261,18 @@ class Run:
     @property
     def parts(self) -> tuple[Any, ...]:
         return self.model, self.optimizer, self.engine, self.batches
+
+    def save(self, path: Path) -> None:
+        model, optimizer, *ours = self.parts
+        states = [model.state_dict(), optimizer.state_dict(), *(part.state_dict(exact=True) for part in ours)]
+        torch.save(states, path)
+
+    def load(self, path: Path, exact: bool) -> None:
+        (model, optimizer, *ours), (weights, moments, *states) = self.parts, torch.load(path)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        for part, state in zip(ours, states, strict=True):
+            part.load_state_dict(state, exact=exact)
 
     def train(self, steps: int) -> None:
         for logical in islice(self.batches, steps):
@@ -294,9 +306,8 @@ def test_a_private_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(w
     whole, first, second = Run(), Run(workers=workers), Run(workers=workers)
     whole.train(12)
     first.train(7)
-    torch.save([part.state_dict() for part in first.parts], tmp_path / "state.pt")
-    for part, state in zip(second.parts, torch.load(tmp_path / "state.pt"), strict=True):
-        part.load_state_dict(state)
+    first.save(tmp_path / "state.pt")
+    second.load(tmp_path / "state.pt", exact=True)
     second.train(12)
     assert torch.equal(second.weights, whole.weights)
     assert (second.engine.steps, second.batches.taken) == (12, 12)
@@ -492,3 +503,61 @@ class Stream(IterableDataset[int]):
 def test_what_cannot_be_sampled_is_refused(dataset: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(GroupSearchError, match="Expected"):
         batches_of(dataset, **settings)
+
+
+def branches(tmp_path: Path, exact: bool) -> list[Tensor]:
+    """How far one step goes in two continuations of one state, from the same generators in both processes."""
+    first = Run()
+    first.train(3)
+    first.save(tmp_path / "state.pt")
+    ends = []
+    for _ in range(2):
+        run = Run()
+        run.load(tmp_path / "state.pt", exact=exact)
+        start = run.weights
+        run.train(1)
+        assert (run.engine.steps, run.batches.taken) == (4, 4)
+        ends.append(run.weights - start)
+    return ends
+
+
+def test_branches_of_one_state_share_no_noise_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """With the same noise the difference of two branches would be that of their clean sums."""
+    one, other = branches(tmp_path, exact=False)
+    assert (one != other).all()
+    one, other = branches(tmp_path, exact=True)
+    assert torch.equal(one, other)
+
+
+def test_a_state_holds_no_generator_unless_it_is_asked_for() -> None:
+    run = Run()
+    assert "generator" not in run.engine.state_dict()["mechanism"]
+    assert "generator" not in run.batches.state_dict()
+    for part in run.parts[2:]:
+        with pytest.raises(GroupSearchError, match="exact=True"):
+            part.load_state_dict(part.state_dict(), exact=True)
+
+
+def test_a_loaders_seed_foretells_no_batch() -> None:
+    """A loader's base seed used to be the first number that decides who is in the first batch."""
+    batches = batches_of(seed=3)
+    base = torch.empty((), dtype=torch.int64).random_(generator=batches._workers_generator()).item()
+    drawn = torch.rand(1000, dtype=torch.float64, generator=seeded(3)).mul(2.0**53).long().tolist()
+    assert base % 2**53 not in drawn
+    first = torch.empty((), dtype=torch.int64).random_(generator=seeded(3)).item()
+    assert first % 2**53 == drawn[0], "the test itself: with the sampler's own seed it was"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_secure_batches_are_poisson_samples_that_are_kept_until_they_are_finished(workers: int) -> None:
+    batches = batches_of(generator=None, secure=True, num_workers=workers)
+    first = next(logical for logical in batches if logical.examples)
+    began = batches.taken
+    pieces = numbers(batches, 1)
+    assert sum(map(len, pieces[0])) == first.examples, "the one that was handed out and not finished comes again"
+    assert len(numbers(batches)) == 12 - began - 1
+    assert numbers(batches_of(generator=None, secure=True)) != numbers(batches_of(generator=None, secure=True))
+    with pytest.raises(GroupSearchError, match="secure stream"):
+        batches.state_dict(exact=True)
+    with pytest.raises(GroupSearchError, match="secure=True"):
+        batches_of(secure=True)
