@@ -38,3 +38,7 @@ class ToleranceError(GroupSearchError):
     """A difference that is larger than the caller allows."""
 
     exit_code = 1
+
+
+class TruthError(UnsupportedModelError):
+    """The engine's gradients are not those of plain autograd on one example alone."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from groupsearch import partition
+from groupsearch.checked import Checked
 from groupsearch.errors import GroupSearchError
 from groupsearch.trace import Site, Trace
 from groupsearch.units import parse_bytes
@@ -22,6 +23,7 @@ class Grouping:
     Attributes:
         boundaries: sorted; boundary b cuts between site b-1 and site b, 1 <= b <= L-1.
         sites: the L sites that are grouped.
+        checked: how the engine was held to plain autograd when the sites were traced; None where it was not.
 
     Raises:
         GroupSearchError: when a boundary lies outside the model, is repeated or out of order.
@@ -29,6 +31,7 @@ class Grouping:
 
     boundaries: tuple[int, ...]
     sites: tuple[Site, ...] = field(repr=False, compare=False)
+    checked: Checked | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         last = len(self.sites) - 1
@@ -47,17 +50,17 @@ class Grouping:
     @classmethod
     def all_layer(cls, trace: Trace) -> Grouping:
         """One group: one clipping factor for the whole model."""
-        return cls((), trace.sites)
+        return cls((), trace.sites, trace.checked)
 
     @classmethod
     def layer_wise(cls, trace: Trace) -> Grouping:
         """One group per layer (arXiv 2310.19215, section 3): a cut wherever the layer changes."""
-        return cls(trace.layer_boundaries, trace.sites)
+        return cls(trace.layer_boundaries, trace.sites, trace.checked)
 
     @classmethod
     def block_wise(cls, trace: Trace) -> Grouping:
         """One group per repeated block; what stands outside the blocks has groups of its own."""
-        return cls(trace.block_boundaries, trace.sites)
+        return cls(trace.block_boundaries, trace.sites, trace.checked)
 
     @classmethod
     def uniform(cls, trace: Trace, groups: int) -> Grouping:
@@ -67,7 +70,7 @@ class Grouping:
             GroupSearchError: when there are fewer sites than groups, or no group at all.
         """
         _check_groups(trace, groups)
-        return cls(tuple(round(m * trace.length / groups) for m in range(1, groups)), trace.sites)
+        return cls(tuple(round(m * trace.length / groups) for m in range(1, groups)), trace.sites, trace.checked)
 
     @classmethod
     def from_boundaries(cls, trace: Trace, boundaries: Iterable[int]) -> Grouping:
@@ -76,7 +79,7 @@ class Grouping:
         Raises:
             GroupSearchError: when one is repeated or outside the model.
         """
-        return cls(tuple(sorted(int(b) for b in boundaries)), trace.sites)
+        return cls(tuple(sorted(int(b) for b in boundaries)), trace.sites, trace.checked)
 
     @classmethod
     def parse(cls, trace: Trace, text: str) -> Grouping:
@@ -124,7 +127,7 @@ def least_peak(trace: Trace, groups: int) -> Grouping:
         GroupSearchError: when there are fewer sites than groups, or no group at all.
     """
     _check_groups(trace, groups)
-    return Grouping(partition.least_peak(trace, groups), trace.sites)
+    return Grouping(partition.least_peak(trace, groups), trace.sites, trace.checked)
 
 
 def fewest_groups(trace: Trace, budget_bytes: int) -> Grouping:
@@ -133,7 +136,7 @@ def fewest_groups(trace: Trace, budget_bytes: int) -> Grouping:
     Raises:
         BudgetError: when the budget is below the floor; the message states the floor.
     """
-    return Grouping(partition.fewest_groups(trace, budget_bytes), trace.sites)
+    return Grouping(partition.fewest_groups(trace, budget_bytes), trace.sites, trace.checked)
 
 
 def named_groupings(trace: Trace, uniform: Sequence[int] = ()) -> dict[str, Grouping]:

@@ -100,7 +100,7 @@ def measure_peak(
         "workload": workload,
         "settings": dict(settings or {}),
         "boundaries": None if grouping is None else list(grouping.boundaries),
-        "sites": None if grouping is None else [asdict(site) for site in grouping.sites],
+        "sites": None if grouping is None else [site.to_json() for site in grouping.sites],
         "step": step.to_json(),
         "device": device,
         "steps": steps,
@@ -139,8 +139,7 @@ def _measure(request: Mapping[str, Any]) -> Measurement:
     stage = replace(make_stage(model, batch, workload.loss, settings), micro_batches=settings.micro_batches)
     with ExitStack() as stack:
         if request["boundaries"] is not None:
-            sites = tuple(Site(**{**site, "parameters": tuple(site["parameters"])}) for site in request["sites"])
-            grouping = Grouping(tuple(request["boundaries"]), sites)
+            grouping = Grouping(tuple(request["boundaries"]), tuple(map(Site.from_json, request["sites"])))
             stack.enter_context(made_private(stage, settings, grouping, workload.batch_size))
         return measure_step(stage, device, request["steps"])
 

@@ -20,6 +20,7 @@ from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry, MatrixEntry, matrix_instances, of_examples
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.widening import widened
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.gram import Grams, sharing_pairs
@@ -61,7 +62,7 @@ def gram_matrices(
         steps: instants, as numbers of steps taken before; None for 0, a sixteenth and an eighth of the training.
 
     Raises:
-        DivergedError: when a loss is not finite in training.
+        DivergedError: when a weight is not finite in training.
         UnsupportedModelError: when the model cannot be trained privately.
         GroupSearchError: when there are fewer examples than asked for, or fewer than two, when there are steps to
             take but no data or settings, or when a gradient is not finite.
@@ -130,8 +131,7 @@ def site_grams(model: nn.Module, batch: Any, loss: Loss, sites: Sequence[Site]) 
         if site in sharing:
             kept[site] = entry
 
-    layouts = {site.layer: site.layout for site in sites if site.layout != "first"}
-    capture = Capture(model, receive, EngineOptions(), layouts)
+    capture = Capture(model, receive, EngineOptions(), Layouts.of_sites(sites))
     capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
     try:
         with torch.random.fork_rng():  # a training that is under way must go on as if nothing had been drawn

@@ -10,12 +10,31 @@ go of something that a site books). Backward reaches site L-1 first and site 0 l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from groupsearch.checked import Checked
 from groupsearch.errors import DocumentError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the examples of a batch are counted in what the model is called with.
+
+    Attributes:
+        leaf: number of the tensor that tells, among those the model is given that have dimensions.
+        dimension: of that tensor.
+        count: K, how many rows there belong to one example (augmented views, a triplet).
+        apart: whether they lie apart (K B, as ``torch.cat`` leaves them), or side by side (B K).
+    """
+
+    leaf: int = 0
+    dimension: int = 0
+    count: int = 1
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class Site:
         close_live_bytes: bytes alive at the close of this site's hook, just before sums are
             formed, without any clipped sum.
         groups: channel groups of a convolution; 1 elsewhere. d counts the inputs of one, p the outputs of all.
+        rows: how examples are counted in what the model is called with; the same at every site.
     """
 
     name: str
@@ -59,6 +79,20 @@ class Site:
     gradient_bytes: int = 0
     close_live_bytes: int = 0
     groups: int = 1
+    rows: Rows = field(default_factory=Rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain structure; :meth:`from_json` is its inverse."""
+        data = {**asdict(self), "parameters": list(self.parameters)}
+        if self.rows == Rows():
+            del data["rows"]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Site:
+        """The site that :meth:`to_json` wrote; keys that are not known are left out."""
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        return cls(**{**known, "parameters": tuple(data["parameters"]), "rows": Rows(**data.get("rows", {}))})
 
 
 @dataclass(frozen=True)
@@ -153,6 +187,7 @@ class Trace:
         settings: what the trace is keyed by (model, device, dtype, checkpoint, norm_method, ...).
         carried_bytes: clipped sums of earlier micro-batches, alive throughout; 0 where the trace is of
             the only one. Sites then leave none behind: what they sum is added to these in place.
+        checked: how the engine was held to plain autograd on the model; None where it had no weights.
         unprobed: operations of the step of which it is not known what they allocate beside their results.
     """
 
@@ -166,6 +201,7 @@ class Trace:
     batch_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     carried_bytes: int = 0
+    checked: Checked | None = None
     unprobed: tuple[str, ...] = ()
 
     @property
@@ -186,7 +222,7 @@ class Trace:
     def to_json(self) -> dict[str, Any]:
         """A plain structure of lists, strings and integers; :meth:`from_json` is its inverse."""
         return {
-            "sites": [{**asdict(site), "parameters": list(site.parameters)} for site in self.sites],
+            "sites": [site.to_json() for site in self.sites],
             "instants": [[i.site, int(i.in_hook), i.live_bytes, i.forward_bytes] for i in self.instants],
             "booked": [[b.size_bytes, b.first_site, b.last_site, b.released, *b.between] for b in self.booked],
             "cross_terms": [[c.early, c.late, c.transient_bytes] for c in self.cross_terms],
@@ -195,8 +231,9 @@ class Trace:
             "nonprivate_peak_bytes": self.nonprivate_peak_bytes,
             "batch_size": self.batch_size,
             "carried_bytes": self.carried_bytes,
-            "unprobed": list(self.unprobed),
+            **({"unprobed": list(self.unprobed)} if self.unprobed else {}),
             "settings": dict(self.settings),
+            **({"checked": self.checked.to_json()} if self.checked else {}),
         }
 
     @classmethod
@@ -208,9 +245,7 @@ class Trace:
         """
         try:
             return cls(
-                sites=tuple(
-                    Site(**{**_known(site), "parameters": tuple(site["parameters"])}) for site in data["sites"]
-                ),
+                sites=tuple(map(Site.from_json, data["sites"])),
                 instants=tuple(Instant(site, bool(hook), *sizes) for site, hook, *sizes in _integers(data["instants"])),
                 booked=tuple(
                     Booked(size, first, last, released, tuple(between))
@@ -223,6 +258,7 @@ class Trace:
                 batch_size=data["batch_size"],
                 settings=dict(data["settings"]),
                 carried_bytes=data.get("carried_bytes", 0),  # older documents are of one micro-batch
+                checked=Checked.from_json(data["checked"]) if data.get("checked") else None,
                 unprobed=tuple(data.get("unprobed", ())),  # and do not say what was not probed
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -238,12 +274,14 @@ def weights_with_choice(sites: Sequence[Site]) -> frozenset[str]:
     return frozenset(site.parameters[0] for site in matrices)
 
 
+def shared_parameters(sites: Sequence[Site]) -> frozenset[str]:
+    """The parameters that several sites use."""
+    uses = Counter(name for site in sites for name in site.parameters)
+    return frozenset(name for name, count in uses.items() if count > 1)
+
+
 def _changes(labels: Sequence[str]) -> tuple[int, ...]:
     return tuple(b for b in range(1, len(labels)) if labels[b] != labels[b - 1])
-
-
-def _known(site: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in site.items() if key in Site.__dataclass_fields__}
 
 
 def _integers(rows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

@@ -7,22 +7,7 @@ from dataclasses import dataclass, field
 
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.layers import Layer
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass of a micro-batch of ``batch_size`` examples, and the backward that follows it.
-
-    Attributes:
-        arrivals: sites that backward has reached.
-        in_backward: whether backward has begun and not come to its end; stays true when it raised.
-        finished: whether its sums are complete and nothing more may arrive.
-    """
-
-    batch_size: int
-    arrivals: int = 0
-    in_backward: bool = False
-    finished: bool = False
+from groupsearch.engine.passes import Pass
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.arrival import Arrival, Receiver
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
+from groupsearch.engine.hooks import Hook
 from groupsearch.engine.layers import Layer
-from groupsearch.engine.layout import by_example, rows_per_example
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.meeting import Meeting
 from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient, refuse_mixing
 from groupsearch.engine.passes import Passes, in_backward
 from groupsearch.engine.sources import Arrive, Source
-from groupsearch.engine.taps import Saved, with_gradient
-from groupsearch.engine.whole import Randomness, WholeCall
+from groupsearch.engine.taps import Take, with_gradient
+from groupsearch.engine.whole import Left, Randomness, WholeCall, check_nothing_left, left_on
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
+from groupsearch.trace import Rows
 from groupsearch.workloads.blocks import CheckpointedForward
 
 _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -42,7 +45,7 @@ class Capture:
         model: the model; its parameters keep ``requires_grad`` and its modules their forward.
         receive: called once per site and backward pass, in the order backward reaches the sites.
         options: decides the norm method per site.
-        layouts: where layers keep the examples of a batch, by name, if not in the first dimension.
+        layouts: where layers keep the examples of a batch; in the first dimension if not given.
 
     Attributes:
         layers: the modules that own trainable parameters.
@@ -54,7 +57,7 @@ class Capture:
         model: nn.Module,
         receive: Receiver,
         options: EngineOptions,
-        layouts: Mapping[str, str] | None = None,
+        layouts: Layouts | None = None,
         passes: Passes | None = None,
     ) -> None:
         if model in _WATCHED:
@@ -65,23 +68,26 @@ class Capture:
         self.passes = passes or Passes()
         self._receive = receive
         self._options = options
-        self._meeting = Meeting(self._batch_size, self._site_arrival, options)
+        self._rows = (layouts or Layouts()).rows
+        self._meeting = Meeting(self.passes.running, self._site_arrival, options)
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._inside: list[CheckpointedForward] = []
-        self._random: list[Randomness] = []
+        self._before_calls: list[tuple[Randomness, Left]] = []
+        self._aside = False
+        self._given_as = ("second",) if self._rows.dimension else ("first",) if self._rows.count == 1 else ("folded",)
         self._watch_outputs = any(
             x.rule is None or x.rule.kind == "embedding" or x.layout != "first" for x in self.layers
         )
-        self._handles = [
-            model.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
-        ]
+        self._handles: list[RemovableHandle] = []
         _WATCHED.add(model)
         self._model = weakref.ref(model)
         for layer in self.layers:
             self._watch(layer)
-        # after the layers' own hooks: the model may be a layer itself
-        self._handles.append(model.register_forward_hook(self._end_forward, always_call=True))
+        # outside of the layers' own hooks: the model may be a layer itself
+        begin, end = Hook(self._begin_pass), Hook(self._end_forward)
+        self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+        self._handles.append(model.register_forward_hook(end, always_call=True))
 
     def remove(self) -> None:
         """Take every hook away; the model is as it was."""
@@ -93,36 +99,48 @@ class Capture:
         self._meeting.forget()
         _WATCHED.discard(self._model())
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """For a while the model runs as if nothing watched it."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    @contextmanager
+    def turned_to(self, receive: Receiver) -> Iterator[None]:
+        """For a while forward passes, of the same examples until the next backward, are another receiver's."""
+        before = self._receive, self.passes
+        self._receive, self.passes = receive, Passes()
+        self.passes.policy = "same"
+        try:
+            yield
+        finally:
+            self._receive, self.passes = before
+            self._meeting.forget()
+
+    def _is_on(self) -> bool:
+        return torch.is_grad_enabled() and not self._aside
+
     # -- passes ------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not self._is_on():
             return
-        if not in_backward():
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
-            if not tensors:
-                raise UnsupportedModelError(
-                    "The model was called without a tensor that leads with the examples of a batch, so that their "
-                    "number is unknown. Pass the batch to the model's forward as tensors, batch first."
-                )
-            if self.passes.begin(tensors[0].shape[0]):
-                for name, module in self._mixing:
-                    refuse_mixing(name, module)
-                self._meeting.forget()
+        if not in_backward() and self.passes.begin(_count_examples((args, kwargs), self._rows), self._rows):
+            for name, module in self._mixing:
+                refuse_mixing(name, module)
+            self._meeting.forget()
         if self._watch_outputs:
-            self._meeting.mark(pytree.tree_leaves((args, kwargs)))
+            self._meeting.mark(pytree.tree_leaves((args, kwargs)), self._given_as)
             self._meeting.enter()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         while self._meeting.watching:
             self._meeting.leave()
-        if output is None and not in_backward():
+        if output is None and not in_backward() and not self._aside:
             self.passes.fail()
-
-    def _batch_size(self) -> int:
-        return self.passes.running().batch_size
 
     def _arrive(self, arrival: Arrival) -> None:
         self.passes.arrive(arrival.source_pass, self._meeting.forget)
@@ -134,7 +152,7 @@ class Capture:
 
     def _watch(self, layer: Layer) -> None:
         for name in layer.trainable:
-            self._handles.append(refuse_gradient(layer, name))
+            self._handles.append(refuse_gradient(layer, name, lambda: self._aside))
         before, after = self._hooks_of(layer)
         module = layer.module
         forward = vars(module).get("forward")
@@ -143,25 +161,33 @@ class Capture:
             self._inside.append(forward)
             return
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled():
+            if self._is_on() and not self._is_swapped(layer):
                 self.passes.running()
-                before(layer)
+                _check_no_transform(layer)
+                (self._before_bare if self._goes_on(layer, args, kwargs) else before)(layer)
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not self._restore(layer):
                 return None
             with torch._C.DisableTorchFunction():  # what the engine does itself is not the model's doing
+                if self._goes_on(layer, args, kwargs):
+                    return self._after_bare(layer, args, kwargs, output)
                 return after(layer, args, kwargs, output)
 
-        self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
+        # before the user's own: those that compute a weight from parameters, keep or replace an output
+        first: dict[str, Any] = {"with_kwargs": True, "prepend": True}
+        self._handles.append(module.register_forward_pre_hook(Hook(pre_hook), **first))
+        self._handles.append(module.register_forward_hook(Hook(hook), always_call=True, **first))
+
+    def _goes_on(self, layer: Layer, args: Any, kwargs: Any) -> bool:
+        """Whether a layer with a rule is given a function of parameters alone: so is what it returns."""
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        return layer.rule is not None and layer.layout != "whole" and self._meeting.is_tracked(given)
 
     @contextmanager
     def _run_inside(self, layer: Layer, before: Callable[..., None], after: Callable[..., Any]) -> Iterator[None]:
-        if not torch.is_grad_enabled():
+        if not self._is_on():
             yield
             return
         self.passes.running()
@@ -187,17 +213,32 @@ class Capture:
             slots[name] = replacement
         self._swapped.append((layer.module, originals))
 
+    def _is_swapped(self, layer: Layer) -> bool:
+        """Whether a layer around it, which shares its parameters, has put others in their place already."""
+        taken = {(id(slots), name) for _, originals in self._swapped for slots, name, _ in originals}
+        return bool(taken) and any(
+            (id(layer.module.get_submodule(path)._parameters), name) in taken
+            for path, _, name in (local.rpartition(".") for local in layer.trainable)
+        )
+
     def _restore(self, layer: Layer) -> bool:
         if not self._swapped or self._swapped[-1][0] is not layer.module:
             return False
-        for slots, name, original in self._swapped.pop()[1]:
+        for slots, name, original in reversed(self._swapped.pop()[1]):  # a tied one comes twice
             slots[name] = original
         if isinstance(layer.module, nn.RNNBase):
             layer.module._update_flat_weights()  # it keeps a list of its parameters
         return True
 
     def _detached(self, layer: Layer) -> dict[str, Tensor]:
-        return {name: layer.module.get_parameter(name).detach() for name in layer.trainable}
+        try:
+            return {name: layer.module.get_parameter(name).detach() for name in layer.trainable}
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"Layer {layer.name!r} runs with other tensors in the place of its parameters "
+                f"(torch.func.functional_call): {error}. What they are made of is not followed. Call the model itself.",
+                layer.name,
+            ) from error
 
     def _before_rule(self, layer: Layer) -> None:
         with torch._C.DisableTorchFunction():
@@ -207,33 +248,27 @@ class Capture:
         if output is None or layer.rule is None:  # the forward raised
             return None
         source_pass, x = self.passes.running(), args[0] if args else next(iter(kwargs.values()))
-        if self._meeting.is_tracked(x):
-            raise UnsupportedModelError(
-                f"Layer {layer.name!r} works on the output of another layer that saw no batch. Let one of the two see "
-                "the batch (expand its input over the examples), or freeze one with requires_grad_(False).",
-                layer.name,
-            )
         saved = layer.rule.saved(layer, x)
         constant = self._meeting.watching and not self._meeting.from_batch(x)
-        layout, size = layer.layout, source_pass.batch_size
-        if constant or rows_per_example(output, layout, size) is None:
+        layout = layer.layout
+        if constant or source_pass.rows_of(output, layout) is None:
             return self._without_batch(layer, saved, output, constant)
-        tensors = Saved(saved)
 
-        def arrive(g: Tensor) -> None:
+        def arrive(g: Tensor, take: Take) -> None:
             assert layer.rule is not None
-            rule, taken = layer.rule, self._meeting.during(tensors.take) if self._watch_outputs else tensors.take()
-            seen = tuple(by_example(x, layout, size) for x in taken)
-            make = partial(rule.entry, layer, seen, by_example(g, layout, size), self._options)
+            rule, taken = layer.rule, self._meeting.during(take) if self._watch_outputs else take()
+            seen = tuple(source_pass.by_example(x, layout) for x in taken)
+            make = partial(rule.entry, layer, seen, source_pass.by_example(g, layout), self._options)
             self._arrive(Arrival(layer.name, layer, rule.kind, make, source_pass))
 
-        return with_gradient(output, arrive)
+        return with_gradient(source_pass, output, arrive, saved)
 
     def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor, constant: bool) -> Tensor:
         if not constant:
+            examples = self.passes.running().batch_size
             raise UnsupportedModelError(
                 f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the "
-                f"batch of {self._batch_size()} examples: their gradients cannot be told apart. Keep the batch first, "
+                f"batch of {examples} examples: their gradients cannot be told apart. Keep the batch first, "
                 "and use use_reentrant=False where activation checkpointing is on.",
                 layer.name,
             )
@@ -248,7 +283,8 @@ class Capture:
                 inputs = tuple(x.expand(size, *x.shape) for x in saved)
             return layer.rule.entry(replace(layer, layout="first"), inputs, instance, self._options)
 
-        return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry, layer))
+        leaf = self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry, layer))
+        return self._meeting.apply(torch.clone, leaf)  # in-place operations may follow
 
     def _before_bare(self, layer: Layer) -> None:
         self._meeting.enter(layer)
@@ -266,32 +302,66 @@ class Capture:
 
     def _before_whole(self, layer: Layer) -> None:
         self._swap(layer, self._detached(layer))
-        self._random.append(Randomness(next(layer.module.parameters()).device))
+        self._before_calls.append((Randomness(next(layer.module.parameters()).device), left_on(layer.module)))
 
     def _after_whole(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Any:
-        randomness = self._random.pop()
+        randomness, left = self._before_calls.pop()
         if output is None:
             return None
+        check_nothing_left(layer, left)
         source_pass, from_batch = self.passes.running(), self._meeting.from_batch
-        call = WholeCall.of(layer, (args, kwargs), source_pass.batch_size, from_batch, randomness.drawn())
+        call = WholeCall.of(layer, (args, kwargs), source_pass, from_batch, randomness.drawn())
 
         def deliver(make: Callable[[], Entry]) -> None:
             self._arrive(Arrival(layer.name, layer, "function", make, source_pass))
 
-        return call.await_gradients(output, lambda saved: self._meeting.during(saved.take), deliver)
+        return call.await_gradients(output, self._meeting.during, deliver)
 
     def _site_arrival(self) -> Arrive:
         source_pass = self.passes.running()
 
         def arrive(key: str, make: Callable[[], Entry]) -> None:
             layer = self._owner(key)
-            kind = layer.rule.kind if layer.rule else "parameter"
+            kind = layer.rule.kind if layer.rule and key == layer.name else "parameter"
             self._arrive(Arrival(key, layer, kind, make, source_pass))
 
         return arrive
 
     def _owner(self, key: str) -> Layer:
-        return next(x for x in self.layers if key == x.name or (x.rule is None and key in self._keys(x)))
+        whose = {x.name: x for x in self.layers if x.rule is not None or x.layout == "whole"}
+        return whose[key] if key in whose else next(x for x in self.layers if key in self._keys(x))
 
     def _keys(self, layer: Layer) -> set[str]:
         return {f"{layer.name}.{name}" if layer.name else name for name in layer.trainable}
+
+
+def _count_examples(arguments: tuple[Any, Any], rows: Rows) -> int:
+    """B of a call of the model, counted as a trace found that it can be.
+
+    Raises:
+        UnsupportedModelError: when no tensor tells it, or the rows do not make up whole examples.
+    """
+    tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor) and x.dim()]
+    if len(tensors) <= rows.leaf or tensors[rows.leaf].dim() <= rows.dimension:
+        raise UnsupportedModelError(
+            "The model was called without the tensor that tells how many examples there are. Pass the batch to the "
+            "model's forward as tensors, in the same places as when it was traced."
+        )
+    shape = tensors[rows.leaf].shape
+    examples, left = divmod(shape[rows.dimension], rows.count)
+    if left:
+        raise UnsupportedModelError(
+            f"The model was called with {shape[rows.dimension]} rows in a tensor of shape {tuple(shape)}, where "
+            f"{rows.count} belong to every example: they do not make up whole examples. Give every example as many "
+            "rows as when the model was traced, or trace it again as it is trained."
+        )
+    return examples
+
+
+def _check_no_transform(layer: Layer) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedModelError(
+            f"Layer {layer.name!r} runs inside a transform of torch.func (vmap, grad, jvp), which hides its examples. "
+            "Call the model outside of it, or freeze the layer with requires_grad_(False).",
+            layer.name,
+        )

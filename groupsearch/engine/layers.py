@@ -49,6 +49,11 @@ class Layer:
     rule: Rule | None
     layout: str = "first"
 
+    @property
+    def folded(self) -> bool:
+        """Whether it sees several rows of every example, so that its tensors come as (B, k, ...)."""
+        return self.layout == "folded"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -88,7 +93,7 @@ def _saved_input(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
 
 def _channels_second(layer: Layer, x: Tensor) -> Tensor:
     """(B, C, ...), also where the layer sees images folded with their examples: (B, k, C, ...)."""
-    return x.transpose(1, 2) if layer.layout == "folded" else x
+    return x.transpose(1, 2) if layer.folded else x
 
 
 def _channel_sum(layer: Layer, x: Tensor) -> Tensor:
@@ -156,7 +161,7 @@ def _convolution(layer: Layer, saved: tuple[Tensor, ...], g: Tensor, options: En
 
     def operands(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         g_BGTp = _channels_second(layer, g).flatten(2).unflatten(1, (module.groups, -1)).mT
-        if layer.layout != "folded":
+        if not layer.folded:
             return unfold_input(module, a.to(g.dtype)), g_BGTp
         a_BkGTd = unfold_input(module, a.to(g.dtype).flatten(0, 1)).unflatten(0, a.shape[:2])
         return a_BkGTd.transpose(1, 2).flatten(2, 3), g_BGTp
@@ -192,9 +197,8 @@ def _normalised(
         instances = {}
         if "weight" in layer.trainable:
             x = widened(saved[0])
-            folded = layer.layout == "folded"
-            scaled = normalise(layer.module, x.flatten(0, 1) if folded else x)
-            scaled = (scaled.unflatten(0, x.shape[:2]) if folded else scaled).mul_(g)
+            scaled = normalise(layer.module, x.flatten(0, 1) if layer.folded else x)
+            scaled = (scaled.unflatten(0, x.shape[:2]) if layer.folded else scaled).mul_(g)
             instances[layer.trainable["weight"]] = sum_of(layer, scaled)
         if "bias" in layer.trainable:
             instances[layer.trainable["bias"]] = sum_of(layer, g)

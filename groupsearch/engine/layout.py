@@ -4,39 +4,82 @@
 an image or frames of a film are. ``second``: (T, B, ...), as recurrent layers have it. ``whole``:
 inside the module rows have left their examples (routed tokens); only what goes in and out is
 first or folded.
+
+The model itself may be called with several rows of every example (augmented views, triplets): then all of
+this is of K B rows, side by side or apart (:class:`~groupsearch.trace.Rows`), and belongs to B examples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
 from torch import Tensor
 
-LAYOUTS = ("first", "folded", "second", "whole")
+from groupsearch.trace import Rows, Site
+
+ONE_ROW = Rows()
 
 
-def rows_per_example(tensor: Tensor, layout: str, batch_size: int) -> int | None:
+@dataclass(frozen=True)
+class Layouts:
+    """Where the layers of a model keep the examples.
+
+    Attributes:
+        of: by the layer's name, if not in the first dimension.
+        rows: what the model itself is called with.
+    """
+
+    of: Mapping[str, str] = field(default_factory=dict)
+    rows: Rows = ONE_ROW
+
+    @classmethod
+    def of_sites(cls, sites: Sequence[Site]) -> Layouts:
+        """What a trace found."""
+        of = {site.layer: site.layout for site in sites if site.layout != "first"}
+        return cls(of, sites[0].rows if sites else ONE_ROW)
+
+
+def rows_per_example(tensor: Tensor, layout: str, batch_size: int, rows: Rows = ONE_ROW) -> int | None:
     """K of a tensor that keeps ``batch_size`` examples in this layout, None of one that does not.
 
-    1 for ``first`` and ``second``.
+    1 for ``first``, and for ``second`` unless the model is called with several rows of an example.
     """
     shape = tensor.shape
     if layout == "second":
-        return 1 if len(shape) > 1 and shape[1] == batch_size else None
+        return rows.count if len(shape) > 1 and shape[1] == batch_size * rows.count else None
     if not shape or (layout == "first" and shape[0] != batch_size):
         return None
     if batch_size == 0:
         return 1 if shape[0] == 0 else None
+    if rows.apart and shape[0] != batch_size and shape[0] % (batch_size * rows.count):
+        return None
     return shape[0] // batch_size if shape[0] and shape[0] % batch_size == 0 else None
 
 
-def by_example(tensor: Tensor, layout: str, batch_size: int) -> Tensor:
-    """A view with the examples in the first dimension: (B, ...), for ``folded`` (B, k, ...)."""
+def by_example(tensor: Tensor, layout: str, batch_size: int, rows: Rows = ONE_ROW) -> Tensor:
+    """The tensor with the examples in the first dimension: (B, ...), for several rows of an example (B, k, ...)."""
     if layout == "second":
-        return tensor.transpose(0, 1)
+        moved = tensor.transpose(0, 1)
+        return moved if rows.count == 1 else unfold_rows(moved, batch_size, rows)
     if layout == "folded":
-        return unfold_rows(tensor, batch_size)
+        return unfold_rows(tensor, batch_size, rows)
     return tensor
 
 
-def unfold_rows(tensor: Tensor, batch_size: int) -> Tensor:
-    """(B k, ...) as (B, k, ...)."""
-    return tensor.unflatten(0, (batch_size, tensor.shape[0] // batch_size if batch_size else 1))
+def unfold_rows(tensor: Tensor, batch_size: int, rows: Rows = ONE_ROW) -> Tensor:
+    """(B k, ...) as (B, k, ...); of rows that lie apart, (K B k, ...) as (B, K k, ...)."""
+    each = tensor.shape[0] // batch_size if batch_size else 1
+    if not rows.apart or each == 1:
+        return tensor.unflatten(0, (batch_size, each))
+    inner = each // rows.count
+    if inner == 1:
+        return tensor.unflatten(0, (each, batch_size)).transpose(0, 1)
+    return tensor.unflatten(0, (rows.count, batch_size, inner)).transpose(0, 1).flatten(1, 2)
+
+
+def fold_rows(tensor: Tensor, rows: Rows = ONE_ROW) -> Tensor:
+    """(B, k, ...) in the order that the model has them: the inverse of :func:`unfold_rows`."""
+    if not rows.apart or tensor.shape[1] == 1:
+        return tensor.flatten(0, 1)
+    return tensor.unflatten(1, (rows.count, -1)).transpose(0, 1).flatten(0, 2)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from groupsearch.engine.arrival import Arrival, Pass
+from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book, Groups, Progress
+from groupsearch.engine.passes import Pass
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.layers import Layer, Matrix, linear_operands, matrix_entry
-from groupsearch.engine.layout import by_example, rows_per_example, unfold_rows
+from groupsearch.engine.passes import Pass
 from groupsearch.engine.sources import Arrive, Source, Sources, Tracked
 from groupsearch.engine.substitutes import SUBSTITUTES
-from groupsearch.engine.taps import Autocast, Saved, with_gradient
+from groupsearch.engine.taps import Autocast, Take, with_gradient
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 
@@ -42,7 +42,15 @@ _ELEMENTWISE = {
 _EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _FILLING = {f"{stem}{name}" for stem in ("", "new_") for name in ("zeros", "ones", "full", "empty")}
 _CASTING = {"to", "type_as"}
+_COPYING = _CASTING | {"contiguous", "clone", "detach", "long", "int", "bool", "float", "double", "half", "bfloat16"}
+_PUTTING = {f"index_{stem}{end}" for stem in ("put", "add", "copy") for end in ("", "_")} | {
+    "scatter",
+    "scatter_",
+    "__setitem__",
+}
 _MARK = "_groupsearch_rows_of"
+_FILLED = "_groupsearch_filled"
+ANY = ("first", "folded", "second")
 
 
 T = TypeVar("T")
@@ -52,16 +60,16 @@ class Meeting(TorchFunctionMode):
     """Watches functions of bare parameters until they meet the batch.
 
     Args:
-        batch_size: gives B of the pass that is under way.
+        running: gives the pass that is under way.
         arrive: gives what is called in backward with the key of a site and a maker of its book entry.
         options: decides the norm method of matrix sites.
     """
 
     def __init__(
-        self, batch_size: Callable[[], int], arrive: Callable[[], Arrive], options: EngineOptions | None = None
+        self, running: Callable[[], Pass], arrive: Callable[[], Arrive], options: EngineOptions | None = None
     ) -> None:
         super().__init__()
-        self._batch_size = batch_size
+        self.running = running
         self.arrival = arrive
         self.options = options or EngineOptions()
         self._tracked = Sources()
@@ -83,11 +91,6 @@ class Meeting(TorchFunctionMode):
     def watching(self) -> bool:
         """Whether operations are watched now."""
         return self._depth > 0
-
-    @property
-    def batch_size(self) -> int:
-        """B of the pass that is under way."""
-        return self._batch_size()
 
     @property
     def layer(self) -> Layer | None:
@@ -142,14 +145,14 @@ class Meeting(TorchFunctionMode):
 
     def mark(self, value: Any, layouts: tuple[str, ...] = ("first",)) -> None:
         """Note that tensors come from the batch, in one of these layouts, although they ask for no gradients."""
-        size = self._batch_size()
+        source = self.running()
         for part in value if isinstance(value, list | tuple) else (value,):
             if (
                 isinstance(part, Tensor)
                 and not part.requires_grad
-                and any(rows_per_example(part, layout, size) is not None for layout in layouts)
+                and any(source.rows_of(part, layout) is not None for layout in layouts)
             ):
-                setattr(part, _MARK, size)
+                setattr(part, _MARK, tuple(x for x in layouts if source.rows_of(part, x) is not None))
 
     def from_batch(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from the batch (and is no function of parameters alone)."""
@@ -160,7 +163,7 @@ class Meeting(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in SUBSTITUTES and self._running:
+        if func in SUBSTITUTES and self._running and any(self.from_batch(t) for t in _tensors(args, kwargs)):
             return SUBSTITUTES[func](self, *args, **kwargs)
         if self._tracked and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
@@ -173,60 +176,88 @@ class Meeting(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         deciding = tensors[:1] if name in _CASTING else tensors
         if any(self.from_batch(t) for t in deciding):
-            self.mark(out, ("first", "folded", "second"))
+            self.mark(out, self._kept(name, args))
         elif name in _FILLING or name in _EXPANDING:
-            self.mark(out)
+            along = name in _EXPANDING and isinstance(args[0], Tensor) and args[0].shape[1:2] == (1,)
+            self.mark(out, ("first", "second") if along else ("first",))
+            if name in _FILLING:
+                setattr(out, _FILLED, True)
         return out
+
+    def _kept(self, name: str, args: Sequence[Any]) -> tuple[str, ...]:
+        """The layouts that the result of an operation on something of the batch may have."""
+        had: tuple[str, ...] = getattr(args[0], _MARK, ANY) if args else ANY
+        if name == "__getitem__" and _takes_part(args[1]):  # of the first dimension: no longer the examples
+            return tuple(layout for layout in had if layout == "second")
+        return had if name in _COPYING else ANY
 
     def _layout(self, tracked: Tracked) -> str:
         """Where a function of parameters will meet the examples: where the layer of the first one keeps them."""
         return self._seen_as or tracked.sources[0].layer.layout
 
     def _is_row(self, value: Any, layout: str) -> bool:
-        rows = isinstance(value, Tensor) and rows_per_example(value, layout, self._batch_size()) is not None
+        rows = isinstance(value, Tensor) and self.running().rows_of(value, layout) is not None
         return rows and self.from_batch(value)
-
-    def _split(self, layout: str) -> Callable[[Tensor], Tensor]:
-        """Turns tensors in a layout into (B, rows of an example, ...)."""
-        size = self._batch_size()
-        if layout == "second":
-            return lambda x: x.transpose(0, 1).unsqueeze(2)
-        return lambda x: unfold_rows(x, size)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
-        tracked = self._tracked.of(tensors)
+        tracked, name = self._tracked.of(tensors), getattr(func, "__name__", "")
+        if name in _PUTTING and self._is_constant(name, args, tensors):
+            delattr(args[0], _MARK)
         rank, layout = max(t.dim() for t in tensors), self._layout(tracked[0])
         rows = [t for t in tensors if self._is_row(t, layout)]
-        name = getattr(func, "__name__", "")
         if name in _ELEMENTWISE and any(t.dim() == rank for t in rows):
             longest = max(t.shape[0] for t in rows if t.dim() == rank)
             swap = {id(t.tensor): self._expand(t, layout, rank, longest) for t in tracked}
             args, kwargs = pytree.tree_map(lambda x: swap.get(id(x), x), (tuple(args), dict(kwargs)))
             return func(*args, **kwargs)
+        if name == "__setitem__" and self._sets_rows(layout, *args):
+            return self._set_rows(func, layout, *args)
         if any(self.from_batch(t) for t in tensors):
             if func is functional.linear and self._is_matrix_site(layout, *args, **kwargs):
                 return self._matrix_site(layout, *args, **kwargs)
+            if name == "__setitem__" and self._is_row(args[0], layout) and args[2] in self._tracked:
+                return self._write(args[0], args[1], self._tracked[args[2]], layout)
             return self._function_site(func, args, kwargs, layout)
         with saved_tensors_hooks(_as_it_is, _as_it_is):  # small, and not to be recomputed by activation checkpointing
             out = func(*args, **kwargs)
         if name in _EXPANDING and self._expands(tracked[0].tensor, out, layout):
             return self._meet(tracked[0], out.detach(), layout)
-        for part in pytree.tree_leaves(out):
+        for part in pytree.tree_leaves((out, args[0]) if _writes(name) else out):
             if isinstance(part, Tensor) and part.requires_grad:
                 self._tracked.add(part, tracked)
         return out
 
+    def _write(self, rows: Tensor, index: Any, value: Tracked, layout: str) -> None:
+        """``rows[index] = value`` of a function of parameters: every example is written a copy of its own."""
+        shape = value.tensor.shape
+        if layout == "second" or len(shape) > rows.dim() - _indexed(index, rows.dim()):
+            raise UnsupportedModelError(
+                f"Parameter {value.sources[0].key!r} of shape {tuple(shape)} is written into a part of a tensor of "
+                f"shape {tuple(rows.shape)} in a way that is not followed. Use torch.where or torch.cat, batch first, "
+                "or freeze the parameter with requires_grad_(False).",
+                value.sources[0].layer.name,
+            )
+        copies = self._expand(value, layout, rows.dim(), rows.shape[0])
+        rows[index] = copies.expand(rows.shape)[index]
+
+    def _is_constant(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+        """Whether what parameters are put into was filled with one number, and only its size made it look like rows."""
+        if not (hasattr(args[0], _FILLED) and hasattr(args[0], _MARK)) or any(map(self.from_batch, tensors[1:])):
+            return False
+        return name != "__setitem__" or args[2].dim() > args[0].dim() - _indexed(args[1], args[0].dim())
+
     def _expands(self, tensor: Tensor, out: Tensor, layout: str) -> bool:
         """Whether an expansion gave every example its own copy."""
-        if rows_per_example(out, layout, self._batch_size()) is None:
+        if self.running().rows_of(out, layout) is None:
             return False
         if layout == "second":
             return tensor.dim() < out.dim() - 1 or (tensor.dim() == out.dim() and tensor.shape[1] == 1)
         return _leads_free(tensor, out.dim())
 
     def _expand(self, tracked: Tracked, layout: str, rank: int, longest: int) -> Tensor:
-        size = self._batch_size()
+        source = self.running()
+        size = source.batch_size
         key = (id(tracked.tensor), rank, longest)
         if key in self._expanded:
             return self._expanded[key]
@@ -241,7 +272,8 @@ class Meeting(TorchFunctionMode):
                 tracked.sources[0].layer.name,
             )
         if second:
-            met = self._meet(tracked, aligned.expand(aligned.shape[0], size, *aligned.shape[2:]), layout)
+            second_size = size * source.rows.count
+            met = self._meet(tracked, aligned.expand(aligned.shape[0], second_size, *aligned.shape[2:]), layout)
         elif longest == size or rank < 1:
             met = self._meet(tracked, aligned.expand(size, *aligned.shape[1:]), layout)
         else:  # rows folded with the examples: each row sees a copy
@@ -251,8 +283,21 @@ class Meeting(TorchFunctionMode):
         return met
 
     def _meet(self, tracked: Tracked, expanded: Tensor, layout: str) -> Tensor:
-        shape, arrive, split = tracked.tensor.shape, self.arrival(), self._split(layout)
-        return with_gradient(expanded, lambda g: self._tracked.deliver(tracked, _sum_to(split(g), shape), arrive))
+        shape, arrive, source = tracked.tensor.shape, self.arrival(), self.running()
+
+        def pull(g: Tensor, take: Take) -> None:
+            self._tracked.deliver(tracked, _sum_to(_split(source, layout, g), shape), arrive)
+
+        return with_gradient(source, expanded, pull)
+
+    def _sets_rows(self, layout: str, x: Any, index: Any, value: Any) -> bool:
+        """Whether a function of parameters is put where a mask of the batch says (a mask embedding)."""
+        masks = isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == x.shape[: index.dim()]
+        return bool(masks) and value in self._tracked and self._is_row(x, layout)
+
+    def _set_rows(self, func: Any, layout: str, x: Tensor, index: Tensor, value: Tensor) -> Any:
+        met = self._expand(self._tracked[value], layout, x.dim(), x.shape[0])
+        return func(x, index, met.expand_as(x)[index])
 
     def _is_matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         own = self._tracked.of([x for x in (weight, bias) if x is not None])
@@ -262,7 +307,7 @@ class Meeting(TorchFunctionMode):
 
     def _matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``functional.linear`` with parameters as weight and bias, of an input that keeps the examples."""
-        size, arrive, options = self._batch_size(), self.arrival(), self.options
+        source, arrive, options = self.running(), self.arrival(), self.options
         by_weight, by_bias = (
             self._tracked[x].sources[0] if x is not None and x in self._tracked else None for x in (weight, bias)
         )
@@ -272,21 +317,20 @@ class Meeting(TorchFunctionMode):
             if by_weight
             else None
         )
-        saved = Saved((input,) if matrix else ())
 
-        def pull(g: Tensor) -> None:
-            g = by_example(g, layout, size)
+        def pull(g: Tensor, take: Take) -> None:
+            g = source.by_example(g, layout)
             if matrix is not None and by_weight is not None:
-                x = by_example(self.during(saved.take)[0], layout, size)
+                x = source.by_example(self.during(take)[0], layout)
                 arrive(by_weight.key, lambda: matrix_entry(matrix, x, g, linear_operands, options))
             elif by_bias is not None:
                 arrive(by_bias.key, lambda: by_bias.entry(g.flatten(1, -2).sum(1) if g.dim() > 2 else g))
 
-        return with_gradient(out, pull) if by_weight or by_bias else out
+        return with_gradient(source, out, pull, (input,) if matrix else ()) if by_weight or by_bias else out
 
     def _function_site(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layout: str) -> Any:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        arrive, split = self.arrival(), self._split(layout)
+        source, arrive = self.running(), self.arrival()
         shared = [i for i, x in enumerate(leaves) if x in self._tracked]
         tracked = [self._tracked[leaves[i]] for i in shared]
         rows = [i for i, x in enumerate(leaves) if self._is_row(x, layout)]
@@ -295,18 +339,18 @@ class Meeting(TorchFunctionMode):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         out = func(*args, **kwargs)
         left = any(isinstance(x, Tensor) and self.from_batch(x) and not self._is_row(x, layout) for x in leaves)
-        if left or not isinstance(out, Tensor) or rows_per_example(out, layout, self._batch_size()) is None:
+        if left or not isinstance(out, Tensor) or source.rows_of(out, layout) is None:
             raise UnsupportedModelError(
                 f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, "
-                f"where its operands or its result do not lead with the batch of {self._batch_size()} examples. Use a "
+                f"where its operands or its result do not lead with the batch of {source.batch_size} examples. Use a "
                 "torch.nn layer that does, batch first, or freeze the parameter with requires_grad_(False).",
                 tracked[0].sources[0].layer.name,
             )
-        saved, autocast = Saved(tuple(leaves[i] for i in rows)), Autocast.now(out.device.type)
+        saved, autocast = tuple(leaves[i] for i in rows), Autocast.now(out.device.type)
         constants = [None if i in rows else x for i, x in enumerate(leaves)]
 
-        def pull(g: Tensor) -> None:
-            xs = self.during(saved.take)
+        def pull(g: Tensor, take: Take) -> None:
+            xs = self.during(take)
 
             def example(g_i: Tensor, *xs_i: Tensor) -> Any:
                 def value(*parameters: Tensor) -> Any:
@@ -320,11 +364,19 @@ class Meeting(TorchFunctionMode):
 
             with warnings.catch_warnings(), _one_by_one(tracked[0].sources[0]), autocast.again():
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                instances = torch.func.vmap(example)(split(g), *[split(x.detach()) for x in xs])
+                instances = _of_each(example, [_split(source, layout, x.detach()) for x in (g, *xs)])
             for t, instance in zip(tracked, instances, strict=True):
                 self._tracked.deliver(t, instance, arrive)
 
-        return with_gradient(out, pull)
+        return with_gradient(source, out, pull, saved)
+
+
+def _of_each(example: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results of a function of every example's rows, stacked."""
+    try:
+        return torch.func.vmap(example)(*rows)
+    except RuntimeError:  # an operation that vmap does not know
+        return tuple(torch.stack(found) for found in zip(*[example(*x) for x in zip(*rows, strict=True)], strict=True))
 
 
 @contextmanager
@@ -338,8 +390,35 @@ def _one_by_one(source: Source) -> Iterator[None]:
         ) from error
 
 
+def _writes(name: str) -> bool:
+    """Whether an operation changes its first operand."""
+    return name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
+
+
+def _takes_part(index: Any) -> bool:
+    """Whether an index takes a part of the first dimension, by numbers that stand in the program."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    return isinstance(first, int) or (isinstance(first, slice) and first != slice(None))
+
+
+def _indexed(index: Any, rank: int) -> int:
+    """How many leading dimensions an index speaks of; all where it speaks of the last ones."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis or part is None for part in parts):
+        return rank
+    return sum(x.dim() if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) else 1 for x in parts)
+
+
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _split(source: Pass, layout: str, tensor: Tensor) -> Tensor:
+    """A tensor in a layout as (B, rows of an example, ...), for ``second`` as (B, T, rows of an example, ...)."""
+    if layout != "second":
+        return source.by_example(tensor, "folded")
+    split = source.by_example(tensor, "second")
+    return split.unsqueeze(2) if source.rows.count == 1 else split.transpose(1, 2)
 
 
 def _leads_free(tensor: Tensor, rank: int) -> bool:

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.layers import Layer, rule_for
+from groupsearch.engine.layout import Layouts
 from groupsearch.errors import UnsupportedModelError
 
 
-def owned_layers(model: nn.Module, layouts: Mapping[str, str] | None = None) -> tuple[Layer, ...]:
+def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Layer, ...]:
     """The modules of a model that own trainable parameters, with their rules.
 
     Args:
         model: the model.
-        layouts: where a layer keeps the examples, by name, if not in the first dimension; a module
-            with layout ``whole`` owns every parameter inside.
+        layouts: where layers keep the examples; a module with layout ``whole`` owns every parameter inside.
 
     Raises:
-        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, and
-            when nothing is trainable.
+        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, for a
+            parameter that is complex or has hooks, and when nothing is trainable.
     """
-    layouts = layouts or {}
+    found = (layouts or Layouts()).of
+    _refuse_parameters(model)
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers: list[Layer] = []
     inside: list[str] = []
     for name, module in model.named_modules():
         refuse_mixing(name, module)
-        if any(not outer or name.startswith(outer + ".") for outer in inside):
+        if any(not outer or name.startswith(outer + ".") for outer in inside) or isinstance(module, _LISTS):
             continue
-        whole = layouts.get(name) == "whole"
+        whole = found.get(name) == "whole"
         owner = whole or isinstance(module, _OWNERS)
-        trainable = {
-            local: canonical[id(p)]
-            for local, p in module.named_parameters(recurse=owner, remove_duplicate=False)
-            if p.requires_grad
-        }
+        held = module.named_parameters(remove_duplicate=False) if owner else _held(module)
+        trainable = {local: canonical[id(p)] for local, p in held if p.requires_grad}
         if owner:
             inside.append(name)
         if trainable:
             rule = None if owner else rule_for(name, module)
-            layers.append(Layer(name, module, trainable, rule, layouts.get(name, "first")))
+            layers.append(Layer(name, module, trainable, rule, found.get(name, "first")))
             if rule is None:
                 _refuse_own_checkpoint(name, module, whole)
     if not layers:
@@ -50,6 +48,31 @@ def owned_layers(model: nn.Module, layouts: Mapping[str, str] | None = None) -> 
             f"Found no trainable parameter in {type(model).__name__}. Set requires_grad on what is to be trained."
         )
     return tuple(layers)
+
+
+def _held(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters, those in lists and dictionaries of it included: nobody calls these."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        yield prefix + name, parameter
+    for name, child in module._modules.items():
+        if isinstance(child, _LISTS):
+            yield from _held(child, f"{prefix}{name}.")
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} holds complex numbers, whose clipping and noise are not defined here. Keep their "
+                "real and imaginary parts as a real parameter of shape (..., 2) and use torch.view_as_complex of it, "
+                "or freeze it with requires_grad_(False)."
+            )
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has a hook on its gradient (Tensor.register_hook), which gradients that are "
+                "clipped example by example do not pass. Change them after the noise instead, before the optimizer's "
+                "step, or freeze the parameter with requires_grad_(False)."
+            )
 
 
 def _refuse_own_checkpoint(name: str, module: nn.Module, whole: bool) -> None:
@@ -64,6 +87,7 @@ def _refuse_own_checkpoint(name: str, module: nn.Module, whole: bool) -> None:
         )
 
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)
 # reads the parameters of a module inside without calling it
 _OWNERS = (nn.MultiheadAttention,)
 
@@ -90,10 +114,12 @@ def refuse_mixing(name: str, module: nn.Module) -> None:
         )
 
 
-def refuse_gradient(layer: Layer, name: str) -> RemovableHandle:
+def refuse_gradient(layer: Layer, name: str, unless: Callable[[], bool] = lambda: False) -> RemovableHandle:
     """Raise, from now on, when autograd gives a layer's parameter a gradient; the handle ends it."""
 
     def refuse(parameter: Tensor) -> None:
+        if unless():
+            return
         parameter.grad = None
         raise UnsupportedModelError(
             f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the "

@@ -4,11 +4,47 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from groupsearch.engine.arrival import Pass
+from groupsearch.engine.layout import ONE_ROW, by_example, rows_per_example
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.trace import Rows
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of a micro-batch of ``batch_size`` examples, and the backward that follows it.
+
+    Attributes:
+        rows: how the model is called with them.
+        shared: whether further forward passes of the same examples may belong to it.
+        arrivals: sites that backward has reached.
+        in_backward: whether backward has begun and not come to its end; stays true when it raised.
+        finished: whether its sums are complete and nothing more may arrive.
+    """
+
+    batch_size: int
+    rows: Rows = ONE_ROW
+    shared: bool = False
+    arrivals: int = 0
+    in_backward: bool = False
+    finished: bool = False
+
+    def rows_of(self, tensor: Tensor, layout: str) -> int | None:
+        """Rows per example of a tensor that keeps these examples in a layout, None of one that does not."""
+        return rows_per_example(tensor, layout, self.batch_size, self.rows)
+
+    def by_example(self, tensor: Tensor, layout: str) -> Tensor:
+        """A tensor in a layout with the examples in the first dimension, see :func:`layout.by_example`."""
+        return by_example(tensor, layout, self.batch_size, self.rows)
+
+    def pass_by(self, kept: bool) -> None:
+        """A gradient that is not the loss's went through it, and its graph was kept or not."""
+        if not (kept or self.shared):
+            self.finished = True
 
 
 class Passes:
@@ -32,7 +68,7 @@ class Passes:
         """The passes that still wait for backward, or for its end."""
         return tuple(p for p in self._open if not p.finished)
 
-    def begin(self, batch_size: int) -> bool:
+    def begin(self, batch_size: int, rows: Rows = ONE_ROW) -> bool:
         """A forward pass of so many examples; False where it goes on with the one before.
 
         Raises:
@@ -42,12 +78,12 @@ class Passes:
         if self.policy == "same" and current is not None and not current.arrivals and not current.finished:
             if current.batch_size != batch_size:
                 raise UnsupportedModelError(
-                    f"Forward passes of the same examples were announced, but one had {current.batch_size} and the "
-                    f"next {batch_size}. Give row i of every pass to example i."
+                    "Forward passes of the same examples were announced, but one had another number of them than the "
+                    "next. Give row i of every pass to example i."
                 )
             return False
         self.on_begin()
-        self.current = Pass(batch_size)
+        self.current = Pass(batch_size, rows, shared=self.policy == "same")
         self._open.add(self.current)
         return True
 

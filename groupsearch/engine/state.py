@@ -8,14 +8,15 @@ from typing import Any
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
+from groupsearch.trace import Rows, Site
 
-VERSION = 1
+VERSION = 2
 
 
 def describe_plan(plan: ClipPlan) -> dict[str, Any]:
     """Everything of a plan that changes what is clipped and how: two plans do the same if these are equal."""
     settings = {field.name: repr(getattr(plan, field.name)) for field in fields(plan) if field.name != "grouping"}
-    sites = [[site.name, site.layout, *site.parameters] for site in plan.grouping.sites]
+    sites = [[site.name, _layout(site), *site.parameters] for site in plan.grouping.sites]
     return {"sites": sites, "boundaries": list(plan.grouping.boundaries), **settings}
 
 
@@ -42,3 +43,7 @@ def check_state(state: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             f"The state was written with {found}. Resume with the same {name}; to go on under another one, start a new "
             "engine and load the accountant's state alone."
         )
+
+
+def _layout(site: Site) -> str:
+    return site.layout if site.rows == Rows() else f"{site.layout}, {site.rows}"

@@ -3,7 +3,8 @@
 ``nn.MultiheadAttention`` and the recurrent layers hand their parameters to one function each.
 Attention becomes projections around ``scaled_dot_product_attention``; a recurrence runs step by
 step with its parameters detached, and the gradients of its gates, over all steps, are the output
-gradients of two matrix sites: input to gates, state to gates.
+gradients of two matrix sites: input to gates, state to gates. A cell that a loop of the model's own
+calls is those two products at every step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
 from groupsearch.engine.layers import Matrix, linear_operands, matrix_entry
-from groupsearch.engine.taps import Saved, with_gradient
+from groupsearch.engine.taps import Saved, Take, with_gradient
 from groupsearch.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -217,14 +218,14 @@ def _one_direction(
     probe_BTp = torch.zeros_like(x_gates_BTp)
     before: list[Tensor] = []
     outputs: list[Tensor] = []
-    sites = _GateSites(meeting, suffix)
-    x_gates_BTp = with_gradient(x_gates_BTp, sites.site("ih", (x_BTd,)))
-    probe_BTp = with_gradient(probe_BTp, sites.site("hh", None))
+    sites, source = _GateSites(meeting, suffix), meeting.running()
+    x_gates_BTp = with_gradient(source, x_gates_BTp, sites.site("ih"), (x_BTd,))
+    probe_BTp = with_gradient(source, probe_BTp, sites.site("hh"))
     for x_gates, probe in zip(x_gates_BTp.unbind(1), probe_BTp.unbind(1), strict=True):
         before.append(state[0])
         state = cell(x_gates, functional.linear(state[0], w_hh, biases[1] if biases else None) + probe, state)
         outputs.append(state[0])
-    sites.saved["hh"] = Saved((torch.stack(before, 1),))
+    sites.states = Saved((torch.stack(before, 1),))
     y_BTH = torch.stack(outputs, 1)
     return (y_BTH.flip(1) if backwards else y_BTH), state
 
@@ -235,22 +236,22 @@ class _GateSites:
     def __init__(self, meeting: Meeting, suffix: str) -> None:
         layer = meeting.layer
         assert layer is not None
-        self.saved: dict[str, Saved] = {}
+        self.states = Saved(())
         self._meeting, self._layer, self._suffix = meeting, layer, suffix
-        self._arrive = meeting.arrival()
+        self._arrive, self._source = meeting.arrival(), meeting.running()
 
-    def site(self, part: str, inputs: tuple[Tensor, ...] | None) -> Callable[[Tensor], None]:
+    def site(self, part: str) -> Callable[[Tensor, Take], None]:
         names = [f"{stem}_{part}_{self._suffix}" for stem in ("weight", "bias")]
         weight, bias = (self._layer.trainable.get(name) for name in names)
-        if inputs is not None:
-            self.saved[part] = Saved(inputs)
 
-        def pull(g_BTp: Tensor) -> None:
-            (a_BTd,) = self._meeting.during(self.saved.pop(part).take)
+        def pull(g_BTp: Tensor, take: Take) -> None:
+            (a_BTd,) = self._meeting.during(take if part == "ih" else self.states.take)
+            if self._source.rows.count > 1:  # (B, K, T, ...)
+                a_BTd, g_BTp = (self._source.by_example(x, "folded") for x in (a_BTd, g_BTp))
             own = names[0] if weight is not None else names[1]
             key = f"{self._layer.name}.{own}" if self._layer.name else own
             if weight is not None:
-                matrix = Matrix(weight, bias, torch.Size((g_BTp.shape[2], a_BTd.shape[2])))
+                matrix = Matrix(weight, bias, torch.Size((g_BTp.shape[-1], a_BTd.shape[-1])))
                 options = self._meeting.options
                 self._arrive(key, lambda: matrix_entry(matrix, a_BTd, g_BTp, linear_operands, options))
             elif bias is not None:
@@ -260,7 +261,26 @@ class _GateSites:
 
 
 def _bias_entry(bias: str, g_BTp: Tensor) -> Entry:
+    g_BTp = g_BTp.flatten(1, -2)
     return InstanceEntry({bias: g_BTp.sum(1)}, Dimensions(g_BTp.shape[1], 0, g_BTp.shape[2], "direct"))
+
+
+def _cell(
+    cell: Cell,
+    meeting: Meeting,
+    input: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """``torch.lstm_cell`` and its like: one step, of input (B, d) and states (B, H), as two products."""
+    states = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
+    x_gates = meeting.apply(functional.linear, input, w_ih, b_ih)
+    h_gates = meeting.apply(functional.linear, states[0], w_hh, b_hh)
+    after = cell(x_gates, h_gates, states)
+    return after if isinstance(hx, list | tuple) else after[0]
 
 
 def _name(meeting: Meeting) -> str:
@@ -273,5 +293,9 @@ SUBSTITUTES: Mapping[Any, Callable[..., Any]] = {
     torch.gru: partial(_recurrence, _gru_cell),
     torch.rnn_tanh: partial(_recurrence, _tanh_cell),
     torch.rnn_relu: partial(_recurrence, _relu_cell),
+    torch.lstm_cell: partial(_cell, _lstm_cell),
+    torch.gru_cell: partial(_cell, _gru_cell),
+    torch.rnn_tanh_cell: partial(_cell, _tanh_cell),
+    torch.rnn_relu_cell: partial(_cell, _relu_cell),
 }
 SUBSTITUTED = (nn.MultiheadAttention, nn.RNNBase)

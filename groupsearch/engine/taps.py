@@ -1,18 +1,61 @@
 """What makes a forward pass observable and leaves its values alone.
 
-Inputs are saved *through autograd*, so that activation checkpointing, saved-tensor hooks and
-offloading apply to them as to any saved tensor, and none is held twice.
+A tensor learns its gradient from an operation of its own in the graph, an identity through which
+everything that follows goes. A hook on the tensor would stay behind when an in-place operation gives a
+view of it another history, and says nothing of which gradient is being taken. Inputs are saved by that
+operation *through autograd*, so that activation checkpointing, saved-tensor hooks and offloading apply
+to them as to any saved tensor, and none is held twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from groupsearch.engine.passes import Pass
+from groupsearch.errors import UnsupportedModelError
+
+Take = Callable[[], tuple[Tensor, ...]]
+"""Hands out what was saved, recomputed or fetched where a saved-tensor hook says so, and lets it go."""
+
+
+class _Tell(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, source: Pass, arrive: Callable[..., None], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors[count:])
+        ctx.set_materialize_grads(False)
+        ctx.source, ctx.arrive, ctx.saved_count = source, arrive, len(tensors) - count
+        # No views, which in-place operations could not change; but their versions are counted together.
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "A gradient was taken through the private model with create_graph=True (a gradient penalty, a "
+                "meta-gradient): what it adds to the gradients of the weights cannot be clipped example by example. "
+                "Take it without create_graph, or of a copy of the model that has no engine."
+            )
+        anchor = ctx.next_functions[0][0]
+        if not torch._C._will_engine_execute_node(anchor):  # torch.autograd.grad of something else than the weights
+            ctx.source.pass_by(torch._C._autograd._get_current_graph_task_keep_graph())
+        elif any(g is not None for g in grads):
+            ctx.arrive(grads, partial(_take, ctx))
+        return None, None, None, None, *grads, *[None] * ctx.saved_count
+
+
+def _take(ctx: Any) -> tuple[Tensor, ...]:
+    tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()
+    return tensors
 
 
 class _Save(torch.autograd.Function):
@@ -26,19 +69,8 @@ class _Save(torch.autograd.Function):
         raise AssertionError("the saving node is never part of a loss")
 
 
-class _Anchor(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(output)  # not returned as a view of itself: in-place operations may follow
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, None
-
-
 class Saved:
-    """Tensors saved for backward; :meth:`take` hands them out once and lets them go."""
+    """Tensors saved for backward apart from any output; :meth:`take` hands them out once and lets them go."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._node: Any = _Save.apply(_anchor(), *tensors).grad_fn if tensors else None
@@ -70,16 +102,41 @@ class Autocast:
         return torch.autocast(self.device_type, self.dtype, self.enabled)
 
 
-def with_gradient(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
-    """The output, with ``arrive(g)`` called when backward has its whole gradient g.
+def with_gradient(
+    source: Pass, output: Tensor, arrive: Callable[[Tensor, Take], None], saved: tuple[Tensor, ...] = ()
+) -> Tensor:
+    """The output, with ``arrive(g, take)`` called when the loss's backward has its whole gradient g.
 
-    An output that autograd would not track (an embedding's, or the first layer's, now that
-    weights ask for no gradient) is made to.
+    See :func:`with_gradients`.
     """
-    if not output.requires_grad:
-        output = _Anchor.apply(output.data, _anchor())
-    output.register_hook(arrive)
-    return output
+    (told,) = with_gradients(source, (output,), lambda grads, take: arrive(grads[0], take), saved)
+    return told
+
+
+def with_gradients(
+    source: Pass,
+    outputs: Sequence[Tensor],
+    arrive: Callable[[tuple[Any, ...], Take], None],
+    saved: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, ...]:
+    """The outputs, with ``arrive(gradients, take)`` called when the loss's backward has all their gradients.
+
+    The gradient of an output that backward does not reach is None. All outputs ask for gradients, also those that
+    autograd would not track (an embedding's, or the first layer's, now that weights ask for none); in-place
+    operations on them are as good as on any other tensor. A gradient that somebody takes of something
+    else (``torch.autograd.grad`` of an attack) goes through and is not told.
+
+    Args:
+        source: the forward pass they belong to.
+        outputs: floating tensors that the model goes on with only in the form that is returned.
+        arrive: is told, once in a backward pass.
+        saved: what ``take`` will hand out.
+
+    Raises:
+        UnsupportedModelError: in backward, for a gradient that can be differentiated again.
+    """
+    told: tuple[Tensor, ...] = _Tell.apply(_anchor(), source, arrive, len(outputs), *outputs, *saved)
+    return told
 
 
 def _anchor() -> Tensor:

@@ -12,22 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.entries import Dimensions, InstanceEntry
 from groupsearch.engine.layers import Layer
-from groupsearch.engine.layout import rows_per_example, unfold_rows
+from groupsearch.engine.layout import fold_rows
 from groupsearch.engine.norms import instance_sqnorm
-from groupsearch.engine.taps import Autocast, Saved, with_gradient
+from groupsearch.engine.passes import Pass
+from groupsearch.engine.taps import Autocast, Take, with_gradients
 from groupsearch.engine.widening import is_half
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.trace import Rows
 
-Rows = Mapping[int, Tensor]
+ByLeaf = Mapping[int, Tensor]
 
 
 class Randomness:
@@ -75,6 +77,7 @@ class Call:
         trainable: canonical name of every trainable parameter inside, by its name in the module.
         leaves: of the arguments, None where an example's rows belong.
         spec: how the leaves make up (args, kwargs).
+        order: of the rows of an example.
         autocast: what autocast was set to.
         states: of the random generators, where the module draws; it is then run again on the whole batch only.
     """
@@ -84,10 +87,11 @@ class Call:
     trainable: Mapping[str, str]
     leaves: tuple[Any, ...]
     spec: Any
+    order: Rows
     autocast: Autocast
     states: States | None
 
-    def gradients(self, rows: Rows, grads: Iterable[Rows]) -> Iterator[dict[str, Tensor]]:
+    def gradients(self, rows: ByLeaf, grads: Iterable[ByLeaf]) -> Iterator[dict[str, Tensor]]:
         """Run again on rows (b, k, ...); the gradient of every parameter for each of some output gradients (b, k, ...).
 
         Raises:
@@ -95,7 +99,7 @@ class Call:
         """
         leaves = list(self.leaves)
         for index, x in rows.items():
-            leaves[index] = x.detach().flatten(0, 1)
+            leaves[index] = fold_rows(x.detach(), self.order)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with torch.enable_grad(), _fresh(self.module, self.trainable) as fresh:
             outputs = pytree.tree_leaves(self._run(args, kwargs))
@@ -104,7 +108,7 @@ class Call:
             found = torch.autograd.grad(
                 [outputs[i] for i in reached],
                 list(fresh.values()),
-                [wanted[i].flatten(0, 1) for i in reached],
+                [fold_rows(wanted[i], self.order) for i in reached],
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -132,8 +136,8 @@ class WholeEntry:
     """A module's call, the rows that went in (B, k, ...) and the gradients of what came out (B, k, ...)."""
 
     call: Call
-    rows: Rows
-    grads: Rows
+    rows: ByLeaf
+    grads: ByLeaf
     dimensions: Dimensions
 
     @property
@@ -179,7 +183,7 @@ class WholeEntry:
             rows = {k: x[one] for k, x in self.rows.items()}
             yield next(self.call.gradients(rows, [{k: g[one] for k, g in self.grads.items()}]))
 
-    def _only(self, example: int) -> Rows:
+    def _only(self, example: int) -> ByLeaf:
         alone = {i: torch.zeros_like(g) for i, g in self.grads.items()}
         for i, g in self.grads.items():
             alone[i][example] = g[example]
@@ -187,7 +191,7 @@ class WholeEntry:
 
 
 Deliver = Callable[[Callable[[], WholeEntry]], None]
-Take = Callable[[Saved], tuple[Tensor, ...]]
+During = Callable[[Take], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -198,20 +202,20 @@ class WholeCall:
         call: the call.
         indices: of the leaves that are rows.
         saved: those leaves.
-        batch_size: B.
+        source: the forward pass.
     """
 
     call: Call
     indices: tuple[int, ...]
-    saved: Saved
-    batch_size: int
+    saved: tuple[Tensor, ...]
+    source: Pass
 
     @classmethod
     def of(
         cls,
         layer: Layer,
         arguments: tuple[Any, Any],
-        batch_size: int,
+        source: Pass,
         from_batch: Callable[[Tensor], bool],
         states: States | None,
     ) -> WholeCall:
@@ -223,49 +227,79 @@ class WholeCall:
         leaves, spec = pytree.tree_flatten(arguments)
         indices = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and from_batch(x))
         for i in indices:
-            _check_rows(layer.name, leaves[i], batch_size)
-        saved = Saved(tuple(leaves[i] for i in indices))
+            _check_rows(layer.name, leaves[i], source)
+        saved = tuple(leaves[i] for i in indices)
         kept = tuple(None if i in indices else x for i, x in enumerate(leaves))
         autocast = Autocast.now(next(layer.module.parameters()).device.type)
-        call = Call(layer.name, layer.module, layer.trainable, kept, spec, autocast, states)
-        return cls(call, indices, saved, batch_size)
+        call = Call(layer.name, layer.module, layer.trainable, kept, spec, source.rows, autocast, states)
+        return cls(call, indices, saved, source)
 
-    def await_gradients(self, output: Any, take: Take, deliver: Deliver) -> Any:
+    def await_gradients(self, output: Any, during: During, deliver: Deliver) -> Any:
         """The output, with an entry delivered when backward has the gradients of all that backward reaches of it."""
         leaves, spec = pytree.tree_flatten(output)
         floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
         for i in floating:
-            _check_rows(self.call.name, leaves[i], self.batch_size)
+            _check_rows(self.call.name, leaves[i], self.source)
 
-        def arrive(found: Mapping[int, Tensor | None]) -> None:
-            grads = {i: unfold_rows(g, self.batch_size) for i, g in found.items() if g is not None}
-            rows = take(self.saved)
-            by_index = {i: unfold_rows(x, self.batch_size) for i, x in zip(self.indices, rows, strict=True)}
+        def arrive(found: tuple[Tensor | None, ...], take: Take) -> None:
+            split = partial(self.source.by_example, layout="folded")
+            grads = {i: split(g) for i, g in zip(floating, found, strict=True) if g is not None}
+            rows = {i: split(x) for i, x in zip(self.indices, during(take), strict=True)}
             count = sum(p.numel() for p in self.call.module.parameters() if p.requires_grad)
-            positions = next(iter(grads.values())).shape[1] if grads else 0
-            dims = Dimensions(positions, count, count, "recompute")
-            deliver(lambda: WholeEntry(self.call, by_index, grads, dims))
+            dims = Dimensions(next(iter(grads.values())).shape[1], count, count, "recompute")
+            deliver(lambda: WholeEntry(self.call, rows, grads, dims))
 
-        if len(floating) == 1:
-            (only,) = floating
-            leaves[only] = with_gradient(leaves[only], lambda g: arrive({only: g}))
-        else:
-            for i in floating:  # an output may be made from another one: each counts what reaches it from outside
-                leaves[i] = with_gradient(leaves[i].view_as(leaves[i]), lambda g: None)
-            register_multi_grad_hook(
-                [leaves[i] for i in floating], lambda gs: arrive(dict(zip(floating, gs, strict=True)))
-            )
+        told = with_gradients(self.source, [leaves[i] for i in floating], arrive, self.saved)
+        for i, tensor in zip(floating, told, strict=True):
+            leaves[i] = tensor
         return pytree.tree_unflatten(leaves, spec)
 
 
-def _check_rows(name: str, tensor: Tensor, batch_size: int) -> None:
-    if rows_per_example(tensor, "folded", batch_size) is None:
+def _check_rows(name: str, tensor: Tensor, source: Pass) -> None:
+    if source.rows_of(tensor, "folded") is None:
         raise UnsupportedModelError(
             f"Module {name!r} is differentiated as one, and was given or returned a tensor of shape "
-            f"{tuple(tensor.shape)}, which does not lead with the batch of {batch_size} examples. Keep the batch "
-            "first.",
+            f"{tuple(tensor.shape)}, which does not lead with the batch of {source.batch_size} examples. Keep the "
+            "batch first.",
             name,
         )
+
+
+Left = Mapping[tuple[str, str], tuple[Tensor, ...]]
+
+
+def left_on(module: nn.Module) -> Left:
+    """The floating tensors, but for parameters and buffers, that lie in attributes of a module and its parts."""
+    found = {
+        (name, attribute): tuple(
+            x for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.is_floating_point()
+        )
+        for name, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if isinstance(value, Tensor | list | tuple | dict) and attribute not in _OF_MODULES
+    }
+    return {where: tensors for where, tensors in found.items() if tensors}
+
+
+def check_nothing_left(layer: Layer, before: Left) -> None:
+    """Check that a call left no tensor on its module: what reaches the loss by that way would not be told.
+
+    Raises:
+        UnsupportedModelError: naming the attribute.
+    """
+    for (name, attribute), tensors in left_on(layer.module).items():
+        known = {id(x) for x in before.get((name, attribute), ())}
+        if any(id(x) not in known for x in tensors):
+            raise UnsupportedModelError(
+                f"Module {layer.name!r} is differentiated as one and leaves a tensor in the attribute "
+                f"{'.'.join(filter(None, (layer.name, name, attribute)))!r}, whose gradient would be lost if the loss "
+                "used it. Return it from forward instead, or do not keep it.",
+                layer.name,
+            )
+
+
+# of nn.Module itself: parameters, buffers, parts, hooks
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -283,5 +317,5 @@ def _fresh(module: nn.Module, trainable: Mapping[str, str]) -> Iterator[dict[str
     try:
         yield fresh
     finally:
-        for slots, name, original in replaced:
+        for slots, name, original in reversed(replaced):  # a tied one comes twice
             slots[name] = original

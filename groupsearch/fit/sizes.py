@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
@@ -19,7 +17,7 @@ from groupsearch.partition import floor_bytes
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
 from groupsearch.workloads import load_workload
-from groupsearch.workloads.batches import count_examples
+from groupsearch.workloads.batches import count_examples, tensors_of
 
 NON_PRIVATE = "non-private"
 BEST = "best"
@@ -81,7 +79,7 @@ class Sizes:
         """
         if self.vary == BATCH:
             one = self.setup.loaded.make_batch(1)
-            example_bytes = sum(t.nbytes for t in pytree.tree_leaves(one) if isinstance(t, Tensor))
+            example_bytes = sum(t.nbytes for t in tensors_of(one))
             most = min(most, BATCH_LIMIT_BYTES // max(example_bytes, 1))
         if most < self.start:
             raise GroupSearchError(

@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def write_grams(path: str | Path, grams: Grams, *, force: bool = False) -> Path:
     path = check_destination(path, force=force)
     said = {
         "version": VERSION,
-        "sites": [asdict(site) for site in grams.sites],
+        "sites": [site.to_json() for site in grams.sites],
         "parameter_sizes": dict(grams.parameter_sizes),
         "steps": list(grams.steps),
         "pairs": [list(pair) for pair in grams.pairs],
@@ -59,7 +58,7 @@ def read_grams(path: str | Path) -> Grams:
             raise DocumentError(
                 f"Expected Grams of version {VERSION} in {path}, found version {said['version']}. Take them again."
             )
-        sites = tuple(Site(**{**site, "parameters": tuple(site["parameters"])}) for site in said["sites"])
+        sites = tuple(map(Site.from_json, said["sites"]))
         pairs = tuple((early, late) for early, late in said["pairs"])
         return Grams(sites, said["parameter_sizes"], tuple(said["steps"]), grams, pairs, crosses)
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:

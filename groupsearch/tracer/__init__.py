@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.sites import check_examples, observe_sites
+from groupsearch.tracer.sites import examine, is_real, observe_sites
 from groupsearch.tracer.step import Loss, StepSettings, fake_stage, real_stage
 from groupsearch.workloads.batches import count_examples
 
@@ -33,13 +34,15 @@ def trace_model(
     micro_batches: int = 1,
     autocast: str = "none",
     device: str | None = None,
+    allow_state: Collection[str] = (),
 ) -> Trace:
     """Trace one training step: sites in order, who is alive when, and the non-private peak.
 
     By default the step runs on fake tensors: no weight is allocated, the model (real or on the
     meta device) is left as it is. A model whose path depends on values runs for real, on a copy, and
-    with ``device`` every model does so there. A model whose weights are there is also run on three of
-    the examples, as :func:`observe_sites` does, to see that no example's gradient depends on another.
+    with ``device`` every model does so there. A model whose weights are there is first held to plain autograd
+    on three of the examples, one at a time, in the mode it is in (:mod:`groupsearch.engine.truth`): trace it in
+    the mode it is trained in. ``Trace.checked`` says what was checked.
     Ctrl-C waits for the end of the trace; a second one does not.
 
     Args:
@@ -55,24 +58,25 @@ def trace_model(
         device: a torch device to trace on with real tensors. On a CUDA device every storage counts as what
             the caching allocator hands out for it, a multiple of 512 bytes, an operation as the most it allocates
             inside, and the workspaces of cuBLAS as alive throughout.
+        allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
 
     Raises:
         UnsupportedModelError: for a layer, a parameter or a loss that cannot be made private.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
-    check_examples(model, batch, loss, settings.options)
+    examined = examine(model, batch, loss, settings.options, allow_state) if is_real(model, batch) else None
     keys = {"device": device or "cpu", "fake": device is None, "torch": torch.__version__}
     if device is None:
         try:
             fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
             with fake:
-                return record_step(stage, settings, count_examples(batch), keys)
+                return record_step(stage, settings, count_examples(batch), keys, examined)
         except ValuesNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
     stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch)
     keys |= {"fake": False, **stage.live.allocator.to_json()}
-    return record_step(stage, settings, count_examples(batch), keys)
+    return record_step(stage, settings, count_examples(batch), keys, examined)
 
 
 def trace_methods(model: nn.Module, batch: Any, loss: Loss, **settings: Any) -> Alternatives:

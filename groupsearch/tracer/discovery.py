@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from groupsearch.engine.layout import ONE_ROW
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.trace import Rows
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Shapes = tuple[tuple[int, ...], ...]
 _CHOOSING = {"nonzero", "nonzero_static", "argwhere", "masked_select", "unique", "unique_consecutive"}
+_SORTING = {"sort", "argsort", "msort"}
+_REPEATING = {"repeat", "tile"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,17 @@ class Usage:
     Attributes:
         layouts: of the layers that own trainable parameters, by name.
         keeping: modules that are given and return whole examples, batch first.
+        rows: how the model is called with the examples; several of one example are taken to lie side by side.
     """
 
     layouts: dict[str, str]
     keeping: frozenset[str]
+    rows: Rows = ONE_ROW
+
+    @property
+    def orders(self) -> tuple[Rows, ...]:
+        """What sizes leave open: rows of one example may lie side by side or apart."""
+        return (self.rows,) if self.rows.count == 1 else (self.rows, replace(self.rows, apart=True))
 
     def is_inside_whole(self, layer: str) -> bool:
         """Whether a layer is, or lies in, a module that is differentiated as one."""
@@ -74,7 +85,8 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     two, three = runs
     regrouping = two.regrouping | three.regrouping
     calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
-    usage = Usage({}, frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs))))
+    keeping = frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs)))
+    usage = Usage({}, keeping, _rows(calls[""]))
     for layer in layers:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
             continue  # knows by itself, or is taken care of
@@ -97,17 +109,16 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
 
 
 def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
-    watch = _Watch(model)
+    watch = _Watch(model, count_examples(examples))
     try:
-        with watch, torch.random.fork_rng():
-            torch.manual_seed(0)
+        with watch:
             loss(model, examples)
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(examples)} examples failed: {error}. Poisson sampling draws batches of any "
-            "size; make the model and the loss run on all of them."
+            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on "
+            "batches of any size."
         ) from error
     return watch
 
@@ -134,13 +145,13 @@ def _grown(two: tuple[int, ...], three: tuple[int, ...]) -> str:
 def _layout(pairs: Pairs) -> str:
     if pairs is None:
         return "mixed"
-    found = {_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)}
-    found -= {"none"}
-    if not found:
-        return "none"
-    if found <= {"first", "folded"}:
+    each = [_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)]
+    found = [layout for layout in each if layout != "none"]
+    if not found or "mixed" in found:
+        return "mixed" if found else "none"
+    if set(found) <= {"first", "folded"}:
         return "folded" if "folded" in found else "first"
-    return found.pop() if len(found) == 1 else "mixed"
+    return found[0]  # what a module returns in several layouts, it works on in that of the first
 
 
 def _layout_around(name: str, calls: Mapping[str, Pairs]) -> str:
@@ -150,6 +161,35 @@ def _layout_around(name: str, calls: Mapping[str, Pairs]) -> str:
         if layout != "none" or not name:
             return "first" if layout == "none" else layout
         name = name.rpartition(".")[0]
+
+
+def _rows(pairs: Pairs) -> Rows:
+    """How the calls of the model tell the number of examples: by the first tensor that grows with it.
+
+    Raises:
+        UnsupportedModelError: when none does, or two calls tell it in different ways.
+    """
+    found = dict.fromkeys(map(_rows_of_call, pairs or ()))
+    if len(found) == 1 and None not in found:
+        return next(rows for rows in found if rows is not None)
+    said = "no tensor grows in proportion to the examples of the batch" if None in found else "calls differ in that"
+    raise UnsupportedModelError(
+        "Which rows of the model's inputs belong to one example cannot be told"
+        + (f": {said}. " if found else ": the loss does not call the model itself. ")
+        + "Call the model with tensors that hold the same number of rows for every example, each time it is called, "
+        "in their first (or second) dimension."
+    )
+
+
+def _rows_of_call(pair: tuple[Seen, Seen]) -> Rows | None:
+    shapes = [(two, three) for two, three in zip(pair[0].inputs, pair[1].inputs, strict=False) if two]
+    for leaf, (two, three) in enumerate(shapes):
+        layout = _grown(two, three)
+        if layout in ("first", "folded") and two[0] % 2 == 0:
+            return Rows(leaf, 0, two[0] // 2)
+        if layout == "second":
+            return Rows(leaf, 1)
+    return None
 
 
 def _keeps(pair: tuple[Seen, Seen]) -> bool:
@@ -165,11 +205,12 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         calls: by module, in order.
-        regrouping: modules, but not the model itself, that choose rows by their values.
+        regrouping: modules, but not the model itself, that choose, sort or repeat rows.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, examples: int) -> None:
         super().__init__()
+        self._examples = examples
         self.calls: dict[str, list[Seen]] = {}
         self.regrouping: set[str] = set()
         self._model = model
@@ -187,7 +228,7 @@ class _Watch(TorchFunctionMode):
         self._stack.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and self._running[-1] and _regroups(func, args):
+        if self._running and self._running[-1] and _regroups(func, args, kwargs, self._examples):
             self.regrouping.add(self._running[-1])
         return func(*args, **(kwargs or {}))
 
@@ -207,13 +248,30 @@ class _Watch(TorchFunctionMode):
             self._stack.callback(handle.remove)
 
 
-def _regroups(func: Any, args: Any) -> bool:
-    """Whether an operation takes out as many rows as their values say."""
+def _regroups(func: Any, args: Any, kwargs: Any, examples: int) -> bool:
+    """Whether an operation takes out as many rows as their values say, sorts or repeats them block after block."""
     name = getattr(func, "__name__", "")
+    if name in _SORTING:
+        return _led_by(args[0], examples) and _sorted_dim(name, args, kwargs) % max(args[0].dim(), 1) == 0
+    if name in _REPEATING:  # (k B, ...) with the examples not in one piece
+        times = args[1] if isinstance(args[1], list | tuple) else args[1:]
+        return _led_by(args[0], examples) and len(times) == args[0].dim() and int(times[0]) > 1
     if name == "__getitem__":
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return isinstance(first, Tensor) and first.dtype == torch.bool
     return name in _CHOOSING or (name == "where" and len(args) == 1)
+
+
+def _led_by(tensor: Any, examples: int) -> bool:
+    """Whether the rows of a tensor may be those of the examples."""
+    return isinstance(tensor, Tensor) and bool(tensor.dim()) and tensor.shape[0] > 0 and tensor.shape[0] % examples == 0
+
+
+def _sorted_dim(name: str, args: Any, kwargs: Any) -> int:
+    if name == "msort":
+        return 0
+    given = [x for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
+    return int(given[0] if given else (kwargs or {}).get("dim", -1))
 
 
 def _shapes(value: Any) -> Shapes:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.recipes import Recipe, call_key, find_recipe
+from groupsearch.workloads.batches import map_tensors
 from groupsearch.workloads.copies import copy_of
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -28,6 +29,7 @@ _DEVICE = torch.ops.prim.device.default
 _ONES = ("aten::ones", "aten::ones_like", "aten::new_ones")
 _COPIES = ("aten::_to_copy", "aten::clone")
 _LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift.default)
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 class _FakeMode(FakeTensorMode):
@@ -100,12 +102,26 @@ class _FakeMode(FakeTensorMode):
         return self._stand_ins[id(tensor)][1]
 
     def _work_out(self, key: Hashable, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is _GROUPED_MM:  # its own fake kernel knows one type of numbers, the real one several
+            return _grouped_product(*args, **kwargs)
         out: Any = super().__torch_dispatch__(func, types, args, kwargs)
         if key is not None and key == call_key(func, args, kwargs):  # it has not changed the form of an argument
             recipe = find_recipe(self, out, (*args, *kwargs.values()))
             if recipe is not None:
                 self._recipes[key] = recipe
         return out
+
+
+def _grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What ``aten._grouped_mm`` allocates: rows, columns or both matrices in groups, rows of 16 bytes and multiples."""
+    dtype = out_dtype or a.dtype
+    groups = (a.shape[0],) if a.dim() == 3 else offs.shape if offs is not None else ()
+    batched = a.dim() == b.dim()
+    shape = (*(groups if batched else ()), a.shape[-2], b.shape[-1])
+    padded = -(-shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    return a.new_empty((*shape[:-1], padded), dtype=dtype)[..., : shape[-1]]
 
 
 class ValuesNeededError(UnsupportedModelError):
@@ -180,4 +196,4 @@ def fake_batch(batch: Any, fake: FakeTensors, device: torch.device) -> Any:
             fake.mode.mark(duplicate)
         return duplicate
 
-    return pytree.tree_map_only(Tensor, copied, batch)
+    return map_tensors(copied, batch)

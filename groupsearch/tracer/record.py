@@ -11,13 +11,14 @@ import torch
 
 from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book
-from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry
-from groupsearch.engine.noise import add_noise_
+from groupsearch.engine.noise import Gaussians, add_noise_
+from groupsearch.engine.truth.draws import USUAL, alike
 from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.instants import Hook, cut_instants
 from groupsearch.tracer.sites import (
+    Examined,
     Observed,
     as_sites,
     check_all_seen,
@@ -90,12 +91,14 @@ class StepRecorder:
 
     def finish(self) -> None:
         """Noise and the optimizer's step, as the engine takes them."""
-        generators: dict[torch.device, torch.Generator] = {}
+        noise: dict[torch.device, Gaussians] = {}
         for name, parameter in self.stage.model.named_parameters():
             if name in self._book.sums:
-                generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
+                gaussians = noise.setdefault(parameter.device, Gaussians(torch.Generator(parameter.device)))
                 total = self._book.sums.pop(name).to(parameter.dtype)
-                parameter.grad = add_noise_(total, self.settings.noise_multiplier, generator).div_(1.5)
+                parameter.grad = add_noise_(total, self.settings.noise_multiplier, gaussians).div_(1.5)
+        for gaussians in noise.values():
+            gaussians.forget()
         self.stage.optimizer.step()
         self.stage.optimizer.zero_grad(set_to_none=True)
 
@@ -106,35 +109,48 @@ class StepRecorder:
         return self._summed_bytes
 
 
-def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any]) -> Trace:
-    """Trace a stage: a non-private step, then a private one.
+def record_step(
+    stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any], examined: Examined | None = None
+) -> Trace:
+    """Trace a stage: a non-private step, then a private one, at draws at which all parameters take part.
+
+    Args:
+        stage: what steps.
+        settings: how.
+        batch_size: B.
+        keys: what else the trace is keyed by.
+        examined: what is known of the model; found out if not given.
 
     Raises:
         UnsupportedModelError: when a trainable parameter cannot be covered, by name.
         GroupSearchError: when the options name a method for a weight that no site chooses one for.
     """
+    with alike(USUAL if examined is None else examined.draws):
+        return _recorded(stage, settings, batch_size, keys, examined)
+
+
+def _recorded(
+    stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any], examined: Examined | None
+) -> Trace:
     nonprivate_peak_bytes = stage.counted_step()
     live = stage.live
     recorder = StepRecorder(stage, settings)
-    layouts, few, _ = settle(stage.model, stage.batch, stage.loss, settings.options)
-    capture = Capture(stage.model, recorder.receive, settings.options, layouts)
-    capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
-    try:
-        with live:
-            for _ in range(stage.micro_batches):
-                recorder.begin()
-                stage.backward()
-            backward_end = len(live.log)
-            recorder.finish()
-    finally:
-        capture.remove()
+    if examined is None:
+        reading, _ = settle(stage.model, first_examples(stage.batch, 3), stage.loss, settings.options, None)
+    else:
+        reading = examined.reading
+    with reading.attached(stage.model, recorder.receive), live:
+        for _ in range(stage.micro_batches):
+            recorder.begin()
+            stage.backward()
+        backward_end = len(live.log)
+        recorder.finish()
     check_all_seen(stage.model, recorder.arrivals)
-    if batch_size == 3:
-        few, _ = observe_pass(stage.model, first_examples(stage.batch, 2), stage.loss, settings.options, layouts)
-    check_same_sites(recorder.arrivals, few)
+    fewer = first_examples(stage.batch, 2 if batch_size == 3 else 3)
+    check_same_sites(recorder.arrivals, observe_pass(stage.model, fewer, stage.loss, reading))
     booked = _booked(recorder.hooks)
     instants, released = cut_instants(live, recorder.hooks, (recorder.start, backward_end), booked)
-    sites = as_sites(recorder.arrivals, stage.model)
+    sites = as_sites(recorder.arrivals, stage.model, reading.layouts.rows)
     settings.options.check_weights(weights_with_choice(sites))
     return Trace(
         sites=_measured(sites, recorder, stage.static.total),
@@ -149,6 +165,7 @@ def record_step(stage: Stage, settings: StepSettings, batch_size: int, keys: dic
         nonprivate_peak_bytes=nonprivate_peak_bytes,
         batch_size=batch_size,
         carried_bytes=recorder.carried_bytes,
+        checked=None if examined is None else examined.checked,
         unprobed=tuple(sorted(live.unprobed)),
         settings={**keys, **settings.to_json()},
     )

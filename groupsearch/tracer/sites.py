@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
+from groupsearch.checked import Checked, merged
 from groupsearch.engine.arrival import Arrival
-from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Dimensions
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ownership import owned_layers
+from groupsearch.engine.truth.check import Subject, Tried, check_truth, try_rows
+from groupsearch.engine.truth.draws import OTHERS, USUAL, Constants, alike
+from groupsearch.engine.truth.leftovers import left_as_it_was
+from groupsearch.engine.truth.reading import Reading
+from groupsearch.engine.truth.rows import joined
 from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site
+from groupsearch.trace import Rows, Site, shared_parameters
 from groupsearch.tracer.discovery import Loss, find_layouts
 from groupsearch.tracer.fake import NEEDS_VALUES
-from groupsearch.workloads.batches import count_examples, first_examples, varied_examples
+from groupsearch.workloads.batches import count_examples, first_examples, map_tensors, tensors_of
 from groupsearch.workloads.blocks import find_blocks
 
 
@@ -41,7 +46,7 @@ class Observed:
     dimensions: Dimensions
 
 
-def as_sites(arrivals: Sequence[Observed], model: nn.Module) -> tuple[Site, ...]:
+def as_sites(arrivals: Sequence[Observed], model: nn.Module, rows: Rows) -> tuple[Site, ...]:
     """Number what backward reached, last first, and name further uses of a layer ``name#k``."""
     blocks = find_blocks(model)
     uses: Counter[str] = Counter()
@@ -64,111 +69,203 @@ def as_sites(arrivals: Sequence[Observed], model: nn.Module) -> tuple[Site, ...]
                 parameters=seen.parameters,
                 parameter_count=seen.parameter_count,
                 layout=seen.layout,
+                rows=rows,
             )
         )
     return tuple(sites)
 
 
-def observe_sites(
-    model: nn.Module, batch: Any, loss: Loss, *, options: EngineOptions | None = None
-) -> tuple[Site, ...]:
-    """The sites of a model, from forward and backward passes over a few examples of a batch.
+@dataclass(frozen=True)
+class Examined:
+    """What is known of a model once it was looked at.
 
-    The model runs in evaluation mode on three examples, twice on the same with the third replaced, and
-    on two: the sites must be the same and, on real tensors, replacing the third must change no gradient
-    norm of the others at any site. Fake tensors show only the former. Random numbers are drawn from
-    one seed; gradients, parameters, modes and generators are left as they are.
+    Attributes:
+        sites: in order.
+        reading: how the engine is to read the model.
+        draws: random draws at which every trainable parameter takes part.
+        checked: what the truth check held; None without real weights and examples.
+    """
+
+    sites: tuple[Site, ...]
+    reading: Reading
+    draws: Constants
+    checked: Checked | None
+
+
+def observe_sites(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    *,
+    options: EngineOptions | None = None,
+    allow_state: Collection[str] = (),
+) -> tuple[Site, ...]:
+    """The sites of a model, from forward and backward passes over a few examples of a batch, in the mode it is in.
+
+    On real tensors the engine is held to plain autograd on those examples, see
+    :mod:`groupsearch.engine.truth`. Fake tensors only show that the sites are the same for two examples and for
+    three. Model, gradients, modes and generators are left as they are.
 
     Raises:
         UnsupportedModelError: when a trainable parameter cannot be covered, by name, or when an
             example's gradient depends on the other examples of its batch.
     """
-    owned_layers(model)  # refuses in the mode the model is trained in
-    several = varied_examples(batch, 5)
-    with _evaluating(model):
-        layouts, arrivals, norms_LB = settle(model, several, loss, options)
-        passes = [observe_pass(model, _taken(several, (0, 1, k)), loss, options, layouts) for k in (3, 4)]
-        fewer, _ = observe_pass(model, first_examples(several, 2), loss, options, layouts)
-    check_all_seen(model, arrivals)
-    check_same_sites(arrivals, fewer)
-    for replaced, replaced_LB in passes:
-        check_same_sites(arrivals, replaced)
-        if not isinstance(norms_LB, FakeTensor):
-            _check_separate(arrivals, norms_LB[:, :2], replaced_LB[:, :2])
-    return as_sites(arrivals, model)
+    return examine(model, batch, loss, options, allow_state).sites
 
 
-def check_examples(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None) -> None:
-    """Raise when examples cannot be told apart, as far as that can be seen: only weights that are there show it.
+def examine(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    options: EngineOptions | None = None,
+    allow_state: Collection[str] = (),
+) -> Examined:
+    """Sites, reading and truth check of a model, see :func:`observe_sites`.
 
     Raises:
-        UnsupportedModelError: see :func:`observe_sites`.
+        UnsupportedModelError: as :func:`observe_sites`.
     """
-    tensors = [*model.parameters(), *(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))]
-    if any(isinstance(x, FakeTensor) or x.is_meta for x in tensors):
-        return
+    options = options or EngineOptions()
+    if not is_real(model, batch):
+        return _settled(model, batch, loss, options)
+    owned_layers(model)  # refuses what needs no pass to be seen
     device = next(model.parameters()).device
-    few = pytree.tree_map_only(Tensor, lambda x: x.to(device), varied_examples(batch, 5))
-    observe_sites(model, few, loss, options=options)
+    tried = try_rows(model, map_tensors(lambda x: x.to(device), batch), loss)
+    try:
+        return _examined(model, tried, loss, options, allow_state, apart=False)
+    except UnsupportedModelError:
+        if not _has_several_rows(model, joined(tried.rows.examples), loss):
+            raise
+        with suppress(UnsupportedModelError):  # the rows of an example may lie in the other order
+            return _examined(model, tried, loss, options, allow_state, apart=True)
+        raise
+
+
+def _has_several_rows(model: nn.Module, batch: Any, loss: Loss) -> bool:
+    with left_as_it_was(model), alike(), suppress(UnsupportedModelError):
+        return find_layouts(model, first_examples(batch, 3), loss).rows.count > 1
+    return False
+
+
+def _examined(
+    model: nn.Module, tried: Tried, loss: Loss, options: EngineOptions, allow_state: Collection[str], apart: bool
+) -> Examined:
+    settled = _settled(model, joined(tried.rows.examples), loss, options, apart)
+    reading, draws, shared = settled.reading, settled.draws, shared_parameters(settled.sites)
+    found = [
+        check_truth(Subject.of(model, loss, reading, shared, each), tried, allow_state)
+        for each in dict.fromkeys((draws, USUAL))
+    ]
+    return replace(settled, checked=merged(found))
+
+
+def sites_of(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions, apart: bool = False) -> tuple[Site, ...]:
+    """The sites of a model with weights, without the truth check: make_private makes it when it is told the loss.
+
+    Several rows of an example lie ``apart`` or side by side.
+
+    Raises:
+        UnsupportedModelError: as :func:`observe_sites`.
+    """
+    return _settled(model, batch, loss, options, apart).sites
+
+
+def _settled(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions, apart: bool = False) -> Examined:
+    owned_layers(model)  # refuses what needs no pass to be seen
+    if not is_real(model, batch):
+        with alike():
+            reading, arrivals = settle(model, first_examples(batch, 3), loss, options, None)
+            return Examined(_sites_of(model, batch, loss, reading, arrivals), reading, USUAL, None)
+    reading, arrivals, draws = _settle_on_all(model, batch, loss, options, apart)
+    with left_as_it_was(model), alike(draws):
+        return Examined(_sites_of(model, batch, loss, reading, arrivals), reading, draws, None)
+
+
+def is_real(model: nn.Module, batch: Any) -> bool:
+    """Whether weights and examples have values."""
+    tensors = [*model.parameters(), *tensors_of(batch)]
+    return not any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
+
+
+def _sites_of(
+    model: nn.Module, batch: Any, loss: Loss, reading: Reading, arrivals: Sequence[Observed]
+) -> tuple[Site, ...]:
+    check_all_seen(model, arrivals)
+    check_same_sites(arrivals, observe_pass(model, first_examples(batch, 2), loss, reading))
+    return as_sites(arrivals, model, reading.layouts.rows)
+
+
+def _settle_on_all(
+    model: nn.Module, few: Any, loss: Loss, options: EngineOptions, apart: bool
+) -> tuple[Reading, list[Observed], Constants]:
+    """Settle at draws at which all parameters take part; at the usual ones where there are none such."""
+    usual = None
+    for draws in (USUAL, *OTHERS):
+        with left_as_it_was(model), alike(draws):
+            try:
+                reading, arrivals = settle(model, first_examples(few, 3), loss, options, apart)
+            except UnsupportedModelError:
+                if usual is None:
+                    raise
+                continue
+        usual = usual or (reading, arrivals, draws)
+        if not unseen(model, arrivals):
+            return reading, arrivals, draws
+    assert usual is not None
+    return usual
 
 
 def settle(
-    model: nn.Module, batch: Any, loss: Loss, options: EngineOptions | None = None
-) -> tuple[Mapping[str, str], list[Observed], Tensor]:
-    """Where the layers keep the examples, and what arrives in a pass over three of them, see :func:`observe_pass`.
+    model: nn.Module, batch: Any, loss: Loss, options: EngineOptions, apart: bool | None
+) -> tuple[Reading, list[Observed]]:
+    """How the engine can read a model, and what arrives in a pass over three examples, see :func:`observe_pass`.
 
     A layer that cannot be followed inside is differentiated as one, together with as few modules
-    around it as keep the examples together.
+    around it as keep the examples together. Several rows of an example lie ``apart`` or side by side; None: not known.
 
     Raises:
-        UnsupportedModelError: when that is the whole model, or something else cannot be covered.
+        UnsupportedModelError: when that is the whole model, or something else cannot be covered; and when nobody
+            knows in which order several rows of an example lie.
     """
     three = first_examples(batch, 3)
     usage = find_layouts(model, three, loss)
+    if apart is None and usage.rows.count > 1:
+        raise UnsupportedModelError(
+            f"The model is called with {usage.rows.count} rows of every example, whose order only values show. Give it "
+            "with its weights and a batch with its values, not on the meta device."
+        )
+    rows = replace(usage.rows, apart=bool(apart) and usage.rows.count > 1)
     while True:
+        reading = Reading(options, Layouts(dict(usage.layouts), rows))
         try:
-            arrivals, norms_LB = observe_pass(model, three, loss, options, usage.layouts)
-            return usage.layouts, arrivals, norms_LB
+            return reading, observe_pass(model, three, loss, reading)
         except UnsupportedModelError as error:
             if error.layer is None or not usage.make_whole(error.layer):
                 raise
 
 
-def observe_pass(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
-    options: EngineOptions | None = None,
-    layouts: Mapping[str, str] | None = None,
-) -> tuple[list[Observed], Tensor]:
-    """What arrives in one backward pass, in that order, and every example's gradient norm, (L, B)."""
+def observe_pass(model: nn.Module, batch: Any, loss: Loss, reading: Reading) -> list[Observed]:
+    """What arrives in one backward pass, in that order."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     arrivals: list[Observed] = []
-    sqnorms: list[Tensor] = []
 
     def receive(arrival: Arrival) -> None:
         entry = arrival.make_entry()
         arrivals.append(observed(arrival, entry.parameters, entry.dimensions, sizes))
-        sqnorms.append(entry.sqnorm().float())
-        if isinstance(entry, WholeEntry) and not isinstance(sqnorms[-1], FakeTensor):
+        if isinstance(entry, WholeEntry) and not any(isinstance(x, FakeTensor) for x in entry.booked):
             _check_adds_up(arrival.key, entry)
 
-    capture = Capture(model, receive, options or EngineOptions(), layouts)
-    capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with reading.attached(model, receive):
             loss(model, batch).sum().backward()
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(batch)} examples failed: {error}. Poisson sampling draws batches of any size; "
-            "make the model and the loss run on all of them."
+            f"A step on {count_examples(batch)} examples with the engine failed: {error}. Make the model and the loss "
+            "run on batches of any size."
         ) from error
-    finally:
-        capture.remove()
-    return arrivals, torch.stack(sqnorms).clamp(min=0).sqrt()
+    return arrivals
 
 
 def _check_adds_up(key: str, entry: WholeEntry) -> None:
@@ -179,7 +276,8 @@ def _check_adds_up(key: str, entry: WholeEntry) -> None:
         raise UnsupportedModelError(
             f"Module {key!r} gives other gradients when its examples run one by one than when they run together: an "
             "example's gradient depends on the others (batch statistics, capacity limits of experts). Remove what "
-            "mixes the examples, or freeze it with requires_grad_(False)."
+            "mixes the examples, or freeze it with requires_grad_(False).",
+            key,
         )
 
 
@@ -198,38 +296,17 @@ def check_same_sites(arrivals: Sequence[Observed], others: Sequence[Observed]) -
             )
 
 
-def _taken(batch: Any, examples: tuple[int, ...]) -> Any:
-    index = torch.tensor(examples)
-    return pytree.tree_map_only(Tensor, lambda t: t[index.to(t.device)], batch)
-
-
-def _check_separate(arrivals: Sequence[Observed], norms_LB: Tensor, others_LB: Tensor) -> None:
-    scale_B = torch.linalg.vector_norm(others_LB, dim=0)
-    differs_L = ((norms_LB - others_LB).abs() > 1e-2 * others_LB + 1e-3 * scale_B).any(1)
-    if differs_L.any():
-        raise UnsupportedModelError(
-            f"At layer {arrivals[int(differs_L.nonzero()[0])].key!r} the gradient of an example depends on the other "
-            "examples of its batch, or the examples are in another order there: clipping it protects nobody. Remove "
-            "what mixes or reorders examples (batch statistics, a mean over the batch, flips of the first dimension)."
-        )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def observed(arrival: Arrival, parameters: tuple[str, ...], dims: Dimensions, sizes: dict[str, int]) -> Observed:
     """What an arrival says about its site."""
     count = sum(sizes[name] for name in parameters)
     layer = arrival.layer
     return Observed(arrival.key, layer.name, arrival.kind, layer.layout, parameters, count, dims)
+
+
+def unseen(model: nn.Module, arrivals: Sequence[Observed]) -> list[str]:
+    """Trainable parameters that no site uses."""
+    seen = {name for a in arrivals for name in a.parameters}
+    return [name for name, p in model.named_parameters() if p.requires_grad and name not in seen]
 
 
 def check_all_seen(model: nn.Module, arrivals: Sequence[Observed]) -> None:
@@ -238,10 +315,10 @@ def check_all_seen(model: nn.Module, arrivals: Sequence[Observed]) -> None:
     Raises:
         UnsupportedModelError: naming them.
     """
-    seen = {name for a in arrivals for name in a.parameters}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and name not in seen]
+    missing = unseen(model, arrivals)
     if missing:
+        mode = "" if model.training else " The model is in evaluation mode: call .train() first if it is trained so."
         raise UnsupportedModelError(
             f"Backward reached no use of these trainable parameters: {', '.join(missing)}. They take no part in the "
-            "loss of this batch. Freeze them with requires_grad_(False), or give a batch that uses them."
+            f"loss of this batch. Freeze them with requires_grad_(False), or give a batch that uses them.{mode}"
         )

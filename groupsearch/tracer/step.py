@@ -23,7 +23,7 @@ from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
 from groupsearch.tracer.workspaces import workspace_bytes
-from groupsearch.workloads.batches import check_loss
+from groupsearch.workloads.batches import check_loss, map_tensors, tensors_of
 from groupsearch.workloads.blocks import checkpoint_as
 from groupsearch.workloads.copies import copy_of
 
@@ -223,7 +223,7 @@ def make_stage(
         weights=live.ignore(model.parameters()),
         buffers=live.ignore(model.buffers()),
         optimizer=live.ignore(t for t in pytree.tree_leaves(_state(optimizer)) if isinstance(t, Tensor)),
-        batch=live.ignore(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)),
+        batch=live.ignore(tensors_of(batch)),
         workspaces=workspaces,
     )
     loss = _casting(loss, settings.autocast, next(model.parameters()).device)
@@ -244,7 +244,7 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
     own = copy_of(model) if copy_model else model
     try:
         moved = own.to(device)
-        return moved, pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+        return moved, map_tensors(lambda t: t.to(device), batch)
     except (RuntimeError, AssertionError) as error:
         raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error
 

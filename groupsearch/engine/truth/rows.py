@@ -1,0 +1,135 @@
+"""Which rows of a user's batch the check takes: whole ones, as the batch has them.
+
+Rows are never mixed with each other: a table has columns with ranges of their own, a covariance
+must stay one. Where a batch has too few different rows, further ones are derived from the first by
+what most inputs bear; whoever runs them drops those that the model refuses alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupsearch.workloads.batches import count_examples, map_tensors, take_examples, tensors_of
+
+_LOOKED_AT = 64
+_EXTREME = 30.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples to check with, each a batch of one.
+
+    Attributes:
+        examples: up to three, different from each other where that can be had.
+        extreme: the last one with its numbers multiplied; None where it has none to multiply.
+        origin: where they came from, in words.
+        derived: how many at the end are not the batch's own.
+    """
+
+    examples: tuple[Any, ...]
+    extreme: Any
+    origin: str
+    derived: int = 0
+
+    def without_derived(self, refused: str) -> Rows:
+        """The same with the first row in place of those that were derived, which the model refused."""
+        own = self.examples[: len(self.examples) - self.derived]
+        return replace(self, examples=own, derived=0, origin=f"{self.origin}, dropped: {refused}", extreme=None)
+
+
+def choose_rows(batch: Any) -> Rows:
+    """Three rows of a batch: different ones, two with the same whole-numbered label and one with another.
+
+    Raises:
+        GroupSearchError: when the batch has no common number of examples.
+    """
+    chosen = _different(batch)
+    examples = [take_examples(batch, (i,)) for i in chosen]
+    origin, derived = f"{len(examples)} different rows of the batch", 0
+    if len(examples) < 3:
+        origin = "the one row of the batch" if len(examples) == 1 else "the two different rows of the batch"
+        further = _derived(batch, examples[0], 3 - len(examples))
+        derived = len(further)
+        examples += further
+        if derived:
+            origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
+    return Rows(tuple(examples), _scaled(batch, examples[-1], _EXTREME), origin, derived)
+
+
+def joined(examples: Sequence[Any]) -> Any:
+    """Batches of one as one batch."""
+    parts = [list(tensors_of(example)) for example in examples]
+    columns = iter([torch.cat(column) for column in zip(*parts, strict=True)])
+    return map_tensors(lambda tensor: next(columns), examples[0])
+
+
+def whole_numbered(batch: Any) -> list[Tensor | None]:
+    """For every tensor of a batch where in a row all examples have whole numbers, (1, ...); None if it has no others.
+
+    Such places may hold categories or masks, and must keep what they hold.
+    """
+    found: list[Tensor | None] = []
+    for tensor in tensors_of(batch):
+        if not tensor.is_floating_point():
+            found.append(None)
+            continue
+        whole = (tensor == tensor.round()).all(0, keepdim=True)
+        found.append(None if bool(whole.all()) else whole)
+    return found
+
+
+def _different(batch: Any) -> list[int]:
+    """Numbers of up to three different rows; the second, where there is one, has the first one's label."""
+    count = min(count_examples(batch), _LOOKED_AT)
+    tensors = [tensor[:count].detach().cpu() for tensor in tensors_of(batch)]
+    keys = [
+        tuple(t[i].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors) for i in range(count)
+    ]
+    firsts = list({key: i for i, key in reversed(list(enumerate(keys)))}.values())
+    firsts.sort()
+    labels = next((t for t in tensors if t[0].numel() == 1 and not t.is_floating_point()), None)
+    if labels is None or len(firsts) < 3:
+        return firsts[:3]
+    label = {i: labels[i].item() for i in firsts}
+    for first in firsts:
+        alike = [i for i in firsts if label[i] == label[first] and i != first]
+        unlike = [i for i in firsts if label[i] != label[first]]
+        if alike and unlike:
+            return [first, alike[0], unlike[0]]
+    return firsts[:3]
+
+
+def _derived(batch: Any, example: Any, count: int) -> list[Any]:
+    """Different rows made of one; none where there is nothing to change."""
+    made: list[Any] = []
+    for k in range(1, count + 1):
+        scaled = _scaled(batch, example, 1 - 0.3 * k)
+        if scaled is None:
+            scaled = map_tensors(partial(_rolled, by=k), example)
+            if all(torch.equal(a, b) for a, b in zip(tensors_of(scaled), tensors_of(example), strict=True)):
+                return made
+        made.append(scaled)
+    return made
+
+
+def _rolled(tensor: Tensor, by: int) -> Tensor:
+    return tensor.roll(by, 1) if tensor.dim() == 2 and tensor.shape[1] > by else tensor
+
+
+def _scaled(batch: Any, example: Any, factor: float) -> Any:
+    places = whole_numbered(batch)
+    if all(place is None for place in places):
+        return None
+    each = iter(places)
+
+    def scale(tensor: Tensor) -> Tensor:
+        place = next(each)
+        return tensor if place is None else torch.where(place, tensor, tensor * factor)
+
+    return map_tensors(scale, example)

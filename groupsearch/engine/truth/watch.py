@@ -1,0 +1,142 @@
+"""The watch in training: now and then one example of a real physical batch is taken alone and compared.
+
+It looks at a batch as it is handed out, before the loop has it: at one example by plain autograd,
+and at the whole batch through the engine's own capture, under draws made alike. Nothing is summed,
+and model, gradients and generators are left as they were. When it looks, and at which example, is
+drawn from the operating system's entropy, independent of data and of every seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from random import SystemRandom
+from typing import Any
+
+import torch
+
+from groupsearch.checked import Watched
+from groupsearch.engine.truth.check import Subject, in_double, mode_of
+from groupsearch.engine.truth.comparison import Difference, Truth, compare, compare_losses, tolerance_of
+from groupsearch.engine.truth.draws import alike
+from groupsearch.engine.truth.finding import described, first_difference
+from groupsearch.engine.truth.leftovers import left_as_it_was
+from groupsearch.engine.truth.reading import Reading
+from groupsearch.errors import GroupSearchError, TruthError
+from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
+
+RATE = 0.01
+_SLACK = 3.0  # a false alarm ends a training
+
+
+class Watch:
+    """Looks at some of the physical batches of a training.
+
+    Args:
+        subject: model, loss, and the engine's own capture turned to another receiver.
+        aside: lets the model run for a while as if there were no engine.
+        reading: how the engine reads a model, for a copy of it.
+        rate: probability with which a batch is looked at; the first in a mode not seen before always is.
+        mode: that the model was checked in.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        aside: Callable[[], AbstractContextManager[None]],
+        reading: Reading,
+        rate: float,
+        mode: str | None,
+    ) -> None:
+        if not 0 <= rate <= 1:
+            raise GroupSearchError(f"Expected the watch's rate between 0 and 1, found {rate}.")
+        self._subject = subject
+        self._aside = aside
+        self._reading = reading
+        self._entropy = SystemRandom()
+        self._modes = {mode}
+        self._fault: str | None = None
+        self.watched = Watched(rate)
+
+    def see(self, batch: Any) -> None:
+        """A physical batch is about to be handed out."""
+        self.watched = replace(self.watched, batches=self.watched.batches + 1)
+        if self._fault is not None or not self._is_due():
+            return
+        begin = time.perf_counter()
+        try:
+            self._look(batch)
+        except torch.OutOfMemoryError:
+            self.watched = replace(self.watched, skipped=self.watched.skipped + 1)
+        seconds = self.watched.seconds + time.perf_counter() - begin
+        self.watched = replace(self.watched, seconds=seconds)
+
+    def check(self) -> None:
+        """Refuse the step after a difference was seen.
+
+        Raises:
+            TruthError: naming the layer.
+        """
+        if self._fault is not None:
+            raise TruthError(self._fault)
+
+    def _is_due(self) -> bool:
+        rate, mode = self.watched.rate, mode_of(self._subject.model)
+        if rate and mode not in self._modes:
+            self._modes.add(mode)
+            return True
+        return self._entropy.random() < rate
+
+    def _look(self, batch: Any) -> None:
+        model = self._subject.model
+        device = next(model.parameters()).device
+        batch = map_tensors(lambda tensor: tensor.to(device), batch)
+        size = count_examples(batch)
+        if not size:
+            return
+        number = self._entropy.randrange(size)
+        with left_as_it_was(model) as memory, alike(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            example = take_examples(batch, (number,))
+            with self._aside():
+                truth = self._subject.alone(example)
+            memory.put_back()
+            worst, fault = self._compared(self._subject, batch, number, truth, tolerance_of(model) * _SLACK)
+            memory.put_back()
+            if fault is not None:
+                with self._aside():
+                    self._fault = self._confirmed(fault, batch, number)
+        found = 0.0 if fault is not None and self._fault is None else worst
+        self.watched = replace(self.watched, runs=self.watched.runs + 1, worst=max(self.watched.worst, found))
+
+    def _compared(
+        self, subject: Subject, batch: Any, number: int, truth: Truth, tolerance: float
+    ) -> tuple[float, Difference | None]:
+        booked = subject.booked(batch, examples=[number], together=False)
+        worst, fault = compare(booked, {number: truth}, tolerance)
+        return worst, compare_losses(booked.losses, {number: truth}, tolerance) or fault
+
+    def _confirmed(self, fault: Difference, batch: Any, number: int) -> str | None:
+        """The message of a difference; None where float64 has none, which makes it rounding."""
+        model, loss = self._subject.model, self._subject.loss
+        plain = replace(self._subject, attach=self._reading.attached)
+
+        def again(subject: Subject, convert: Callable[[Any], Any]) -> Difference | None:
+            wide = convert(batch)
+            truth = subject.alone(take_examples(wide, (number,)))
+            return self._compared(subject, wide, number, truth, tolerance_of(model) / 10)[1]
+
+        found = in_double(plain, again)
+        if found is not None and found[0] is None:
+            return None
+        fault = found[0] or fault if found is not None else fault
+        examples = [take_examples(batch, (number,))]
+        size = count_examples(batch)
+        begins = first_difference(lambda b: loss(model, b), model, batch, examples, [number])
+        message = described(fault, f"{size} examples", begins, None)
+        return (
+            f"The watch in training found that {message[0].lower()}{message[1:]} The step that would have released it "
+            "is refused, and the model is that of the last step. Steps before this one may have been wrong too: do not "
+            "count on their guarantee."
+        )
