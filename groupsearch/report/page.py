@@ -16,7 +16,7 @@ from groupsearch.report.profile_sections import fit_section, joint_section
 from groupsearch.report.section import Section, plot, unbroken
 from groupsearch.report.style import CSS, SCRIPT
 from groupsearch.report.subject import PARTS, Subject, groups_word
-from groupsearch.units import format_bytes, format_count
+from groupsearch.units import format_bytes, format_count, format_number
 
 TITLES = {
     "search": "search report",

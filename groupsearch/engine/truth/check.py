@@ -85,12 +85,13 @@ class _Batch:
 
     numbers: tuple[int, ...]
     extreme: bool = False
+    shuffled: bool = False
 
     def __str__(self) -> str:
         names = [str(i) for i in self.numbers]
         if self.extreme:
             names[-1] += " times 30"
-        return f"row{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        return f"row{'s' if len(names) > 1 else ''} {', '.join(names)}{' with shuffled numbers' * self.shuffled}"
 
 
 @dataclass
@@ -222,6 +223,7 @@ class _Check:
         for shape in self._shapes(rows):
             self._compare(rows, shape)
         self._compare_extreme(rows)
+        self._compare_shuffled(rows)
         self._poison(rows)
         self._refuse_buffers()
         self._tell_of_left()
@@ -333,6 +335,20 @@ class _Check:
         examples = [*(rows.examples[i] for i in numbers), rows.extreme]
         truths = [*(self._truths[i] for i in numbers), truth]
         self._compare(rows, _Batch((*numbers, count - 1), extreme=True), examples, truths)
+
+    def _compare_shuffled(self, rows: Rows) -> None:
+        if not rows.shuffled:
+            return
+        try:
+            truths = [self._alone(example) for example in rows.shuffled]
+        except Exception as error:
+            self._say(f"shuffled numbers: the model does not take them alone ({short(error)})")
+            return
+        if not all(_is_finite(x) for truth in truths for x in (truth.loss, truth.gradient.total())):
+            self._say("shuffled numbers: a gradient is not finite")
+            return
+        numbers = tuple(range(len(truths)))
+        self._compare(rows, _Batch(numbers, shuffled=True), rows.shuffled, truths)
 
     def _poison(self, rows: Rows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""

@@ -28,6 +28,8 @@ class Rows:
     Attributes:
         examples: up to three, different from each other where that can be had.
         extreme: the last one with its numbers multiplied; None where it has none to multiply.
+        shuffled: as many with their numbers shuffled among all: data as it comes may hide what other data show (rows
+            that are in order, as many positions for every expert). None where there are none to shuffle.
         origin: where they came from, in words.
         derived: how many at the end are not the batch's own.
     """
@@ -35,12 +37,15 @@ class Rows:
     examples: tuple[Any, ...]
     extreme: Any
     origin: str
+    shuffled: tuple[Any, ...] = ()
     derived: int = 0
 
     def without_derived(self, refused: str) -> Rows:
         """The same with the first row in place of those that were derived, which the model refused."""
         own = self.examples[: len(self.examples) - self.derived]
-        return replace(self, examples=own, derived=0, origin=f"{self.origin}, dropped: {refused}", extreme=None)
+        return replace(
+            self, examples=own, derived=0, shuffled=(), origin=f"{self.origin}, dropped: {refused}", extreme=None
+        )
 
 
 def choose_rows(batch: Any) -> Rows:
@@ -59,7 +64,8 @@ def choose_rows(batch: Any) -> Rows:
         examples += further
         if derived:
             origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
-    return Rows(tuple(examples), _scaled(batch, examples[-1], _EXTREME), origin, derived)
+    extreme = _scaled(batch, examples[-1], _EXTREME)
+    return Rows(tuple(examples), extreme, origin, () if extreme is None else _shuffled(batch, examples), derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:
@@ -120,6 +126,20 @@ def _derived(batch: Any, example: Any, count: int) -> list[Any]:
 
 def _rolled(tensor: Tensor, by: int) -> Tensor:
     return tensor.roll(by, 1) if tensor.dim() == 2 and tensor.shape[1] > by else tensor
+
+
+def _shuffled(batch: Any, examples: Sequence[Any]) -> tuple[Any, ...]:
+    each, generator = iter(whole_numbered(batch)), torch.Generator().manual_seed(0)
+
+    def shuffle(tensor: Tensor) -> Tensor:
+        whole = next(each)
+        if whole is None:
+            return tensor
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return torch.where(whole, tensor, tensor.flatten()[order].view_as(tensor))
+
+    together = map_tensors(shuffle, joined(examples))
+    return tuple(take_examples(together, (i,)) for i in range(len(examples)))
 
 
 def _scaled(batch: Any, example: Any, factor: float) -> Any:
