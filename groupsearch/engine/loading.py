@@ -170,7 +170,7 @@ class PoissonBatches:
 
     def first(self, count: int) -> Any:
         """The first examples of the data as a physical batch; nothing is drawn."""
-        numbers = list(range(min(count, len(self.dataset))))
+        numbers = [i for i in range(min(count, len(self.dataset))) for _ in range(self._views)]
         fetch = getattr(self.dataset, "__getitems__", None)
         return self._collate(fetch(numbers) if fetch else [self.dataset[i] for i in numbers])
 

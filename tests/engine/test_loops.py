@@ -277,9 +277,7 @@ def test_several_steps_equal_a_plain_dp_loop(case: Case, optimizer: str) -> None
         plain_optimizer.step()
     assert engine.steps == 4
     for name, parameter in trainable(reference).items():
-        torch.testing.assert_close(
-            trainable(model)[name], parameter, rtol=1e-9, atol=1e-6
-        )
+        torch.testing.assert_close(trainable(model)[name], parameter, rtol=1e-9, atol=1e-6)
 
 
 def _noises(case: Case, plan: ClipPlan, steps: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
