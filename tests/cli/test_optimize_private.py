@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from html import escape
+from typing import Any
 
 import dp_accounting
 import pytest

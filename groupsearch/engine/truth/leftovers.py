@@ -76,6 +76,13 @@ class Memory:
                 self._remember_inside(prefix + name, value, seen, 0)
             if not is_buffers:
                 self._slots.append(_no_others(prefix, holder, frozenset(names)))
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+        ):  # a model may put its own on when it first runs
+            slot = _container(f"{prefix}(hooks)", hooks)
+            assert slot is not None
+            self._slots.append(slot)
 
     def _remember_inside(self, name: str, value: Any, seen: set[int], depth: int) -> None:
         if id(value) in seen or depth > _DEPTH:
