@@ -63,7 +63,9 @@ def test_without_a_seed_nobody_can_draw_the_noise_again():
     assert "seed" not in first["settings"]
     assert first["added_delta"] < 1e-15
     different = {key for key in first if first[key] != other[key]}
-    assert different <= {"curve", "metric", "checked", "watched", "step_seconds"}, "all else is the same for every noise"
+    assert different <= {"curve", "metric", "checked", "watched", "step_seconds"}, (
+        "all else is the same for every noise"
+    )
 
 
 def test_with_a_seed_runs_agree_bit_for_bit_and_text_document_and_page_say_what_that_means(tmp_path):
