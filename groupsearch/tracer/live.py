@@ -80,6 +80,8 @@ class LiveBytes(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scratch = scratch
         self._added: int | None = None
+        self._node = -1
+        self._node_began = 0
         self._asked_state = torch.get_rng_state
         self._overhearing = patch.object(torch, "get_rng_state", self._random_state)
 
@@ -118,8 +120,12 @@ class LiveBytes(TorchDispatchMode):
             self._meet(args)
         if func in _BY_VALUES and torch.is_grad_enabled() and args[0].is_floating_point():
             self.unprobed.add(func._schema.name)
-        in_place = _IN_PLACE.get(func)
-        if in_place is not None and not _by_autograd(func, args):
+        node = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        if number != self._node:
+            self._node, self._node_began = number, len(self.sizes)
+        in_place = _in_place_of(func, args, node)
+        if func is _aten.add.Tensor and self._is_within(node, args[0]):
             in_place = None
         out = self._run(func, args, kwargs) if in_place is None else func(*args, **kwargs)
         if in_place is not None and self._scratch is not None:
@@ -132,10 +138,16 @@ class LiveBytes(TorchDispatchMode):
             self._added = self.number(args[0])
         return out
 
+    def _is_within(self, node: Any, old: Any) -> bool:
+        """Whether a sum is a term of a node's formula: what is added was made by it, and is not what it returns."""
+        if node is None or not isinstance(old, Tensor) or (self.number(old) or 0) < self._node_began:
+            return False
+        return not _meets_itself(node)
+
     def _meet(self, values: Any) -> None:
         for value in values:
             if isinstance(value, Tensor):
-                if value.layout is torch.strided and self.allocator.counts(value):
+                if id(value.untyped_storage()) not in self._references and self.allocator.counts(value):
                     self.constant_bytes += self.ignore([value])
             elif isinstance(value, list | tuple):
                 self._meet(value)
@@ -195,14 +207,21 @@ class LiveBytes(TorchDispatchMode):
         return release
 
 
-def _by_autograd(func: Any, args: Any) -> bool:
-    """Whether autograd itself, not a backward that somebody wrote, runs what it would do in place unwatched."""
-    if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
-        return False
+def _in_place_of(func: Any, args: Any, node: Any) -> Any:
+    """What autograd itself runs unwatched where it is seen to run ``func``; None where that is what it runs."""
+    in_place = _IN_PLACE.get(func)
+    if in_place is None or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+        return None
     old, new = args[:2]
     if not isinstance(old, Tensor) or old.untyped_storage().nbytes() != old.nbytes:
-        return False
-    node: Any = torch._C._current_autograd_node()
-    if func is _aten.add.Tensor:  # of gradients that meet, between the formulas; within one a sum is a sum
-        return node is None and isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
-    return node is not None and not isinstance(node, BackwardCFunction)
+        return None
+    if func is _aten.add.Tensor:
+        alike = isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
+        return in_place if alike else None
+    return None if node is None or isinstance(node, BackwardCFunction) else in_place
+
+
+def _meets_itself(node: Any) -> bool:
+    """Whether two gradients that one node returns are of the same thing, as those of a square are."""
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    return len(set(edges)) < len(edges)
