@@ -49,7 +49,8 @@ def factory():
         loss=loss,
         metric=metric,
         metric_name="pixel accuracy",
+        metric_is_share=True,
         data=data,
         batch_size=256,
-        training=TrainingDefaults(steps=60, learning_rate=4e-3, sampling_rate=0.2, epsilon=8.0, delta=1e-5),
+        training=TrainingDefaults(steps=60, learning_rate=4e-3, sampling_rate=0.2, epsilon=8.0),
     )

@@ -47,8 +47,10 @@ class Checked:
         Raises:
             TypeError: when a part is missing.
         """
-        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+        known: dict[str, Any] = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        for key in ("batches", "skipped", "state"):
+            known[key] = tuple(known.get(key, ()))
+        return cls(**known)
 
     def __str__(self) -> str:
         lines = [

@@ -62,7 +62,7 @@ def gram_matrices(
         steps: instants, as numbers of steps taken before; None for 0, a sixteenth and an eighth of the training.
 
     Raises:
-        DivergedError: when a loss is not finite in training.
+        DivergedError: when a weight is not finite in training.
         UnsupportedModelError: when the model cannot be trained privately.
         GroupSearchError: when there are fewer examples than asked for, or fewer than two, when there are steps to
             take but no data or settings, or when a gradient is not finite.

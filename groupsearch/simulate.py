@@ -44,7 +44,7 @@ def simulate_peak(
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
     if device is not None:
-        stage = real_stage(model, batch, loss, settings, torch.device(device))
+        stage = real_stage(model, batch, loss, settings, torch.device(device), cpu_scratch)
         return private_peak(stage, settings, grouping, count_examples(batch))
     fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
     with fake:

@@ -188,6 +188,7 @@ class Trace:
         carried_bytes: clipped sums of earlier micro-batches, alive throughout; 0 where the trace is of
             the only one. Sites then leave none behind: what they sum is added to these in place.
         checked: how the engine was held to plain autograd on the model; None where it had no weights.
+        unprobed: operations of the step of which it is not known what they allocate beside their results.
     """
 
     sites: tuple[Site, ...]
@@ -201,6 +202,7 @@ class Trace:
     settings: Mapping[str, Any] = field(default_factory=dict)
     carried_bytes: int = 0
     checked: Checked | None = None
+    unprobed: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -229,6 +231,7 @@ class Trace:
             "nonprivate_peak_bytes": self.nonprivate_peak_bytes,
             "batch_size": self.batch_size,
             "carried_bytes": self.carried_bytes,
+            **({"unprobed": list(self.unprobed)} if self.unprobed else {}),
             "settings": dict(self.settings),
             **({"checked": self.checked.to_json()} if self.checked else {}),
         }
@@ -256,6 +259,7 @@ class Trace:
                 settings=dict(data["settings"]),
                 carried_bytes=data.get("carried_bytes", 0),  # older documents are of one micro-batch
                 checked=Checked.from_json(data["checked"]) if data.get("checked") else None,
+                unprobed=tuple(data.get("unprobed", ())),  # and do not say what was not probed
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DocumentError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from groupsearch.errors import GroupSearchError
@@ -122,6 +123,20 @@ def format_number(value: float, digits: int = 3) -> str:
     ('1.23', '8', '1e-05')
     """
     return f"{value:.{digits}g}"
+
+
+def format_at_most(value: float, digits: int = 3) -> str:
+    """A bound to ``digits`` significant digits, never below it.
+
+    >>> format_at_most(7.9912), format_at_most(8.0), format_at_most(1e-5)
+    ('8', '8', '1e-05')
+    >>> format_at_most(7.981), format_at_most(float("inf"))
+    ('7.99', 'inf')
+    """
+    if value == 0 or not math.isfinite(value):
+        return format_number(value, digits)
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
+    return format_number(math.ceil(value / unit - 1e-9) * unit, digits)
 
 
 def format_interval(mean: float, half_width: float | None, *, percent: bool) -> str:

@@ -79,7 +79,8 @@ def _peak_cells(document: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _search(document: Mapping[str, Any]) -> Iterator[str]:
     name, epsilon = document["model"]["name"], document["training"]["epsilon"]
-    yield f"{name}, trained with privacy at epsilon {epsilon:.2g}, with activation checkpointing (mean of 3 seeds):"
+    how = f"trained with privacy at epsilon {epsilon:.2g}, with activation checkpointing"
+    yield f"{name}, {how} (an experiment, mean of 3 seeds):"
     yield ""
     yield "| grouping | peak memory | validation |"
     yield "|---|---|---|"

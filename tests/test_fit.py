@@ -217,7 +217,7 @@ def test_every_size_is_traced_once(model: str, monkeypatch: pytest.MonkeyPatch) 
     sizes = Sizes(Setup(model, {BATCH: 16}, optimizer="sgd"))
     assert list(fit_rows(sizes, Room(MEMORY), ["uniform:2", "3"]))
     assert sorted(taken) == list(sizes.traced)
-    assert len(taken) <= 12
+    assert len(taken) <= 16
 
 
 def test_a_memory_below_the_weights_is_refused_with_what_is_needed(

@@ -385,7 +385,7 @@ def _text_models() -> list[Model]:
     next_word = {**words, "loss": next_token_loss}
     classes = {**words, "loss": masked_class_loss}
     translation = {**words, "loss": translation_loss}
-    across_blocks = {"reentrant": Refusal("relative_attention_bias' has shape", NON_REENTRANT)}
+    across_blocks = {"reentrant": Refusal("runs again in backward", NON_REENTRANT)}
 
     def causal(family: str, title: str, **settings: Any) -> Model:
         model = Model(family.lower(), partial(_causal, family), **next_word, tolerance=SINGLE, title=title, **settings)
@@ -401,7 +401,7 @@ def _text_models() -> list[Model]:
         Model("bert-unused-pooler", _bert_without_use_of_pooler, **words, loss=token_class_loss, title="BertForTokenClassification, with an unused pooler", refusal=Refusal("no use of these trainable parameters: bert.pooler", "freeze the pooler")),
         _family(Model("roberta", partial(_bert, "Roberta"), **classes, opacus=True, title="RobertaForSequenceClassification"), *HF),
         _family(Model("distilbert", _distilbert, **classes, title="DistilBertForSequenceClassification"), *HF),
-        _family(Model("deberta", _deberta, **classes, title="DebertaV2ForSequenceClassification, relative positions"), *CHECKPOINTS, refusals=dict.fromkeys(CHECKPOINTS, WITHOUT)),
+        _family(Model("deberta", _deberta, **classes, title="DebertaV2ForSequenceClassification, relative positions"), *CHECKPOINTS, refusals={"reentrant": Refusal("graph a second time", "train without"), "non-reentrant": WITHOUT}),
         Model("deberta-unshared", partial(_deberta, norm_rel_ebd="none", share_att_key=False), **classes, title="DebertaV2ForSequenceClassification, relative positions unshared"),
         _family(Model("deberta-absolute", partial(_deberta, relative_attention=False, norm_rel_ebd="none", position_biased_input=True), **classes, title="DebertaV2ForSequenceClassification, absolute positions"), *CHECKPOINTS),
         _family(Model("t5", _t5, **translation, tolerance=SINGLE, whole=T5_BIASES, title="T5ForConditionalGeneration, head tied"), *HF, refusals=across_blocks),
@@ -425,7 +425,7 @@ def _other_models() -> list[Model]:
     unused = "vision_model.post_layernorm"
     contrastive, one_by_one = partial(_clip, "CLIPModel"), "use a loss that does not compare examples with each other"
     relative = {"drop_path_rate": 0.0, "layer_scale_init_value": 0.0, "use_relative_position_bias": True}
-    recomputed = {"reentrant": Refusal("relative_position_bias_table' reached the loss", NON_REENTRANT)}
+    recomputed = {"reentrant": Refusal("runs again in backward", NON_REENTRANT)}
 
     def group_norm(channels: int) -> nn.Module:
         return nn.GroupNorm(2, channels)
@@ -436,7 +436,7 @@ def _other_models() -> list[Model]:
         _family(Model("beit-relative", partial(_image, "Beit", **relative), **small, title=f"{beit}, relative positions"), *HF, refusals=recomputed),
         _family(Model("beit-shared", partial(_beit, use_shared_relative_position_bias=True, use_absolute_position_embeddings=True), **small, whole=("beit.shared_position_bias.relative_position_bias_table",), title=f"{beit}, layer scale, shared relative positions"), *HF, "blocks", refusals=dict.fromkeys(CHECKPOINTS, OWNER)),
         _family(Model("deit", partial(_image, "DeiT"), **small, title="DeiTForImageClassification"), *HF),
-        _family(Model("swin", _swin, **larger, title="SwinForImageClassification"), *HF, refusals=recomputed),
+        _family(Model("swin", _swin, **larger, title="SwinForImageClassification"), *HF),
         Model("convnext", _convnext, **larger, title="ConvNextForImageClassification"),
         _family(Model("whisper", _whisper, **sound, title="WhisperForAudioClassification"), *HF),
         Model("whisper-layer-sum", partial(_whisper, use_weighted_layer_sum=True), **sound, title="WhisperForAudioClassification, weighted sum of layers"),

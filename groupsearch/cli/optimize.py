@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from groupsearch.cli.console import say
 from groupsearch.cli.output import Output, make_folder, writable
 from groupsearch.cli.parameters import (
     Positive,
@@ -24,6 +25,7 @@ from groupsearch.cli.searching import RUNGS, TRIALS, Rungs, print_result, search
 from groupsearch.cli.selecting import refuse_excluded, select
 from groupsearch.cli.varying import COSTS, Vary, Ways, varied
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, not_private_sentence
 from groupsearch.records import default_path
 
 if TYPE_CHECKING:
@@ -129,6 +131,9 @@ SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "gran
 def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Search the front of accuracy against peak memory.
 
+    A search is an experiment: its trainings use known seeds, so that they can be compared and the search can go on
+    where it stopped. To publish a model, train it with `groupsearch train` afterwards.
+
     MODEL (default: digits-vit, which needs no download) is traced and its estimates are checked by
     runs; then groupings are trained with differential privacy, each with the same noise: many in short
     runs, the best of them in full, and the front is repeated with several seeds and drawn as a page.
@@ -141,8 +146,10 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch optimize digits-cnn --rungs full --max-runs 80 --confidence 0.9
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
+    from groupsearch.cli.console import say
     from groupsearch.cli.stages import start_document
     from groupsearch.cli.training import describe, training_setup
+    from groupsearch.report.words import randomness
 
     if given["private_selection"]:
         refuse_excluded(given)
@@ -151,6 +158,9 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     names = SELECTION_SETTINGS if given["private_selection"] else SEARCH_SETTINGS
     chosen = {key: given[key] for key in names}
     document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
+    if given["private_selection"]:
+        training = replace(training, seed=None)
+    document["randomness"] = training.streams().describe()
     if given["private_selection"]:
         _select(document, setup, training, given, Output.plan(document, output, force, as_json))
         return
@@ -167,6 +177,9 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     parts = result.to_json()
     training_part = {**describe(training), **parts["training"]}
     document |= {**parts, "training": training_part, "cost": {**parts["cost"], "epsilon": training_part["epsilon"]}}
+    statement = _statement(setup, training, settings.selection_data)
+    document["privacy"] = statement.to_json()
+    document["not_private"] = NOT_PRIVATE["search"] if settings.selection_data == "private" else {}
     places.output.save(document)
     if result.interrupted:
         raise KeyboardInterrupt(
@@ -174,8 +187,21 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
             f"same command with --resume instead of --force goes on."
         )
     print_result(result)
+    say(str(statement))
+    if document["not_private"]:
+        say(not_private_sentence(document["not_private"]))
+    say(randomness(document))
     if places.page is not None:
         write_page(document, places.page, force=places.output.force)
+
+
+def _statement(setup: Setup, training: TrainSettings, selection_data: str) -> PrivacyStatement:
+    """What one training costs, and what is known of the cost of having chosen it."""
+    from groupsearch.search.selection import adaptive_selection_cost
+
+    assert setup.loaded.data is not None  # it was trained
+    statement = training.statement(setup.loaded.data.train_size)
+    return replace(statement, selection=adaptive_selection_cost(selection_data))
 
 
 @dataclass(frozen=True)
@@ -231,6 +257,7 @@ def _select(
     trace = _profile(document, setup, settings, given["verify"])
     select(document, setup, trace, training, settings, given["score_noise"])
     document["training"] = describe(training)
+    document["not_private"] = {}
     document["cost"]["epsilon"] = document["training"]["epsilon"]
     output.save(document)
     if page is not None:
@@ -254,7 +281,6 @@ def _refuse_of_worker(given: Mapping[str, Any], **other: Any) -> None:
 
 def _work(document: dict[str, Any], setup: Setup, training: TrainSettings, given: Mapping[str, Any]) -> None:
     """Take trials of a search that another process began, until it ends."""
-    from groupsearch.cli.console import say
     from groupsearch.search.storage import shown
     from groupsearch.search.together import await_study
 

@@ -216,6 +216,15 @@ def output_options(command: F) -> F:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write the document to standard output only.")
+private_seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Make it an experiment that can be repeated: noise and batches come from this seed, and epsilon holds for "
+    "nobody who knows it. [default: none; the operating system's entropy]",
+)
+secure_option = click.option(
+    "--secure", is_flag=True, help="Draw noise and batches from a cipher (AES-256 in counter mode)."
+)
 seed_option = click.option("--seed", type=int, default=0, help="Seed of everything that is random.")
 no_seed_option = click.option(
     "--seed", type=int, expose_value=False, help="Taken by every command; nothing here is random."

@@ -160,6 +160,7 @@ def _proxy(setup: Setup, training: TrainSettings) -> Proxy:
     noise_multiplier, batch = training.noise_multiplier, training.sampling_rate * data.train_size
     say("Taking per-example gradients for the proxy, as a training begins")
     begin = time.perf_counter()
+    assert training.seed is not None  # a search is an experiment
     grams = gram_matrices(setup.loaded, seed=training.seed, settings=training)
     seconds = time.perf_counter() - begin
 
@@ -207,8 +208,6 @@ def print_result(result: SearchResult) -> None:
 
 
 def _print_rungs(result: SearchResult) -> None:
-    from groupsearch.search.selection import adaptive_selection_cost
-
     cost = result.cost
     rows = [
         (
@@ -228,4 +227,3 @@ def _print_rungs(result: SearchResult) -> None:
         f"{format_number(cost.before_replication)} full trainings to find the front and "
         f"{format_number(cost.full_trainings - cost.before_replication)} to repeat it."
     )
-    say(adaptive_selection_cost(result.selection_data).statement)

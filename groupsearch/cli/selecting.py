@@ -8,7 +8,6 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 from click.core import ParameterSource
 
 from groupsearch.cli.console import say
@@ -17,9 +16,9 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes, format_count, format_interval, format_number
 
 if TYPE_CHECKING:
+    from groupsearch.privacy import SelectionCost
     from groupsearch.search import Choice, SearchSettings
     from groupsearch.search.privacy import RepeatAndSelect, Selected
-    from groupsearch.search.selection import SelectionCost
     from groupsearch.search.space import Space
     from groupsearch.trace import Trace
     from groupsearch.training import TrainSettings
@@ -72,8 +71,9 @@ def select(
         noise: standard deviation of the noise of scores, in validation examples.
 
     Raises:
-        GroupSearchError: when the metric is no share of each example, or a training fails.
+        GroupSearchError: when the workload does not state that its metric is a share, or a training raises.
     """
+    from groupsearch.randomness import secret_rng
     from groupsearch.search.privacy import RepeatAndSelect, select_privately
     from groupsearch.search.space import Space
 
@@ -86,7 +86,7 @@ def select(
     )
     score = _scorer(workload, trace, training)
     try:
-        best = select_privately(choices, score, scheme, noise, np.random.default_rng())
+        best = select_privately(choices, score, scheme, noise, secret_rng())
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("Interrupted. Nothing of a private selection is kept.") from interrupt
     assert best is not None  # a geometric number is at least 1
@@ -98,8 +98,12 @@ def select(
     )
     document |= {"candidates": [row], "recommended": row, "reason": reason}
     document["cost"] = {"selection": asdict(cost)}
+    assert workload.data is not None  # it was trained
+    # Its trainings are drawn from the system's entropy, whatever seed the settings have.
+    statement = replace(training.statement(workload.data.train_size), selection=cost, seeded=False)
+    document["privacy"] = statement.to_json()
     say(reason)
-    say(cost.statement)
+    say(str(statement))
 
 
 def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise: float) -> SelectionCost:
@@ -116,13 +120,17 @@ def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise:
 
 def _scorer(workload: Workload, trace: Trace, training: TrainSettings) -> Any:
     from groupsearch.grouping import Grouping
-    from groupsearch.training import train
+    from groupsearch.training import DivergedError, train
 
-    def score(choice: Choice, seed: int) -> float:
-        """How many validation examples are right, each counting 1 at most."""
+    def score(choice: Choice, seed: int) -> float | None:
+        """How many validation examples are right, each counting 1 at most; None where weights are not finite."""
         assert workload.data is not None
-        settings = replace(mechanism_of(choice, training), seed=seed, evaluate_every=0)
-        found = train(workload, Grouping.from_boundaries(trace, choice.boundaries), settings)
+        # No seed, not even one that was drawn for it: the noise of every training has entropy of its own.
+        settings = replace(mechanism_of(choice, training), seed=None, evaluate_every=0)
+        try:
+            found = train(workload, Grouping.from_boundaries(trace, choice.boundaries), settings)
+        except DivergedError:
+            return None
         return (found.metric or 0.0) * workload.data.validation_size
 
     return score
@@ -133,11 +141,11 @@ def _judged_by_shares(workload: Workload) -> Workload:
     from torch import Tensor, nn
 
     metric = workload.metric
-    if metric is None or "accuracy" not in workload.metric_name.lower():
+    if metric is None or not workload.metric_is_share:
         raise GroupSearchError(
-            f"Expected an accuracy to select by, a metric from 0 to 1 for each example, found "
-            f"{workload.metric_name!r}: noise can hide an example only if it is known how much one can weigh. Give the "
-            f"Workload such a metric and a metric_name with the word accuracy in it."
+            f"Expected a metric from 0 to 1 for each example to select by, found that {workload.metric_name!r} is not "
+            f"stated to be one: noise can hide an example only if it is known how much one can weigh. Give the "
+            f"Workload such a metric and metric_is_share=True; a score outside that range then counts as its end."
         )
 
     def share(model: nn.Module, batch: Any) -> Tensor:

@@ -13,14 +13,16 @@ from groupsearch.cli.parameters import (
     Positive,
     model_options,
     output_options,
-    seed_option,
+    private_seed_option,
+    secure_option,
     step_options,
     training_options,
 )
 from groupsearch.cli.training import describe, training_setup
 from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
-from groupsearch.units import format_bytes, format_interval, format_number, format_seconds
+from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, not_private_sentence
+from groupsearch.units import format_bytes, format_interval, format_seconds
 
 if TYPE_CHECKING:
     from groupsearch.grouping import Grouping
@@ -79,14 +81,16 @@ class Allotment(click.ParamType[Any]):
     help="Noise of the groups: global (the same), equal (by threshold) or weights 1,2,1. [default: global]",
 )
 @click.option("--evaluate-every", type=click.IntRange(min=0), help="Steps between points. [default: a tenth of all]")
-@seed_option
+@private_seed_option
+@secure_option
 @output_options
 def command(
     model: str, grouping: str, evaluate_every: int | None, output: str | None, force: bool, as_json: bool, **given: Any
 ) -> None:
     """Train MODEL with privacy and one grouping.
 
-    The document has the curve, the metric and the epsilon that the run cost.
+    The document has the curve, the metric, the epsilon that the run cost and what that means. Nobody can draw the noise
+    and the batches again, you included; --seed makes them known, for experiments.
 
     \b
     groupsearch train digits-vit --grouping best:4 --epsilon 8
@@ -103,23 +107,31 @@ def command(
         boundaries, options = joint_choice(grouping, model)
         setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
-    document = start_document("train", setup, device=setup.device, grouping=grouping, seed=given["seed"], **plan)
+    document = start_document("train", setup, device=setup.device, grouping=grouping, **_known_of(settings), **plan)
+    document["randomness"] = settings.streams().describe()
     planned = Output.plan(document, output, force, as_json)
     trace = setup.trace()
     chosen = Grouping.parse(trace, grouping) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
     settings.plan(chosen)  # refused before anything runs
     document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "thresholds": [], "steps": 0}
+    document["not_private"] = NOT_PRIVATE["train"]
     try:
         _run(setup, chosen, settings, document)
     except KeyboardInterrupt as interrupt:
         done = document["steps"]
-        document["epsilon"] = describe(replace(settings, steps=done))["epsilon"] if done else 0.0
+        spent = settings.statement(_train_size(setup), steps=done)
+        document |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
         planned.save(document)
         raise KeyboardInterrupt(
             f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
         ) from interrupt
     _print_result(document)
     planned.save(document)
+
+
+def _known_of(settings: TrainSettings) -> dict[str, Any]:
+    """The seed of an experiment; a secret training has none to tell."""
+    return {} if settings.seed is None else {"seed": settings.seed}
 
 
 def _mechanism(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,14 +183,22 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: di
     document |= {
         "metric": {"name": result.metric_name, "mean": result.metric},
         "step_seconds": result.step_seconds,
-        "examples": result.examples,
+        "expected_examples": settings.steps * settings.sampling_rate * _train_size(setup),
+        "privacy": settings.statement(_train_size(setup)).to_json(),
+        "added_delta": result.added_delta,
         "checked": None if result.checked is None else result.checked.to_json(),
         "watched": None if result.watched is None else result.watched.to_json(),
     }
 
 
+def _train_size(setup: Setup) -> int:
+    assert setup.loaded.data is not None  # it is being trained
+    return setup.loaded.data.train_size
+
+
 def _print_result(document: Mapping[str, Any]) -> None:
     from groupsearch.cli.console import say
+    from groupsearch.report.words import randomness
 
     metric = document["metric"]
     reached = "finished"
@@ -188,6 +208,8 @@ def _print_result(document: Mapping[str, Any]) -> None:
     groups = f"{document['groups']} group{'' if document['groups'] == 1 else 's'}"
     say(
         f"{document['model']['name']} with {groups} {reached} after {document['steps']} steps of "
-        f"{format_seconds(document['step_seconds'])}, at epsilon {format_number(document['epsilon'])} and delta "
-        f"{format_number(document['delta'])}; estimated peak {format_bytes(document['peak_bytes'])}."
+        f"{format_seconds(document['step_seconds'])}; estimated peak {format_bytes(document['peak_bytes'])}."
     )
+    say(str(PrivacyStatement.from_json(document["privacy"])))
+    say(not_private_sentence(document["not_private"]))
+    say(randomness(document))

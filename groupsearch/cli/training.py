@@ -83,6 +83,7 @@ def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int |
         optimizer=setup.optimizer,
         physical_batch=given["batch_size"],
         seed=given["seed"],
+        secure=given.get("secure", False),
         device=setup.device,
         options=setup.options,
         checkpoint=setup.checkpoint,

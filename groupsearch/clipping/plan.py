@@ -92,7 +92,7 @@ class ClipPlan:
 
     @cached_property
     def sensitivity(self) -> float:
-        """L2 sensitivity of the clipped sum to adding or removing one example.
+        """L2 sensitivity of the clipped sum to one example, which contributes or does not (zero-out).
 
         sqrt(sum R_m^2) where every parameter's sites lie in one group. Groups that share
         parameters can push them the same way; what they reach together is computed exactly, see

@@ -1,9 +1,8 @@
 """What a differentially private training run costs in privacy, and what noise a budget asks for.
 
-How batches are drawn (``sampling``) decides what a step costs and what epsilon means; the three ways
-and the neighbouring data sets of each are described in :mod:`groupsearch.engine.composition`. Only
-Poisson sampling is amplified as Poisson sampling: batches of a fixed size and shuffled epochs cost more, and are
-accounted as what they are.
+How batches are drawn (``sampling``) decides what a step costs; the three ways, and the neighbouring data sets that
+epsilon is about, are described in :mod:`groupsearch.engine.composition`. Only Poisson sampling is amplified as
+Poisson sampling: batches of a fixed size and shuffled epochs cost more, and are accounted as what they are.
 
 The figure that is reported comes from privacy loss distributions (``pld``) where there are any;
 Renyi differential privacy (``rdp``) is looser and serves as the cross-check. Adaptive thresholds change
@@ -22,11 +21,13 @@ from groupsearch.engine.composition import (
     ACCOUNTANTS,
     SAMPLINGS,
     Phase,
+    accountant_for,
     check_phase,
     check_sampling,
     composed_epsilon,
 )
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy import PrivacyStatement
 
 __all__ = ["ACCOUNTANTS", "SAMPLINGS", "Accountant", "default_delta", "epsilon", "noise_multiplier_for"]
 
@@ -35,20 +36,20 @@ _TIGHTNESS = 1e-3
 
 
 def default_delta(train_size: int) -> float:
-    """n^-1.1 for n training examples.
+    """1e-2 / n for n training examples.
 
-    Publishing each example with probability delta is (0, delta)-private, so delta must fall faster
-    than 1/n for that to become useless; n^-1.1 does, which a constant fraction of 1/n does not.
+    Publishing each example with probability delta is (0, delta)-private: at delta = 1e-2 / n that lets one example
+    out in one run of a hundred. A delta near 1/n promises nothing.
 
     Raises:
         GroupSearchError: when there is not at least one example.
 
-    >>> round(default_delta(10**5), 9)
-    3.162e-06
+    >>> default_delta(10**5)
+    1e-07
     """
     if train_size < 1:
         raise GroupSearchError(f"Expected at least one training example, found {train_size}.")
-    return min(0.5, float(train_size) ** -1.1)
+    return 1e-2 / train_size
 
 
 def epsilon(
@@ -61,8 +62,7 @@ def epsilon(
 ) -> float:
     """Epsilon at ``delta`` of ``steps`` equal steps; cached.
 
-    No steps cost 0; steps without noise cost ``math.inf``, and so does a delta that lies below what
-    the numerics resolve (about 1e-13).
+    No steps cost 0; steps without noise cost ``math.inf``.
 
     Args:
         noise_multiplier: standard deviation of the noise over the sensitivity.
@@ -71,11 +71,11 @@ def epsilon(
         steps: number of steps.
         delta: 0 < delta < 1.
         accountant: ``pld`` (the figure), ``rdp`` (the cross-check), or None for the tightest that
-            the sampling has: rdp for fixed-size, else pld.
+            there is: rdp for fixed-size batches and for a delta below 1e-12, which pld does not resolve, else pld.
         sampling: ``poisson``, ``fixed-size`` or ``shuffled``, what the data loader does.
 
     Raises:
-        GroupSearchError: when an argument is outside its range, or for ``pld`` of fixed-size batches.
+        GroupSearchError: when an argument is outside its range, or for ``pld`` where it cannot be computed.
     """
     check_phase(noise_multiplier, sampling_rate, steps)
     phase = float(noise_multiplier), float(sampling_rate), int(steps)
@@ -102,7 +102,9 @@ def noise_multiplier_for(
 
 
 class Accountant:
-    """Counts the steps of one training run, also when it is resumed under another mechanism.
+    """Counts the steps of one training run, also when it is resumed, or resumed under another mechanism.
+
+    Of a shuffled run that was resumed nobody knows whether an epoch went on or a new one began; both are allowed for.
 
     >>> accountant = Accountant(noise_multiplier=1.0, sampling_rate=0.01)
     >>> accountant.step()
@@ -117,6 +119,12 @@ class Accountant:
         self._noise_multiplier = float(noise_multiplier)
         self._sampling_rate = float(sampling_rate)
         self._phases: list[Phase] = []
+        self._resumed = False
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Noise multiplier, sampling rate and steps of every stretch of equal steps, in order."""
+        return tuple(self._phases)
 
     @property
     def steps(self) -> int:
@@ -130,14 +138,27 @@ class Accountant:
             GroupSearchError: when the count is negative.
         """
         check_phase(self._noise_multiplier, self._sampling_rate, count)
-        done = 0
-        if self._phases and self._phases[-1][:2] == (self._noise_multiplier, self._sampling_rate):
-            done = self._phases.pop()[2]
-        self._phases.append((self._noise_multiplier, self._sampling_rate, done + count))
+        mechanism = self._noise_multiplier, self._sampling_rate
+        goes_on = bool(self._phases) and self._phases[-1][:2] == mechanism and not self._resumed
+        done = self._phases.pop()[2] if goes_on else 0
+        self._phases.append((*mechanism, done + count))
+        self._resumed = False
 
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
         """Epsilon at ``delta`` of all steps counted so far, see :func:`epsilon`."""
-        return composed_epsilon(tuple(self._phases), delta, accountant, self.sampling)
+        return composed_epsilon(self.phases, delta, accountant, self.sampling)
+
+    def statement(self, delta: float, examples: int, **known: Any) -> PrivacyStatement:
+        """All steps counted so far and what they cost at ``delta``, in a training on so many examples.
+
+        Args:
+            delta: 0 < delta < 1.
+            examples: n.
+            known: further fields of :class:`~groupsearch.privacy.PrivacyStatement`.
+        """
+        accountant = accountant_for(self.sampling, delta)
+        spent = self.epsilon(delta, accountant)
+        return PrivacyStatement(spent, delta, examples, self.sampling, self.phases, accountant, **known)
 
     def state_dict(self) -> dict[str, Any]:
         """The sampling, and one [noise multiplier, sampling rate, steps] per stretch of equal steps; plain types."""
@@ -164,7 +185,7 @@ class Accountant:
                 f"Expected an accountant's state of {self.sampling} sampling, found {state.get('sampling')!r}. Steps "
                 f"whose batches were drawn in different ways cannot be accounted together."
             )
-        self._phases = phases
+        self._phases, self._resumed = phases, self.sampling == "shuffled"
 
 
 @lru_cache(maxsize=256)

@@ -162,21 +162,28 @@ class Capture:
             return
 
         def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._is_on():
+            if self._is_on() and not self._is_swapped(layer):
                 self.passes.running()
                 _check_no_transform(layer)
-                before(layer)
+                (self._before_bare if self._goes_on(layer, args, kwargs) else before)(layer)
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not self._restore(layer):
                 return None
             with torch._C.DisableTorchFunction():  # what the engine does itself is not the model's doing
+                if self._goes_on(layer, args, kwargs):
+                    return self._after_bare(layer, args, kwargs, output)
                 return after(layer, args, kwargs, output)
 
         # before the user's own: those that compute a weight from parameters, keep or replace an output
         first: dict[str, Any] = {"with_kwargs": True, "prepend": True}
         self._handles.append(module.register_forward_pre_hook(Hook(pre_hook), **first))
         self._handles.append(module.register_forward_hook(Hook(hook), always_call=True, **first))
+
+    def _goes_on(self, layer: Layer, args: Any, kwargs: Any) -> bool:
+        """Whether a layer with a rule is given a function of parameters alone: so is what it returns."""
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        return layer.rule is not None and layer.layout != "whole" and self._meeting.is_tracked(given)
 
     @contextmanager
     def _run_inside(self, layer: Layer, before: Callable[..., None], after: Callable[..., Any]) -> Iterator[None]:
@@ -206,10 +213,18 @@ class Capture:
             slots[name] = replacement
         self._swapped.append((layer.module, originals))
 
+    def _is_swapped(self, layer: Layer) -> bool:
+        """Whether a layer around it, which shares its parameters, has put others in their place already."""
+        taken = {(id(slots), name) for _, originals in self._swapped for slots, name, _ in originals}
+        return bool(taken) and any(
+            (id(layer.module.get_submodule(path)._parameters), name) in taken
+            for path, _, name in (local.rpartition(".") for local in layer.trainable)
+        )
+
     def _restore(self, layer: Layer) -> bool:
         if not self._swapped or self._swapped[-1][0] is not layer.module:
             return False
-        for slots, name, original in self._swapped.pop()[1]:
+        for slots, name, original in reversed(self._swapped.pop()[1]):  # a tied one comes twice
             slots[name] = original
         if isinstance(layer.module, nn.RNNBase):
             layer.module._update_flat_weights()  # it keeps a list of its parameters
@@ -233,12 +248,6 @@ class Capture:
         if output is None or layer.rule is None:  # the forward raised
             return None
         source_pass, x = self.passes.running(), args[0] if args else next(iter(kwargs.values()))
-        if self._meeting.is_tracked(x):
-            raise UnsupportedModelError(
-                f"Layer {layer.name!r} works on the output of another layer that saw no batch. Let one of the two see "
-                "the batch (expand its input over the examples), or freeze one with requires_grad_(False).",
-                layer.name,
-            )
         saved = layer.rule.saved(layer, x)
         constant = self._meeting.watching and not self._meeting.from_batch(x)
         layout = layer.layout
@@ -274,7 +283,8 @@ class Capture:
                 inputs = tuple(x.expand(size, *x.shape) for x in saved)
             return layer.rule.entry(replace(layer, layout="first"), inputs, instance, self._options)
 
-        return self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry, layer))
+        leaf = self._meeting.track(Source(layer.name, output.detach().requires_grad_(), entry, layer))
+        return self._meeting.apply(torch.clone, leaf)  # in-place operations may follow
 
     def _before_bare(self, layer: Layer) -> None:
         self._meeting.enter(layer)
@@ -312,13 +322,14 @@ class Capture:
 
         def arrive(key: str, make: Callable[[], Entry]) -> None:
             layer = self._owner(key)
-            kind = layer.rule.kind if layer.rule else "parameter"
+            kind = layer.rule.kind if layer.rule and key == layer.name else "parameter"
             self._arrive(Arrival(key, layer, kind, make, source_pass))
 
         return arrive
 
     def _owner(self, key: str) -> Layer:
-        return next(x for x in self.layers if key == x.name or (x.rule is None and key in self._keys(x)))
+        whose = {x.name: x for x in self.layers if x.rule is not None or x.layout == "whole"}
+        return whose[key] if key in whose else next(x for x in self.layers if key in self._keys(x))
 
     def _keys(self, layer: Layer) -> set[str]:
         return {f"{layer.name}.{name}" if layer.name else name for name in layer.trainable}

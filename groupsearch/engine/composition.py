@@ -1,18 +1,18 @@
 """Epsilon of composed steps by the way that batches are drawn, through Google's dp-accounting.
 
-A step samples a batch and releases its clipped sum with Gaussian noise of ``noise_multiplier``
-times the sum's sensitivity to one example. What that costs depends on how batches are drawn, and so
-does what "one example" means:
+A step samples a batch and releases its clipped sum with Gaussian noise of ``noise_multiplier`` times the sum's
+sensitivity to one example. Neighbours are the same for every way of drawing batches: two data sets of the same,
+public number of examples n, in one of which one example contributes nothing (zero-out). The number is public because
+what it decides is: the sampling rate, the divisor of a step, the noise (through delta). What a step costs depends on
+how batches are drawn:
 
-* ``poisson``: every example enters a batch independently with the sampling rate. Neighbours differ by
-  an example added or removed. Privacy loss distributions (arXiv 2106.08567, discretised as in 2207.04380)
-  or Renyi divergences (1702.07476, 1908.10530).
-* ``fixed-size``: a batch is a uniformly random subset of rate times n examples. The number of examples is
-  public and neighbours have one example *replaced*, which moves a sum by twice its sensitivity: the
-  noise counts half. Renyi divergences only (1808.00087, theorem 27).
-* ``shuffled``: the data are permuted every epoch and cut into batches; an example is in one batch per epoch.
-  Neighbours have one example *left out* of its batch with everything else in its place. No amplification is
-  claimed: an epoch is one Gaussian release (parallel composition), whatever its number of batches.
+* ``poisson``: every example enters a batch independently with the sampling rate. Privacy loss distributions
+  (arXiv 2106.08567, discretised as in 2207.04380) or Renyi divergences (1702.07476, 1908.10530).
+* ``fixed-size``: a batch is a uniformly random subset of rate times n examples. Whether one example is in it says who
+  else is, so the bound is that of *replacing* an example by any other, of which leaving it out is a case: a sum moves
+  by twice its sensitivity and the noise counts half. Renyi divergences only (1808.00087, theorem 27).
+* ``shuffled``: the data are permuted every epoch and cut into batches; an example is in one batch per epoch. No
+  amplification is claimed: an epoch is one Gaussian release (parallel composition), whatever its number of batches.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ SAMPLINGS = ("poisson", "fixed-size", "shuffled")
 # Enough orders to guess the scale of epsilon; the rdp figure itself uses dp-accounting's own list.
 _FEW_ORDERS = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256)
 _POPULATION = 2**53  # dp-accounting wants two whole numbers whose ratio is the rate
+_FFT_ERROR = 2e-13  # of a privacy loss distribution's delta; measured up to 10^6 compositions
+LEAST_PLD_DELTA = 1e-12
 
 Phase = tuple[float, float, int]  # noise multiplier, sampling rate, steps
 
@@ -67,18 +69,16 @@ def composed_epsilon(phases: tuple[Phase, ...], delta: float, accountant: str | 
     """An upper bound on epsilon at ``delta`` of all steps of all phases together; cached.
 
     Raises:
-        GroupSearchError: for a delta, accountant or sampling outside its range, or ``pld`` for fixed-size batches.
+        GroupSearchError: for a delta, accountant or sampling outside its range, ``pld`` for fixed-size batches, or
+            a delta below what ``pld`` resolves.
     """
     if not 0 < delta < 1:
-        raise GroupSearchError(f"Expected a delta between 0 and 1, found {delta}. A common choice is n^-1.1.")
+        raise GroupSearchError(f"Expected a delta between 0 and 1, found {delta}. A common choice is 1e-2 / n.")
     if accountant is not None and accountant not in ACCOUNTANTS:
         raise GroupSearchError(f"Expected accountant to be one of {', '.join(ACCOUNTANTS)}, found {accountant!r}.")
-    check_sampling(sampling)
-    if sampling == "fixed-size" and accountant == "pld":
-        raise GroupSearchError(
-            "Expected the accountant rdp for fixed-size batches, found pld: dp-accounting has no privacy loss "
-            "distribution of sampling without replacement. Take rdp, or sample batches by Poisson."
-        )
+    accountant = accountant_for(sampling, delta) if accountant is None else accountant
+    if accountant == "pld":
+        _check_pld(sampling, delta)
     phases = tuple(phase for phase in phases if phase[2] > 0)
     if not phases:
         return 0.0
@@ -88,7 +88,7 @@ def composed_epsilon(phases: tuple[Phase, ...], delta: float, accountant: str | 
         if sampling == "fixed-size":
             return _fixed_size_rdp(phases, delta)
         if sampling == "shuffled":
-            phases = tuple((noise, 1.0, _epochs(rate, steps)) for noise, rate, steps in phases)
+            phases = tuple(_epochs(phases))
         if accountant == "rdp":
             return _rdp(phases, delta)
         guess = _rdp(phases, delta, _FEW_ORDERS)
@@ -97,9 +97,42 @@ def composed_epsilon(phases: tuple[Phase, ...], delta: float, accountant: str | 
         return found if 2 * found > guess else _pld(phases, delta, found)
 
 
-def _epochs(rate: float, steps: int) -> int:
-    """The most batches of a shuffled run that one example is in; an epoch may leave out an incomplete batch."""
-    return math.ceil(steps / math.floor(1 / rate + 1e-9))
+def accountant_for(sampling: str, delta: float) -> str:
+    """The tightest accountant that this sampling and this delta have.
+
+    Raises:
+        GroupSearchError: for a sampling that is none.
+    """
+    check_sampling(sampling)
+    return "rdp" if sampling == "fixed-size" or delta < LEAST_PLD_DELTA else "pld"
+
+
+def _check_pld(sampling: str, delta: float) -> None:
+    check_sampling(sampling)
+    if sampling == "fixed-size":
+        raise GroupSearchError(
+            "Expected the accountant rdp for fixed-size batches, found pld: dp-accounting has no privacy loss "
+            "distribution of sampling without replacement. Take rdp, or sample batches by Poisson."
+        )
+    if delta < LEAST_PLD_DELTA:
+        raise GroupSearchError(
+            f"Expected a delta of at least {LEAST_PLD_DELTA:g} for the accountant pld, found {delta:g}, which its "
+            "floating point convolutions do not resolve. Take rdp, or a larger delta."
+        )
+
+
+def _epochs(phases: Sequence[Phase]) -> Iterator[Phase]:
+    """The same phases counted in releases of one example: the most batches of a phase that it is in.
+
+    k steps touch ceil(k / per epoch) epochs where they begin with one, and one more where they may begin inside one.
+    An epoch may leave out an incomplete batch. Where one phase ends and the next begins (a run that was stopped and
+    resumed) the data may have been permuted anew or not: unless epochs ended there, both are allowed for.
+    """
+    begins_epoch = True
+    for noise, rate, steps in phases:
+        per_epoch = math.floor(1 / rate + 1e-9)
+        yield noise, 1.0, math.ceil(steps / per_epoch) if begins_epoch else math.ceil((steps - 1) / per_epoch) + 1
+        begins_epoch = begins_epoch and steps % per_epoch == 0 and abs(per_epoch * rate - 1) < 1e-9
 
 
 def _event(phases: Sequence[Phase]) -> dp_accounting.DpEvent:
@@ -134,14 +167,15 @@ def _rdp(phases: Sequence[Phase], delta: float, orders: Sequence[float] | None =
 def _pld(phases: Sequence[Phase], delta: float, guess: float) -> float:
     """Epsilon by privacy loss distributions on a grid fit for an epsilon of about ``guess``.
 
-    Every grid gives an upper bound. Its width w shifts each step's loss by about w^2 / 5, and the total
+    Every grid gives an upper bound, up to the rounding of the convolutions, which is taken off delta. Its width w
+    shifts each step's loss by about w^2 / 5, and the total
     is kept near 1e-5 of epsilon; a thousand to 200,000 points per step keep a call near a second.
     """
     steps = sum(steps for _, _, steps in phases)
     span = min(0.5 / noise**2 + 16 / noise for noise, _, _ in phases)
     wanted = min(math.sqrt(5e-5 * guess / steps), guess / 100)
     accountant = PLDAccountant(value_discretization_interval=min(max(wanted, span / 200_000), span / 1000))
-    return float(accountant.compose(_event(phases)).get_epsilon(delta))
+    return float(accountant.compose(_event(phases)).get_epsilon(delta - _FFT_ERROR))
 
 
 @contextmanager

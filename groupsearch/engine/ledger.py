@@ -88,8 +88,8 @@ class Ledger:
         """
         if torch._C._current_graph_task_id() != -1:  # asked for by a hook of a backward that goes on
             return
-        reached = [source for source in open_passes if source.arrivals]
-        if any(source.in_backward for source in reached):
+        reached = [source for source in open_passes if source.begun]
+        if any(source.raised for source in reached):
             self.abandon()
         for page in self._pages.values():
             for group in page.book.open_groups:

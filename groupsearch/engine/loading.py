@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from groupsearch.engine.sampling import PhysicalDraws, PoissonSampler
 from groupsearch.errors import GroupSearchError
+from groupsearch.randomness import SecureStream, secret_generator, seeded_generator, source_of
 from groupsearch.workloads.views import group_views
 
 Examples = Mapping[str, Tensor] | Dataset[Any] | Sequence[Any]
@@ -25,7 +26,8 @@ class LogicalBatch:
     """One Poisson sample; iterating it yields its physical batches, none where no example was taken.
 
     Attributes:
-        examples: how many examples it has, possibly 0.
+        examples: how many examples it has, possibly 0; a private number.
+        handed_out: how many of them are in the physical batches so far; likewise.
         stage: ``new``; ``begun`` from its first physical batch on; ``finished`` when it was iterated
             to its end; ``stepped`` after :meth:`PoissonBatches.check_step`.
     """
@@ -38,14 +40,16 @@ class LogicalBatch:
         on_piece: Callable[[Any], None] = lambda piece: None,
     ) -> None:
         self.examples = sum(sizes)
+        self.handed_out = 0
         self.stage = "new"
-        self._length = self._left = len(sizes)
+        self._sizes = tuple(sizes)
+        self._left = len(sizes)
         self._pieces = pieces
         self._on_end = on_end
         self._on_piece = on_piece
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._sizes)
 
     def __contains__(self, item: object) -> bool:
         return False  # it is no mapping; without this method `"labels" in batch` would load it and lose it
@@ -57,6 +61,7 @@ class LogicalBatch:
                 "keep this one's physical batches in a list."
             )
         while self._left:
+            self.handed_out += self._sizes[-self._left]
             self._left -= 1
             self.stage = "begun"
             piece = next(self._pieces)
@@ -76,13 +81,18 @@ class PoissonBatches:
     whatever the number of workers. Iterating again after a break goes on with the first logical batch
     that was not finished; iterating again after the end goes on with fresh ones.
 
+    Where an engine has them (``make_private(..., batches=...)``) every logical batch that was drawn and handed out
+    must be stepped on before the next one: which batches are left out could tell of the data, and no noise hides it.
+
     Args:
         dataset: a mapping of tensors that lead with the examples, or a map-style data set.
         expected_batch_size: sampling rate times number of examples; a logical batch's mean size.
         steps: logical batches per iteration.
         physical_batch: the most examples in a physical batch; None for no limit.
-        generator: draws the batches and nothing else; by default one seeded from the operating system.
-            Seed it apart from the noise's: sampling and noise must be independent.
+        generator: draws the batches and nothing else, for experiments alone: epsilon holds for nobody who knows its
+            seed. Seed it apart from the noise's: sampling and noise must be independent. By default one that
+            the operating system's entropy fills, see :mod:`groupsearch.randomness`.
+        secure: draw the batches from a cipher, see :class:`groupsearch.randomness.SecureStream`.
         collate_fn: makes a physical batch of a list of elements; torch's default if None.
         views: K, how many times every example of a batch is loaded: tensors (B, ...) come as (B, K, ...). An example
             is clipped once, whatever its views (:func:`groupsearch.workloads.views.mean_over_views`).
@@ -94,9 +104,12 @@ class PoissonBatches:
     Attributes:
         taken: logical batches finished so far, over all iterations.
         on_piece: is shown every physical batch before it is handed out.
+        private: whether an engine steps on them.
+        seeded: whether the generator was given, so that somebody may know its seed.
 
     Raises:
-        GroupSearchError: for a number outside its range, or a data set without length and elements.
+        GroupSearchError: for a number outside its range, a data set without length and elements, or a
+            generator where batches are to be secure.
     """
 
     def __init__(
@@ -107,6 +120,7 @@ class PoissonBatches:
         steps: int,
         physical_batch: int | None = None,
         generator: torch.Generator | None = None,
+        secure: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         views: int = 1,
         augment: Callable[[Any], Any] | None = None,
@@ -119,19 +133,18 @@ class PoissonBatches:
             raise GroupSearchError(f"Expected at least one step, found {steps}.")
         if views < 1:
             raise GroupSearchError(f"Expected at least one view of every example, found {views}.")
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
+        self.seeded = generator is not None
         self.expected_batch_size = float(expected_batch_size)
         self.steps = steps
         self.taken = 0
         self.on_piece: Callable[[Any], None] = lambda piece: None
-        sampler = PoissonSampler(size, expected_batch_size / max(size, 1), steps, generator)
-        self._draws = PhysicalDraws(sampler, physical_batch)
+        self.private = False
+        rate, source = expected_batch_size / max(size, 1), source_of("cpu", generator, secure)
+        self._draws = PhysicalDraws(PoissonSampler(size, rate, steps, source), physical_batch)
         self._views = views
         if views > 1 or augment is not None:
             self._collate = _Views(self._collate, views, augment)
-        self._next_state = generator.get_state()
+        self._next_state = self._draws.state()
         self._loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._current: LogicalBatch | None = None
 
@@ -144,8 +157,9 @@ class PoissonBatches:
         return self.steps
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        self._check_stepped()
         left = self.steps - self.taken % self.steps
-        self._draws.rewind(self._next_state, left)
+        self._draws.begin(left)
         pieces = self._load()
         for _ in range(left):
             sizes, state = self._draws.next()
@@ -156,7 +170,7 @@ class PoissonBatches:
 
     def first(self, count: int) -> Any:
         """The first examples of the data as a physical batch; nothing is drawn."""
-        numbers = list(range(min(count, len(self.dataset))))
+        numbers = [i for i in range(min(count, len(self.dataset))) for _ in range(self._views)]
         fetch = getattr(self.dataset, "__getitems__", None)
         return self._collate(fetch(numbers) if fetch else [self.dataset[i] for i in numbers])
 
@@ -171,50 +185,98 @@ class PoissonBatches:
                 examples, or was stepped on already.
         """
         current = self._current
+        if current is not None and not current.examples:
+            list(current)  # one that nobody iterated is finished too
         if current is None or current.stage != "finished" or examples != current.examples:
-            at_hand = f"one of {current.examples} that is {current.stage}" if current else "none yet"
+            found = "none yet" if current is None else f"one that is {current.stage}"
+            if current is not None and current.stage == "finished":
+                found = "a step on other examples than those of the one at hand, that is finished"
             raise GroupSearchError(
-                f"Expected an optimizer step on the examples of one finished logical batch, found a step on {examples} "
-                f"examples, and of logical batches {at_hand}. Epsilon is counted for Poisson samples, each used whole "
-                "and once: call backward on every physical batch, and step once after the last."
+                f"Expected an optimizer step on the examples of one finished logical batch, found {found}. Epsilon is "
+                "counted for Poisson samples, each used whole and once: call backward on every physical batch, and "
+                "step once after the last."
             )
         current.stage = "stepped"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next logical batch begins, between two of them; what was loaded ahead is drawn again.
+    def check_handed_out(self, examples: int) -> None:
+        """Check that what was backpropagated is of the logical batch at hand, and no example of it twice.
+
+        Args:
+            examples: how many examples were clipped since the last step.
 
         Raises:
-            GroupSearchError: in the middle of a logical batch.
+            GroupSearchError: when that is more than were handed out.
         """
+        if self._current is None or self._current.stage == "stepped" or examples > self._current.handed_out:
+            raise GroupSearchError(
+                "Found backward on more examples than were handed out of the logical batch at hand: one of them would "
+                "be clipped twice, or is no part of the Poisson sample. Call backward once on every physical batch; "
+                "to begin anew after an accident, call optimizer.zero_grad() first."
+            )
+
+    def state_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """How many logical batches were finished, between two of them.
+
+        Args:
+            exact: whether to save the generator as well, where the next logical batch begins: what was loaded ahead
+                is drawn again. Whoever reads such a state knows who is in which batch: it is for experiments.
+
+        Raises:
+            GroupSearchError: in the middle of a logical batch, or before the step on it.
+        """
+        self._check_stepped()
         if self._current is not None and self._current.stage == "begun":
             raise GroupSearchError(
                 "Expected to save between two logical batches, found one that is handed out in part. Save after the "
                 "optimizer step."
             )
-        return {**self._population(), "taken": self.taken, "generator": self._next_state.clone()}
+        state = {**self._population(), "taken": self.taken}
+        if not exact:
+            return state
+        if self._next_state is None:
+            raise GroupSearchError(
+                "Expected a generator to save the state of, found a secure stream, whose batches cannot be drawn "
+                "again. Save without exact=True, or sample without secure=True."
+            )
+        return {**state, "generator": self._next_state.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called, also in the middle of an iteration.
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Go on where :meth:`state_dict` was called, also in the middle of an iteration, with fresh batches.
+
+        The generator, also one that was given, is filled anew from the operating system.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            exact: whether the batches to come are to be those of the run that saved. Epsilon holds for one
+                continuation alone.
 
         Raises:
-            GroupSearchError: when the state is of other data or another expected batch size.
+            GroupSearchError: when the state is of other data or another expected batch size, or holds no
+                generator to go on with.
         """
         own = self._population()
         found = {key: state.get(key) for key in own}
-        if found != own or not {"taken", "generator"} <= state.keys():
+        if found != own or "taken" not in state:
             raise GroupSearchError(
                 f"Expected what state_dict() returned of batches with {own}, found {found}. Resume with the same data "
                 "and the same expected batch size."
             )
-        self.taken, self._next_state = int(state["taken"]), state["generator"].clone()
+        if exact and (self._next_state is None or "generator" not in state):
+            raise GroupSearchError(
+                "Expected a generator in the state and one here to go on with the same batches, found none. Save with "
+                "exact=True and resume without secure=True, or load without exact=True: batches are then drawn anew."
+            )
+        self.taken = int(state["taken"])
+        self._next_state = self._draws.restart(state["generator"] if exact else None)
         self._current = None
 
     def _see(self, piece: Any) -> None:
         self.on_piece(piece)
 
-    def _end(self, state: Tensor, batch: LogicalBatch) -> None:
+    def _end(self, state: Tensor | None, batch: LogicalBatch) -> None:
         if batch is self._current:
             self.taken, self._next_state = self.taken + 1, state
+            self._draws.finish()
 
     def _population(self) -> dict[str, Any]:
         return {"size": self._draws.sampler.size, "expected_batch_size": self.expected_batch_size}
@@ -222,13 +284,18 @@ class PoissonBatches:
     def _load(self) -> Iterator[Any]:
         # With a generator of its own: a loader draws its workers' seed from torch's global one otherwise, and
         # a resumed run, which makes one loader more, would differ from then on.
-        seed = self._draws.sampler.generator.initial_seed() + self.taken  # workers augment differently every time
-        own = torch.Generator().manual_seed(seed % 2**63)
-        views = self._views
+        own, views = self._workers_generator(), self._views
         draws: Any = ([i for i in chunk for _ in range(views)] for chunk in self._draws.fed())
         return iter(
             DataLoader(self.dataset, batch_sampler=draws, collate_fn=self._collate, generator=own, **self._loading)
         )
+
+    def _workers_generator(self) -> torch.Generator:
+        """Apart from the batches' own: a worker's seed, which a data set may show, must foretell none of them."""
+        source = self._draws.sampler.generator
+        if isinstance(source, SecureStream):
+            return secret_generator()
+        return seeded_generator((source.initial_seed() % 2**64, self.taken), "workers")  # another one every time
 
     def _check_handed_out(self, batch: LogicalBatch) -> None:
         if batch is not self._current:
@@ -237,12 +304,22 @@ class PoissonBatches:
             )
         if batch.stage in ("new", "begun") and batch.examples:
             raise GroupSearchError(
-                f"The next logical batch was asked for while one of {batch.examples} examples was not finished: two "
-                "would go into one step, or examples be lost. Iterate every logical batch to its end, one per "
-                "optimizer step (with transformers' Trainer: gradient_accumulation_steps=1)."
+                "The next logical batch was asked for while one was not finished: two would go into one step, or "
+                "examples be lost. Iterate every logical batch to its end, one per optimizer step (with transformers' "
+                "Trainer: gradient_accumulation_steps=1)."
             )
         if not batch.examples:
             list(batch)  # one that nobody iterated is finished too
+        self._check_stepped()
+
+    def _check_stepped(self) -> None:
+        if self.private and self._current is not None and self._current.stage == "finished":
+            raise GroupSearchError(
+                "A logical batch was drawn and finished but not stepped on. None may be left out, whatever its losses "
+                "are: which ones are would tell of the data, and no noise hides it. An example whose gradient is not "
+                "finite adds nothing, and an empty batch takes a step of noise alone. Call backward on all of its "
+                "physical batches (again, if their sums were given up: keep them in a list), then optimizer.step()."
+            )
 
 
 class _Rows(Dataset[Any]):

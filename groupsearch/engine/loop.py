@@ -20,9 +20,11 @@ from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ledger import Ledger
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.mechanism import Mechanism
+from groupsearch.engine.noise import added_delta
 from groupsearch.engine.scaling import LossScale
 from groupsearch.engine.state import VERSION, check_state, describe_plan
 from groupsearch.engine.step import PrivateStep, nothing_yet
+from groupsearch.engine.surroundings import check_surroundings
 from groupsearch.engine.truth.check import Subject
 from groupsearch.engine.truth.gradients import Loss
 from groupsearch.engine.truth.reading import Reading
@@ -31,6 +33,8 @@ from groupsearch.engine.truth.watch import RATE, Watch
 from groupsearch.engine.zeroing import ZeroGrad
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.privacy import PrivacyStatement
+from groupsearch.privacy.sizes import SizesSeen
 from groupsearch.trace import shared_parameters
 
 if TYPE_CHECKING:
@@ -47,6 +51,9 @@ class LoopSettings:
     batches: PoissonBatches | None = None
     grad_scaler: GradScaler | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
+    sampling: str = "poisson"
+    loss_divisor: float | None = None
+    seeded: bool = False
     loss: Loss | None = None
     watch: float = RATE
     checked: Checked | None = None
@@ -56,19 +63,23 @@ class PrivateEngine:
     """What :func:`~groupsearch.engine.private.make_private` attached to a model and its optimizer.
 
     A logical batch is all that is backpropagated between two steps; every example may be in it once.
-    It is given up, and what was summed of it is dropped,
+    What was summed of it is dropped
 
     * by ``zero_grad`` of the optimizer or the model;
     * after a backward pass that raised: all micro-batches before the accident are dropped with it,
-      whatever they summed. Those that follow count, so take the batch again from its beginning. (A
-      forward pass that raised adds nothing and drops nothing.) Whether an accident happens is not
-      covered by the guarantee: let it not depend on the data.
+      whatever they summed. (A forward pass that raised adds nothing and drops nothing.)
+
+    Take the batch again from its beginning then: every batch that was drawn must be stepped on. One that is left out
+    because of what was seen of it (a loss that is not finite, say) tells of its examples without any noise, which no
+    epsilon counts; with ``batches`` the next one is refused, with a loader of the loop's own it can only be counted
+    (``given_up``). Whether an accident happens is not covered by the guarantee: let it not depend on the data.
 
     Attributes:
         plan: the clip plan.
         mechanism: clips and adds noise.
         settings: what was said of the loop.
         accountant: counts the steps; None where no sampling rate was given.
+        given_up: logical batches of the loop's own loader that were summed and dropped by ``zero_grad``.
     """
 
     def __init__(
@@ -84,6 +95,8 @@ class PrivateEngine:
         self.settings = settings
         self.accountant = accountant
         self._model = model
+        self.given_up = 0
+        self._sizes = None if accountant is None or settings.batches is not None else SizesSeen(*self._population())
         grouping = self.plan.grouping
         groups = Groups(grouping.sites, grouping.group_of, grouping.groups)
         layouts = Layouts.of_sites(grouping.sites)
@@ -98,6 +111,8 @@ class PrivateEngine:
         )
         self._watch = self._new_watch(Reading(settings.options, layouts))
         self._step.on_check = self._check_step
+        if settings.batches is not None:
+            settings.batches.private = True
         if accountant is not None:
             self._step.on_release = accountant.step
         self._zero_grads = [ZeroGrad(owner, self._discard) for owner in (optimizer, model)]
@@ -177,35 +192,70 @@ class PrivateEngine:
             )
         return self.accountant.epsilon(delta)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Steps, accountant, noise generator and thresholds, for ``torch.save``; loads with ``weights_only=True``.
-
-        With the states of the model, the optimizer, the sampler's generator (and of a GradScaler and torch's own
-        generators where they are used) a resumed run goes on as if it had not stopped, bit for bit on the CPU.
-        The generator's state foretells the noise to come: keep it as safe as the data.
+    def statement(self, delta: float) -> PrivacyStatement:
+        """Epsilon at ``delta`` of all steps so far and all that belongs to it; ``print`` it to read it.
 
         Raises:
-            GroupSearchError: in the middle of a logical batch, whose sums are not saved.
+            GroupSearchError: when the engine has no accountant.
+        """
+        self.epsilon(delta)
+        assert self.accountant is not None
+        _, examples, _ = self._population()
+        return self.accountant.statement(delta, examples, seeded=self.settings.seeded, given_up=self.given_up)
+
+    @property
+    def added_delta(self) -> float:
+        """What all steps so far add to delta because noise ends somewhere: no epsilon of any accountant has it.
+
+        A bound, see :func:`groupsearch.engine.noise.added_delta`; infinite noise would add nothing, none adds 1.
+        """
+        if not self.steps:
+            return 0.0
+        if not self.noise_multiplier:
+            return 1.0
+        adaptive = 0 if self.plan.adaptive is None else self.plan.grouping.groups
+        return added_delta(self._step.numbers + adaptive, self.noise_multiplier, self.steps)
+
+    def state_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """Steps, accountant and thresholds, for ``torch.save``; loads with ``weights_only=True``.
+
+        Args:
+            exact: whether to save the state of the noise's generator, too. With the states of the model, the
+                optimizer, the batches (saved with ``exact``; and of a GradScaler and torch's own generators where
+                they are used) a run that is resumed with ``exact`` goes on as if it had not stopped, bit for bit
+                on the CPU. **Whoever reads such a state can take all noise away**, that of the steps before
+                included: it is for experiments.
+
+        Raises:
+            GroupSearchError: in the middle of a logical batch, whose sums are not saved, or when the state of
+                a secure stream is asked for, which has none.
         """
         self._check_between_steps("saved")
         return {
             "version": VERSION,
             **self._fixed(),
             "steps": self.steps,
-            "mechanism": self.mechanism.state_dict(),
+            "mechanism": self.mechanism.state_dict(exact=exact),
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the engine that wrote the state stood.
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Go on where the engine that wrote the state stood, with fresh noise.
+
+        The generator, also one that ``make_private`` was given, is filled anew from the operating system.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            exact: whether to go on with the noise of the run that saved, bit for bit. **Epsilon holds for one
+                continuation alone**: two with the same noise show by their difference what no noise hides.
 
         Raises:
             GroupSearchError: when the state is of another plan, noise, sampling rate or expected batch size,
-                or in the middle of a logical batch.
+                or in the middle of a logical batch, or holds no generator to go on with.
         """
         self._check_between_steps("loaded")
         check_state(state, self._fixed())
-        self.mechanism.load_state_dict(state["mechanism"])
+        self.mechanism.load_state_dict(state["mechanism"], exact=exact)
         if self.accountant is not None:
             self.accountant.load_state_dict(state["accountant"])
         self._step.count = int(state["steps"])
@@ -228,7 +278,8 @@ class PrivateEngine:
         for zero_grad in self._zero_grads:
             zero_grad.remove()
         self._loss_scale.detach()
-        if self._watch is not None and self.settings.batches is not None:
+        if self.settings.batches is not None:
+            self.settings.batches.private = False
             self.settings.batches.on_piece = lambda piece: None
         self._ledger.abandon()
         self._ledger.norms = {}
@@ -243,12 +294,6 @@ class PrivateEngine:
         watch = Watch(subject, self._capture.set_aside, reading, self.settings.watch, mode)
         batches.on_piece = watch.see
         return watch
-
-    def _check_step(self, examples: int) -> None:
-        if self._watch is not None:
-            self._watch.check()
-        if self.settings.batches is not None:
-            self.settings.batches.check_step(examples)
 
     def _fixed(self) -> dict[str, Any]:
         return {
@@ -267,11 +312,40 @@ class PrivateEngine:
             )
 
     def _scale_of(self, batch_size: int) -> float:
-        return (batch_size if self.settings.loss_reduction == "mean" else 1.0) / self._loss_scale.value()
+        if self.settings.batches is not None:
+            self.settings.batches.check_handed_out(self._ledger.examples)
+        divisor = self.settings.loss_divisor or 1.0
+        return (batch_size if self.settings.loss_reduction == "mean" else 1.0) * divisor / self._loss_scale.value()
+
+    def _population(self) -> tuple[str, int, float]:
+        """How batches are drawn, from how many examples, at which rate."""
+        rate = self.settings.sampling_rate
+        assert rate is not None
+        return self.settings.sampling, round(self.expected_batch_size / rate), rate
+
+    def _check_step(self, examples: int) -> None:
+        """Refuse a step that the watch objects to, or on a batch not drawn or scaled as the engine was told."""
+        if self._watch is not None:
+            self._watch.check()
+        check_surroundings(
+            loss_divisor=self.settings.loss_divisor,
+            poisson=self._sizes is not None and self.settings.sampling == "poisson",
+        )
+        if self.settings.batches is not None:
+            self.settings.batches.check_step(examples)
+        wrong = None if self._sizes is None else self._sizes.add(examples)
+        if wrong is not None:
+            raise GroupSearchError(
+                f"Expected batches drawn by {self.settings.sampling} sampling at the rate that was given, found "
+                f"{wrong}: epsilon would be that of another run. Name what the loader does with make_private(..., "
+                "sampling='shuffled') or 'fixed-size', give its rate and expected batch size, or take PoissonBatches."
+            )
 
     def _settle(self) -> None:
         self._ledger.settle(self._capture.passes.open)
 
     def _discard(self) -> None:
         self._settle()
+        if self.settings.batches is None and not self._ledger.empty:
+            self.given_up += 1
         self._ledger.abandon()

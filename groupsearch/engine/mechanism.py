@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan, gradient_noise_multiplier
-from groupsearch.engine.noise import add_noise_
+from groupsearch.engine.noise import Gaussians, add_noise_
 from groupsearch.engine.thresholds import QuantileCounts
 from groupsearch.errors import GroupSearchError
+from groupsearch.randomness import SecureStream, Source, make_secret
 
 # The square of a shorter float32 norm has lost digits, or all, to underflow.
 LEAST_NORM = 1e-15
@@ -37,7 +38,7 @@ class Mechanism:
     Args:
         plan: groups, thresholds, clip rule and noise allocation.
         noise_multiplier: sigma >= 0, what is accounted.
-        generator: source of all noise; None is torch's own.
+        source: of all noise.
         expected_batch_size: of a logical batch; only adaptive thresholds need it.
 
     Attributes:
@@ -55,12 +56,13 @@ class Mechanism:
         self,
         plan: ClipPlan,
         noise_multiplier: float,
-        generator: torch.Generator | None,
+        source: Source,
         expected_batch_size: float | None = None,
     ) -> None:
         self.plan = self.in_force = plan
         self.noise_multiplier = self.gradient_noise_multiplier = noise_multiplier
-        self._generator = generator
+        self._source = source
+        self._gaussians = Gaussians(source)
         self._counts: QuantileCounts | None = None
         if plan.adaptive is not None:
             if expected_batch_size is None or not 0 < expected_batch_size < math.inf:
@@ -99,7 +101,7 @@ class Mechanism:
         scale = self.in_force.noise_scales.get(name)
         if scale is None:
             raise GroupSearchError(f"Expected a parameter of the clip plan to add noise to, found {name!r}.")
-        return add_noise_(total, self.gradient_noise_multiplier * scale, self._generator)
+        return add_noise_(total, self.gradient_noise_multiplier * scale, self._gaussians)
 
     def abandon(self) -> None:
         """The clipped sums of the logical batch so far were dropped, and so are its counts."""
@@ -109,47 +111,64 @@ class Mechanism:
     def end_step(self) -> None:
         """The noise of a logical batch is drawn; the next one begins, with new thresholds if they are adaptive."""
         if self._counts is not None:
-            self.in_force = self.plan.with_thresholds(self._counts.next_thresholds(self.thresholds, self._generator))
+            self.in_force = self.plan.with_thresholds(self._counts.next_thresholds(self.thresholds, self._gaussians))
             self._counts.forget()
+        self._gaussians.forget()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on bit for bit, as plain types and a tensor.
+    def state_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """What a resumed run needs to go on, as plain types and a tensor.
 
-        ``generator`` (its state, None without one), and with adaptive thresholds ``thresholds``,
-        ``within`` and ``seen``: the counts of a logical batch that is not finished. These are exact
-        and thus not private: keep the state as safe as the data.
+        With adaptive thresholds ``thresholds``, ``within`` and ``seen``: the counts of a logical batch that
+        is not finished. These are exact and thus not private: keep the state as safe as the data. ``exact`` adds
+        ``generator``, its state, from which all noise to come is had, and all that was added before.
+
+        Raises:
+            GroupSearchError: when the state of a secure stream is asked for, which has none.
         """
-        state: dict[str, Any] = {"generator": None if self._generator is None else self._generator.get_state()}
+        state: dict[str, Any] = {}
+        if exact:
+            if isinstance(self._source, SecureStream):
+                raise GroupSearchError(
+                    "Expected a generator to save the state of, found a secure stream, whose numbers cannot be drawn "
+                    "again. Save without exact=True, or train without secure=True."
+                )
+            state["generator"] = self._source.get_state()
         if self._counts is not None:
             within, seen = self._counts.counts
             state |= {"thresholds": list(self.thresholds), "within": within, "seen": seen}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the mechanism that wrote the state stood.
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Go on where the mechanism that wrote the state stood, with noise that is drawn anew unless ``exact``.
 
         Raises:
             GroupSearchError: when the state is not of a mechanism with as many groups and the same kind
-                of thresholds and generator; nothing has changed then.
+                of thresholds, or has no generator that fits here where it is to go on; nothing has changed then.
         """
         in_force, counts = self._read_thresholds(state)
-        stream: Any = state.get("generator")
-        if (stream is None) != (self._generator is None):
-            raise GroupSearchError(
-                f"Expected the state of a mechanism {'without' if self._generator is None else 'with'} a generator of "
-                f"its own, found the other. Give make_private a generator as in the run that is resumed."
-            )
-        if self._generator is not None:
-            try:
-                self._generator.set_state(stream)
-            except (RuntimeError, TypeError) as error:
-                raise GroupSearchError(
-                    f"Expected the state of a generator on {self._generator.device}, found one that it refuses "
-                    f"({error}). Resume on the kind of device that the state comes from."
-                ) from error
+        if exact:
+            self._go_on_with(state.get("generator"))
+        elif not isinstance(self._source, SecureStream):
+            make_secret(self._source)
+        self._gaussians.forget()
         self.in_force = in_force
         if self._counts is not None and counts is not None:
             self._counts.counts = counts
+
+    def _go_on_with(self, stream: Any) -> None:
+        if stream is None or isinstance(self._source, SecureStream):
+            raise GroupSearchError(
+                "Expected a generator in the state and one here to go on with the same noise, found "
+                f"{'a secure stream here' if stream is not None else 'none in the state'}. Save with exact=True and "
+                "resume without secure=True, or load without exact=True: noise is then drawn anew."
+            )
+        try:
+            self._source.set_state(stream)
+        except (RuntimeError, TypeError) as error:
+            raise GroupSearchError(
+                f"Expected the state of a generator on {self._source.device}, found one that it refuses "
+                f"({error}). Resume on the kind of device that the state comes from."
+            ) from error
 
     def _read_thresholds(self, state: Mapping[str, Any]) -> tuple[ClipPlan, tuple[list[int], list[int]] | None]:
         if self.plan.adaptive is None and "thresholds" not in state:

@@ -42,7 +42,15 @@ _ELEMENTWISE = {
 _EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _FILLING = {f"{stem}{name}" for stem in ("", "new_") for name in ("zeros", "ones", "full", "empty")}
 _CASTING = {"to", "type_as"}
+_COPYING = _CASTING | {"contiguous", "clone", "detach", "long", "int", "bool", "float", "double", "half", "bfloat16"}
+_PUTTING = {f"index_{stem}{end}" for stem in ("put", "add", "copy") for end in ("", "_")} | {
+    "scatter",
+    "scatter_",
+    "__setitem__",
+}
 _MARK = "_groupsearch_rows_of"
+_FILLED = "_groupsearch_filled"
+ANY = ("first", "folded", "second")
 
 
 T = TypeVar("T")
@@ -144,7 +152,7 @@ class Meeting(TorchFunctionMode):
                 and not part.requires_grad
                 and any(source.rows_of(part, layout) is not None for layout in layouts)
             ):
-                setattr(part, _MARK, source.batch_size)
+                setattr(part, _MARK, tuple(x for x in layouts if source.rows_of(part, x) is not None))
 
     def from_batch(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from the batch (and is no function of parameters alone)."""
@@ -155,7 +163,7 @@ class Meeting(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in SUBSTITUTES and self._running:
+        if func in SUBSTITUTES and self._running and any(self.from_batch(t) for t in _tensors(args, kwargs)):
             return SUBSTITUTES[func](self, *args, **kwargs)
         if self._tracked and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
@@ -168,10 +176,20 @@ class Meeting(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         deciding = tensors[:1] if name in _CASTING else tensors
         if any(self.from_batch(t) for t in deciding):
-            self.mark(out, ("first", "folded", "second"))
+            self.mark(out, self._kept(name, args))
         elif name in _FILLING or name in _EXPANDING:
-            self.mark(out)
+            along = name in _EXPANDING and isinstance(args[0], Tensor) and args[0].shape[1:2] == (1,)
+            self.mark(out, ("first", "second") if along else ("first",))
+            if name in _FILLING:
+                setattr(out, _FILLED, True)
         return out
+
+    def _kept(self, name: str, args: Sequence[Any]) -> tuple[str, ...]:
+        """The layouts that the result of an operation on something of the batch may have."""
+        had: tuple[str, ...] = getattr(args[0], _MARK, ANY) if args else ANY
+        if name == "__getitem__" and _takes_part(args[1]):  # of the first dimension: no longer the examples
+            return tuple(layout for layout in had if layout == "second")
+        return had if name in _COPYING else ANY
 
     def _layout(self, tracked: Tracked) -> str:
         """Where a function of parameters will meet the examples: where the layer of the first one keeps them."""
@@ -183,10 +201,11 @@ class Meeting(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
-        tracked = self._tracked.of(tensors)
+        tracked, name = self._tracked.of(tensors), getattr(func, "__name__", "")
+        if name in _PUTTING and self._is_constant(name, args, tensors):
+            delattr(args[0], _MARK)
         rank, layout = max(t.dim() for t in tensors), self._layout(tracked[0])
         rows = [t for t in tensors if self._is_row(t, layout)]
-        name = getattr(func, "__name__", "")
         if name in _ELEMENTWISE and any(t.dim() == rank for t in rows):
             longest = max(t.shape[0] for t in rows if t.dim() == rank)
             swap = {id(t.tensor): self._expand(t, layout, rank, longest) for t in tracked}
@@ -197,15 +216,36 @@ class Meeting(TorchFunctionMode):
         if any(self.from_batch(t) for t in tensors):
             if func is functional.linear and self._is_matrix_site(layout, *args, **kwargs):
                 return self._matrix_site(layout, *args, **kwargs)
+            if name == "__setitem__" and self._is_row(args[0], layout) and args[2] in self._tracked:
+                return self._write(args[0], args[1], self._tracked[args[2]], layout)
             return self._function_site(func, args, kwargs, layout)
         with saved_tensors_hooks(_as_it_is, _as_it_is):  # small, and not to be recomputed by activation checkpointing
             out = func(*args, **kwargs)
         if name in _EXPANDING and self._expands(tracked[0].tensor, out, layout):
             return self._meet(tracked[0], out.detach(), layout)
-        for part in pytree.tree_leaves(out):
+        for part in pytree.tree_leaves((out, args[0]) if _writes(name) else out):
             if isinstance(part, Tensor) and part.requires_grad:
                 self._tracked.add(part, tracked)
         return out
+
+    def _write(self, rows: Tensor, index: Any, value: Tracked, layout: str) -> None:
+        """``rows[index] = value`` of a function of parameters: every example is written a copy of its own."""
+        shape = value.tensor.shape
+        if layout == "second" or len(shape) > rows.dim() - _indexed(index, rows.dim()):
+            raise UnsupportedModelError(
+                f"Parameter {value.sources[0].key!r} of shape {tuple(shape)} is written into a part of a tensor of "
+                f"shape {tuple(rows.shape)} in a way that is not followed. Use torch.where or torch.cat, batch first, "
+                "or freeze the parameter with requires_grad_(False).",
+                value.sources[0].layer.name,
+            )
+        copies = self._expand(value, layout, rows.dim(), rows.shape[0])
+        rows[index] = copies.expand(rows.shape)[index]
+
+    def _is_constant(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+        """Whether what parameters are put into was filled with one number, and only its size made it look like rows."""
+        if not (hasattr(args[0], _FILLED) and hasattr(args[0], _MARK)) or any(map(self.from_batch, tensors[1:])):
+            return False
+        return name != "__setitem__" or args[2].dim() > args[0].dim() - _indexed(args[1], args[0].dim())
 
     def _expands(self, tensor: Tensor, out: Tensor, layout: str) -> bool:
         """Whether an expansion gave every example its own copy."""
@@ -324,11 +364,19 @@ class Meeting(TorchFunctionMode):
 
             with warnings.catch_warnings(), _one_by_one(tracked[0].sources[0]), autocast.again():
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                instances = torch.func.vmap(example)(*[_split(source, layout, x.detach()) for x in (g, *xs)])
+                instances = _of_each(example, [_split(source, layout, x.detach()) for x in (g, *xs)])
             for t, instance in zip(tracked, instances, strict=True):
                 self._tracked.deliver(t, instance, arrive)
 
         return with_gradient(source, out, pull, saved)
+
+
+def _of_each(example: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results of a function of every example's rows, stacked."""
+    try:
+        return torch.func.vmap(example)(*rows)
+    except RuntimeError:  # an operation that vmap does not know
+        return tuple(torch.stack(found) for found in zip(*[example(*x) for x in zip(*rows, strict=True)], strict=True))
 
 
 @contextmanager
@@ -340,6 +388,25 @@ def _one_by_one(source: Source) -> Iterator[None]:
             f"Parameter {source.key!r} meets the batch in an operation that does not run on one example alone: {error}",
             source.layer.name,
         ) from error
+
+
+def _writes(name: str) -> bool:
+    """Whether an operation changes its first operand."""
+    return name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
+
+
+def _takes_part(index: Any) -> bool:
+    """Whether an index takes a part of the first dimension, by numbers that stand in the program."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    return isinstance(first, int) or (isinstance(first, slice) and first != slice(None))
+
+
+def _indexed(index: Any, rank: int) -> int:
+    """How many leading dimensions an index speaks of; all where it speaks of the last ones."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis or part is None for part in parts):
+        return rank
+    return sum(x.dim() if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) else 1 for x in parts)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

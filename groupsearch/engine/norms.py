@@ -20,6 +20,10 @@ from groupsearch.engine.widening import accumulator, widening
 
 ROUNDING = 3
 
+# torch.set_float32_matmul_precision lets matrix units of any device cut operands to 10 or 7 bits. If they cut and do
+# not round, each of the four operands of two inner products loses up to one unit; a fifth covers the squares of that.
+_CUT = {"highest": 0.0, "high": 5 * 2.0**-10, "medium": 5 * 2.0**-7}
+
 
 @widening
 def matrix_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
@@ -130,8 +134,8 @@ def _lengths(x: Tensor) -> Tensor:
 def rounding_unit(x: Tensor) -> float:
     """What an inner product of such numbers is enlarged by, per unit of size."""
     dtype = accumulator(x.dtype)
-    tensor_cores = x.is_cuda and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return ROUNDING * (2.0**-10 if tensor_cores else torch.finfo(dtype).eps)
+    cut = _CUT[torch.get_float32_matmul_precision()] if dtype == torch.float32 else 0.0
+    return max(cut, ROUNDING * torch.finfo(dtype).eps)
 
 
 def _squares(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,24 +20,22 @@ def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Laye
         layouts: where layers keep the examples; a module with layout ``whole`` owns every parameter inside.
 
     Raises:
-        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, and
-            when nothing is trainable.
+        UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, for a
+            parameter that is complex or has hooks, and when nothing is trainable.
     """
     found = (layouts or Layouts()).of
+    _refuse_parameters(model)
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers: list[Layer] = []
     inside: list[str] = []
     for name, module in model.named_modules():
         refuse_mixing(name, module)
-        if any(not outer or name.startswith(outer + ".") for outer in inside):
+        if any(not outer or name.startswith(outer + ".") for outer in inside) or isinstance(module, _LISTS):
             continue
         whole = found.get(name) == "whole"
         owner = whole or isinstance(module, _OWNERS)
-        trainable = {
-            local: canonical[id(p)]
-            for local, p in module.named_parameters(recurse=owner, remove_duplicate=False)
-            if p.requires_grad
-        }
+        held = module.named_parameters(remove_duplicate=False) if owner else _held(module)
+        trainable = {local: canonical[id(p)] for local, p in held if p.requires_grad}
         if owner:
             inside.append(name)
         if trainable:
@@ -52,6 +50,31 @@ def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Laye
     return tuple(layers)
 
 
+def _held(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters, those in lists and dictionaries of it included: nobody calls these."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        yield prefix + name, parameter
+    for name, child in module._modules.items():
+        if isinstance(child, _LISTS):
+            yield from _held(child, f"{prefix}{name}.")
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} holds complex numbers, whose clipping and noise are not defined here. Keep their "
+                "real and imaginary parts as a real parameter of shape (..., 2) and use torch.view_as_complex of it, "
+                "or freeze it with requires_grad_(False)."
+            )
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has a hook on its gradient (Tensor.register_hook), which gradients that are "
+                "clipped example by example do not pass. Change them after the noise instead, before the optimizer's "
+                "step, or freeze the parameter with requires_grad_(False)."
+            )
+
+
 def _refuse_own_checkpoint(name: str, module: nn.Module, whole: bool) -> None:
     """The hooks of transformers' checkpointed modules lie outside of the checkpoint: the engine sees one run of two."""
     inside = module.modules() if whole else [module]
@@ -64,6 +87,7 @@ def _refuse_own_checkpoint(name: str, module: nn.Module, whole: bool) -> None:
         )
 
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)
 # reads the parameters of a module inside without calling it
 _OWNERS = (nn.MultiheadAttention,)
 

@@ -21,6 +21,7 @@ class Pass:
     Attributes:
         rows: how the model is called with them.
         shared: whether further forward passes of the same examples may belong to it.
+        begun: whether a gradient has come to an output of one of its sites.
         arrivals: sites that backward has reached.
         in_backward: whether backward has begun and not come to its end; stays true when it raised.
         finished: whether its sums are complete and nothing more may arrive.
@@ -29,6 +30,7 @@ class Pass:
     batch_size: int
     rows: Rows = ONE_ROW
     shared: bool = False
+    begun: bool = False
     arrivals: int = 0
     in_backward: bool = False
     finished: bool = False
@@ -41,8 +43,18 @@ class Pass:
         """A tensor in a layout with the examples in the first dimension, see :func:`layout.by_example`."""
         return by_example(tensor, layout, self.batch_size, self.rows)
 
+    @property
+    def raised(self) -> bool:
+        """Whether a backward pass through it raised; to be asked between backward passes."""
+        return not self.finished and (self.in_backward or (self.begun and not self.arrivals))
+
+    def begin_backward(self, g: Tensor) -> None:
+        """A gradient has come to an output of one of its sites."""
+        self.begun = True
+
     def pass_by(self, kept: bool) -> None:
         """A gradient that is not the loss's went through it, and its graph was kept or not."""
+        self.begun = False
         if not (kept or self.shared):
             self.finished = True
 
@@ -78,8 +90,8 @@ class Passes:
         if self.policy == "same" and current is not None and not current.arrivals and not current.finished:
             if current.batch_size != batch_size:
                 raise UnsupportedModelError(
-                    f"Forward passes of the same examples were announced, but one had {current.batch_size} and the "
-                    f"next {batch_size}. Give row i of every pass to example i."
+                    "Forward passes of the same examples were announced, but one had another number of them than the "
+                    "next. Give row i of every pass to example i."
                 )
             return False
         self.on_begin()

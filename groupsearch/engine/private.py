@@ -24,6 +24,7 @@ from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.watch import RATE
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.randomness import source_of
 from groupsearch.trace import shared_parameters, weights_with_choice
 
 REDUCTIONS = ("mean", "sum")
@@ -39,7 +40,9 @@ def make_private(
     batches: PoissonBatches | None = None,
     expected_batch_size: float | None = None,
     sampling_rate: float | None = None,
+    sampling: str = "poisson",
     loss_reduction: str = "mean",
+    loss_divisor: float | None = None,
     grad_scaler: GradScaler | None = None,
     options: EngineOptions | None = None,
     generator: torch.Generator | None = None,
@@ -47,6 +50,7 @@ def make_private(
     sample: Any = None,
     watch: float = RATE,
     allow_state: Collection[str] = (),
+    secure: bool = False,
 ) -> PrivateEngine:
     """Make the steps of an existing loop differentially private (Book-Keeping with groups).
 
@@ -70,17 +74,24 @@ def make_private(
         batches: what the loop iterates. The expected batch size and the sampling rate are then theirs,
             and a step that is not on exactly one whole logical batch is refused.
         expected_batch_size: sampling rate times data set size, > 0; never the batch's own size.
-        sampling_rate: probability with which each example enters a logical batch; with it
-            ``engine.epsilon(delta)`` tells what the steps so far cost.
+        sampling_rate: probability with which each example enters a logical batch (else the batch size over the
+            number of examples); with it ``engine.epsilon(delta)`` tells what the steps so far cost.
+        sampling: what the loop's own loader does: ``poisson``, ``shuffled`` or ``fixed-size``, each with an epsilon
+            of its own (:mod:`groupsearch.engine.composition`). Batches that are visibly drawn otherwise are refused:
+            see :class:`~groupsearch.privacy.sizes.SizesSeen`, also for what that may tell of private sizes.
         loss_reduction: "mean" when the loss is the mean of per-example losses over the
             micro-batch, "sum" when it is their sum.
+        loss_divisor: what the loop divides that mean or sum by before backward, as libraries do that accumulate
+            gradients: thresholds would act so many times as large. None where it divides by nothing, which
+            is then held against what accelerate and transformers' Trainer say of themselves.
         grad_scaler: the ``torch.amp.GradScaler`` of a float16 loop, which stays as it is. No step
             is skipped: an overflow adds zero, and lowers the scale at ``update()``. The scale then
             depends on whether any example overflowed, which no noise hides, and so does the rounding of
             all others: the guarantee is strict for a scale that does not adapt
             (``scaler.update(scaler.get_scale())``), or with bfloat16, which needs none.
         options: choices of cost only.
-        generator: draws the noise; by default one seeded from the operating system.
+        generator: draws the noise, for experiments alone: epsilon holds for nobody who knows its seed. By default
+            one that the operating system's entropy fills, see :mod:`groupsearch.randomness`.
         loss: ``loss(model, batch)``, one loss per example (B,). With it the engine is held to plain autograd before
             the first step, on the model in the mode it is in (:mod:`groupsearch.engine.truth`): on the sample, or on
             the first examples of the batches' data. It costs about 25 examples' forward and backward passes.
@@ -88,6 +99,7 @@ def make_private(
         watch: with ``loss`` and ``batches``, the part of physical batches that the watch in training looks at
             (:mod:`groupsearch.engine.truth.watch`); 0 for none. A difference refuses the step.
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
+        secure: draw the noise from a cipher, see :class:`groupsearch.randomness.SecureStream`.
 
     Returns:
         The engine. ``engine.detach()`` takes it away again; ``engine.report()`` says what was checked.
@@ -96,13 +108,20 @@ def make_private(
         UnsupportedModelError: for a layer that mixes examples, a wrapped model or an optimizer that
             cannot be served, or a trainable parameter that no site of the plan covers or that the optimizer
             does not hold; where the check finds that examples mix or the engine is not right.
-        GroupSearchError: for a number outside its range, or batches together with what they say.
+        GroupSearchError: for a number outside its range, batches together with what they say, or a generator
+            where the noise is to be secure.
     """
     if loss_reduction not in REDUCTIONS:
         raise GroupSearchError(
             f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}."
         )
+    if loss_divisor is not None and not 0 < loss_divisor < math.inf:
+        raise GroupSearchError(f"Expected a finite loss_divisor > 0, found {loss_divisor}.")
     if batches is not None:
+        if sampling != "poisson":
+            raise GroupSearchError(
+                f"Found batches and also sampling={sampling!r}: PoissonBatches are Poisson samples. Leave one out."
+            )
         if expected_batch_size is not None or sampling_rate is not None:
             raise GroupSearchError(
                 "Found batches and also expected_batch_size or sampling_rate, which are the batches' own. Give either."
@@ -120,15 +139,16 @@ def make_private(
     check_plain(model)
     check_optimizer_kind(optimizer)
     check_covered(model, plan, optimizer)
+    if sampling_rate is None and sampling != "poisson":
+        raise GroupSearchError(f"Found sampling={sampling!r} without a sampling_rate to account with. Give both.")
     accountant = None
     if sampling_rate is not None:
         from groupsearch.engine.accounting import Accountant  # its libraries take as long to load as torch does
 
-        accountant = Accountant(noise_multiplier, sampling_rate)
-    if generator is None:
-        generator = torch.Generator(next(p.device for p in model.parameters() if p.requires_grad))
-        generator.seed()
-    mechanism = Mechanism(plan, noise_multiplier, generator, expected_batch_size)
+        accountant = Accountant(noise_multiplier, sampling_rate, sampling)
+    seeded = generator is not None or (batches is not None and batches.seeded)
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    mechanism = Mechanism(plan, noise_multiplier, source_of(device, generator, secure), expected_batch_size)
     checked = None
     if loss is not None and (sample is not None or batches is not None):
         sites = plan.grouping.sites
@@ -144,6 +164,9 @@ def make_private(
         batches,
         grad_scaler,
         options,
+        sampling=sampling,
+        loss_divisor=loss_divisor,
+        seeded=seeded,
         loss=loss,
         watch=watch,
         checked=checked,

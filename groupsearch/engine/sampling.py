@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.randomness import SecureStream, Source, draw_words, make_secret
 
-Drawn = tuple[tuple[int, ...], Tensor]  # sizes of the physical batches, generator's state afterwards
+Drawn = tuple[tuple[int, ...], Tensor | None]  # sizes of the physical batches, generator's state afterwards
 
 
 class PoissonSampler(Sampler[Tensor]):
@@ -26,7 +27,7 @@ class PoissonSampler(Sampler[Tensor]):
     Iterating yields ``steps`` int64 tensors of ascending indices without repeats, possibly empty, on the
     generator's device. It serves as the ``batch_sampler`` of a ``torch.utils.data.DataLoader``, together
     with :class:`PoissonCollate`. Iterating again goes on with fresh batches; the same generator seed
-    gives the same batches. torch's generators are not cryptographic.
+    gives the same batches.
 
     Args:
         size: number of examples.
@@ -38,7 +39,7 @@ class PoissonSampler(Sampler[Tensor]):
         GroupSearchError: when an argument is outside its range.
     """
 
-    def __init__(self, size: int, rate: float, steps: int, generator: torch.Generator) -> None:
+    def __init__(self, size: int, rate: float, steps: int, generator: Source) -> None:
         _check_population(size, rate)
         if steps < 0:
             raise GroupSearchError(f"Expected steps >= 0, found {steps}.")
@@ -49,9 +50,9 @@ class PoissonSampler(Sampler[Tensor]):
 
     def draw(self) -> Tensor:
         """The indices of one more batch."""
-        # float32 draws come in steps of 2^-24: too coarse for the rates of large data sets.
-        draws = torch.rand(self.size, dtype=torch.float64, device=self.generator.device, generator=self.generator)
-        return (draws < self.rate).nonzero().squeeze(1)
+        # Uniforms of 53 bits: float32's come in steps of 2^-24, too coarse for the rates of large data sets.
+        words = draw_words(self.generator, self.size).bitwise_and_(2**53 - 1)
+        return (words.to(torch.float64) < self.rate * 2.0**53).nonzero().squeeze(1)
 
     def __iter__(self) -> Iterator[Tensor]:
         for _ in range(self.steps):
@@ -104,21 +105,35 @@ class PhysicalDraws:
         physical_chunks(torch.empty(0), limit)  # refuses a limit below one
         self.sampler = sampler
         self._limit = limit
-        self._expected = sampler.generator.get_state()
+        self._expected = self.state()
         self._left = 0
+        self._kept: deque[tuple[Drawn, tuple[Tensor, ...]]] = deque()  # drawn and not finished, the eldest first
         self._drawn: deque[Drawn] = deque()
         self._unfed: deque[Tensor] = deque()
 
-    def rewind(self, state: Tensor, count: int) -> None:
-        """Begin ``count`` logical batches with the generator in this state.
+    def begin(self, count: int) -> None:
+        """Hand out ``count`` logical batches, beginning with those that were drawn before and not finished.
 
         Raises:
             GroupSearchError: when somebody else drew from the generator since the last logical batch.
         """
         self._check_generator()
-        self.sampler.generator.set_state(state)
-        self._expected, self._left = state, count
-        self._drawn, self._unfed = deque(), deque()
+        self._left = count - len(self._kept)
+        self._drawn = deque(drawn for drawn, _ in self._kept)
+        self._unfed = deque(chunk for _, chunks in self._kept for chunk in chunks)
+
+    def finish(self) -> None:
+        """The eldest logical batch is not needed again."""
+        self._kept.popleft()
+
+    def restart(self, state: Tensor | None) -> Tensor | None:
+        """Forget what was drawn, and draw from a generator in this state, or filled anew by the system; its state."""
+        generator = self.sampler.generator
+        if not isinstance(generator, SecureStream):
+            make_secret(generator) if state is None else generator.set_state(state)
+        self._kept.clear()
+        self._expected = self.state()
+        return self._expected
 
     def next(self) -> Drawn:
         """Sizes of the next logical batch's chunks, and the generator's state after it, for the loop."""
@@ -138,12 +153,20 @@ class PhysicalDraws:
         self._check_generator()
         chunks = physical_chunks(self.sampler.draw().cpu(), self._limit)
         self._left -= 1
-        self._expected = self.sampler.generator.get_state()
-        self._drawn.append((tuple(len(chunk) for chunk in chunks), self._expected))
+        self._expected = self.state()
+        drawn = tuple(len(chunk) for chunk in chunks), self._expected
+        self._kept.append((drawn, chunks))
+        self._drawn.append(drawn)
         self._unfed.extend(chunks)
 
+    def state(self) -> Tensor | None:
+        """Of the generator now; None where it has none."""
+        generator = self.sampler.generator
+        return None if isinstance(generator, SecureStream) else generator.get_state()
+
     def _check_generator(self) -> None:
-        if not torch.equal(self.sampler.generator.get_state(), self._expected):
+        state = self.state()
+        if state is not None and self._expected is not None and not torch.equal(state, self._expected):
             raise GroupSearchError(
                 "The generator of the batches was used elsewhere. Sampling must be independent of the noise and of "
                 "everything else: give it a generator of its own."

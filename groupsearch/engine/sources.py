@@ -75,9 +75,10 @@ class Sources:
             if not self._chaining:
                 raise UnsupportedModelError(
                     f"Parameter {key!r} reached the loss through an operation that cannot be followed example "
-                    "by example. Use it in elementwise operations, expand, matrix products or a torch.nn layer of its "
-                    "own, and use_reentrant=False where activation checkpointing is on, or freeze it with "
-                    "requires_grad_(False).",
+                    "by example (such as an autograd.Function of your own). Use it in elementwise operations, expand, "
+                    "matrix products or a torch.nn layer of its own, or put what uses it into a module of the model "
+                    "that takes and returns the batch first; use use_reentrant=False where activation checkpointing is "
+                    "on, or freeze it with requires_grad_(False).",
                     layer,
                 )
 
@@ -101,9 +102,16 @@ class Sources:
                 continue
             self._chaining = True
             try:
-                (chained,) = torch.autograd.grad(
-                    tracked.tensor, source.leaf, instance, is_grads_batched=True, retain_graph=True
-                )
+                chained = _chained(tracked.tensor, source.leaf, instance)
             finally:
                 self._chaining = False
             arrive(source.key, partial(source.entry, chained))
+
+
+def _chained(tensor: Tensor, leaf: Tensor, instance: Tensor) -> Tensor:
+    """The gradient (B, *leaf.shape) of a leaf from that of a function of it (B, *tensor.shape)."""
+    try:
+        return torch.autograd.grad(tensor, leaf, instance, is_grads_batched=True, retain_graph=True)[0]
+    except RuntimeError:  # an operation that knows no batches of gradients (sparse tensors)
+        each = [torch.autograd.grad(tensor, leaf, g, retain_graph=True)[0] for g in instance]
+        return torch.stack(each) if each else leaf.new_zeros(0, *leaf.shape)

@@ -10,7 +10,7 @@ from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
 from groupsearch.trace import Rows, Site
 
-VERSION = 1
+VERSION = 2
 
 
 def describe_plan(plan: ClipPlan) -> dict[str, Any]:

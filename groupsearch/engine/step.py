@@ -101,6 +101,11 @@ class PrivateStep:
         self._settle()
         self.on_check(self._ledger.examples)
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers get noise in a step."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
     def _is_given(self, name: str) -> bool:
         given = self._given.get(name, lambda: None)()
         return given is not None and self.parameters[name].grad is given

@@ -3,7 +3,8 @@
 ``nn.MultiheadAttention`` and the recurrent layers hand their parameters to one function each.
 Attention becomes projections around ``scaled_dot_product_attention``; a recurrence runs step by
 step with its parameters detached, and the gradients of its gates, over all steps, are the output
-gradients of two matrix sites: input to gates, state to gates.
+gradients of two matrix sites: input to gates, state to gates. A cell that a loop of the model's own
+calls is those two products at every step.
 """
 
 from __future__ import annotations
@@ -264,6 +265,24 @@ def _bias_entry(bias: str, g_BTp: Tensor) -> Entry:
     return InstanceEntry({bias: g_BTp.sum(1)}, Dimensions(g_BTp.shape[1], 0, g_BTp.shape[2], "direct"))
 
 
+def _cell(
+    cell: Cell,
+    meeting: Meeting,
+    input: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """``torch.lstm_cell`` and its like: one step, of input (B, d) and states (B, H), as two products."""
+    states = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
+    x_gates = meeting.apply(functional.linear, input, w_ih, b_ih)
+    h_gates = meeting.apply(functional.linear, states[0], w_hh, b_hh)
+    after = cell(x_gates, h_gates, states)
+    return after if isinstance(hx, list | tuple) else after[0]
+
+
 def _name(meeting: Meeting) -> str:
     return meeting.layer.name if meeting.layer else ""
 
@@ -274,5 +293,9 @@ SUBSTITUTES: Mapping[Any, Callable[..., Any]] = {
     torch.gru: partial(_recurrence, _gru_cell),
     torch.rnn_tanh: partial(_recurrence, _tanh_cell),
     torch.rnn_relu: partial(_recurrence, _relu_cell),
+    torch.lstm_cell: partial(_cell, _lstm_cell),
+    torch.gru_cell: partial(_cell, _gru_cell),
+    torch.rnn_tanh_cell: partial(_cell, _tanh_cell),
+    torch.rnn_relu_cell: partial(_cell, _relu_cell),
 }
 SUBSTITUTED = (nn.MultiheadAttention, nn.RNNBase)

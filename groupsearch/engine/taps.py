@@ -136,6 +136,8 @@ def with_gradients(
         UnsupportedModelError: in backward, for a gradient that can be differentiated again.
     """
     told: tuple[Tensor, ...] = _Tell.apply(_anchor(), source, arrive, len(outputs), *outputs, *saved)
+    for tensor in told:  # before any hook of the user's: what that raises is an accident, too
+        tensor.register_hook(source.begin_backward)
     return told
 
 

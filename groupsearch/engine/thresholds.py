@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groupsearch.clipping import AdaptiveQuantile
-from groupsearch.engine.noise import add_noise_
+from groupsearch.engine.noise import Gaussians, add_noise_
 
 Counts = tuple[list[int], list[int]]
 
@@ -47,13 +47,12 @@ class QuantileCounts:
         within, self._seen = counts[0], list(counts[1])
         self._within = [torch.tensor(count) for count in within]
 
-    def next_thresholds(self, thresholds: Sequence[float], generator: torch.Generator | None) -> tuple[float, ...]:
+    def next_thresholds(self, thresholds: Sequence[float], gaussians: Gaussians) -> tuple[float, ...]:
         """The thresholds of the next logical batch, from the noisy counts of this one.
 
-        Draws one number per group from the generator, also where the batch is empty.
+        Draws one number per group, also where the batch is empty.
         """
         centred = [within - seen / 2 for within, seen in zip(*self.counts, strict=True)]
-        device = "cpu" if generator is None else generator.device
-        noisy = torch.tensor(centred, dtype=torch.float64, device=device)
-        add_noise_(noisy, self._allocation.count_noise_for(self._expected), generator)
+        noisy = torch.tensor(centred, dtype=torch.float64, device=gaussians.source.device)
+        add_noise_(noisy, self._allocation.count_noise_for(self._expected), gaussians)
         return self._allocation.updated(thresholds, [count / self._expected + 0.5 for count in noisy.tolist()])

@@ -317,5 +317,5 @@ def _fresh(module: nn.Module, trainable: Mapping[str, str]) -> Iterator[dict[str
     try:
         yield fresh
     finally:
-        for slots, name, original in replaced:
+        for slots, name, original in reversed(replaced):  # a tied one comes twice
             slots[name] = original

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 class ZeroGrad:
     """Stands in for the ``zero_grad`` of a model or an optimizer and tells of its calls.
 
-    A loop that gives a batch up (its loss was not finite, say) calls zero_grad and takes the next
-    batch. Sums that outlived that would hold an example of both batches twice.
+    A loop that begins a batch anew (it ran out of memory on the way, say) calls zero_grad first. Sums that outlived
+    that would hold an example twice.
     """
 
     def __init__(self, owner: nn.Module | Optimizer, called: Callable[[], None]) -> None:

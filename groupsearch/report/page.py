@@ -9,13 +9,14 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from groupsearch.errors import DocumentError
+from groupsearch.privacy import not_private_sentence
 from groupsearch.report import curves, info, memory_figures, rungs, tables, training_figures, words
 from groupsearch.report.comparisons import comparisons, summary_of
 from groupsearch.report.profile_sections import fit_section, joint_section
 from groupsearch.report.section import Section, plot, unbroken
 from groupsearch.report.style import CSS, SCRIPT
 from groupsearch.report.subject import PARTS, Subject, groups_word
-from groupsearch.units import format_bytes, format_count
+from groupsearch.units import format_bytes, format_count, format_number
 
 TITLES = {
     "search": "search report",
@@ -65,12 +66,20 @@ def _page(subject: Subject, sections: list[Section]) -> str:
         f'<main>\n<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n'
         f"<h1>{unbroken(escape(words.headline(subject)))}</h1>\n"
         + (f'<dl class="keys">{keys}</dl>\n' if keys else "")
-        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n</header>\n'
+        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n'
+        f"{_randomness(subject)}</header>\n"
         + "".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>\n" for s in sections)
         + f"<footer>Made by groupsearch from a {escape(subject.kind)} document, schema "
         f"{escape(str(subject.document['schema_version']))}. The page needs no network.</footer>\n</main>\n"
         f"{scripts}\n</body>\n</html>\n"
     )
+
+
+def _randomness(subject: Subject) -> str:
+    """At the top, as it says what every epsilon of the page is worth."""
+    if subject.kind not in ("search", "train"):
+        return ""
+    return f'<p class="lede"><strong>{escape(words.randomness(subject.document))}</strong></p>\n'
 
 
 def _front(subject: Subject) -> Section | None:
@@ -176,14 +185,19 @@ def _curves(subject: Subject) -> Section | None:
 def _cost(subject: Subject) -> Section | None:
     cost = subject.document.get("cost")
     if not cost:
-        return _privacy(subject)
+        return None
     training = subject.document.get("training") or {}
-    note = rungs.selection(subject) or (
+    whole = None if subject.privacy is None else subject.privacy.whole
+    facts = tables.cost_list({"epsilon": training.get("epsilon"), **cost, "whole": whole})
+    note = "" if subject.privacy is not None else f'<p class="lede">{escape(_cost_note(subject))}</p>'
+    return Section("What the search cost", f"{facts}\n{note}\n{_training(training)}")
+
+
+def _cost_note(subject: Subject) -> str:
+    return rungs.selection(subject) or (
         "Epsilon is what each training run spends. Choosing among runs by the accuracy on private validation data "
         "spends more, which is not counted here; choosing on public or synthetic data spends nothing."
     )
-    facts = tables.cost_list({"epsilon": training.get("epsilon"), **cost})
-    return Section("What the search cost", f'{facts}\n<p class="lede">{escape(note)}</p>\n{_training(training)}')
 
 
 def _differences(subject: Subject) -> Section | None:
@@ -197,10 +211,17 @@ def _evidence(subject: Subject) -> Section | None:
 
 
 def _privacy(subject: Subject) -> Section | None:
-    if subject.document.get("epsilon") is None:
+    document = subject.document
+    if subject.privacy is not None:
+        stated = [*subject.privacy.sentences, not_private_sentence(document.get("not_private") or {})]
+        if (added := document.get("added_delta")) is not None:
+            stated.append(f"That noise ends somewhere adds {format_number(added, 2)} to delta at most.")
+        body = "\n".join(f'<p class="lede">{escape(sentence)}</p>' for sentence in stated if sentence)
+        return Section("What is private", body + (_training(document) if subject.kind == "train" else ""))
+    if document.get("epsilon") is None:
         return None
     note = "What this run spends on its training data; choosing its settings by private data would spend more."
-    return Section("Privacy spent", f'<p class="lede">{note}</p>\n{_training(subject.document)}')
+    return Section("Privacy spent", f'<p class="lede">{note}</p>\n{_training(document)}')
 
 
 def _training(settings: Mapping[str, Any]) -> str:
@@ -233,6 +254,6 @@ def _origin(subject: Subject) -> Section:
 
 
 _SECTIONS = (
-    *(_front, _differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section, _comparison),
+    *(_front, _privacy, _differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section, _comparison),
     *(_curves, _evidence, _cost, _numbers, _origin),
 )

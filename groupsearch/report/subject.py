@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from groupsearch.memory import peak_memory
+from groupsearch.privacy import PrivacyStatement
 from groupsearch.trace import Trace
 from groupsearch.units import format_count, format_interval
 
@@ -76,6 +77,12 @@ class Subject:
         """The trace in the document, if it carries one."""
         data = self.document.get("trace")
         return Trace.from_json(data) if data else None
+
+    @cached_property
+    def privacy(self) -> PrivacyStatement | None:
+        """What is stated of the training, where the document says it."""
+        stated = self.document.get("privacy")
+        return PrivacyStatement.from_json(stated) if stated else None
 
     @property
     def nonprivate_peak_bytes(self) -> int | None:

@@ -22,12 +22,13 @@ from groupsearch.units import (
 
 RESERVED = ("reserved", "fragmented")
 COST_WORDS = {
+    "whole": "epsilon of the whole",
+    "epsilon": "epsilon of each run",
     "seconds": "wall-clock time",
     "trials": "groupings tried",
     "trained": "training runs",
     "steps": "training steps",
     "full_trainings": "equivalent full trainings",
-    "epsilon": "epsilon of each run",
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from groupsearch.report.comparisons import comparisons, summary_of
 from groupsearch.report.subject import NEAR_FLOOR, Metric, Subject, groups_word, is_share, metric_of
 from groupsearch.units import (
+    format_at_most,
     format_bytes,
     format_count,
     format_number,
@@ -39,6 +41,25 @@ class KeyFigure(NamedTuple):
     note: str
 
 
+def randomness(document: Mapping[str, Any]) -> str:
+    """Whether the noise can be had again, and what epsilon is worth then; of a search or a training."""
+    settings: Mapping[str, Any] = document["settings"]
+    found = document.get("randomness") or {"secret": settings.get("seed") is None, "seed": settings.get("seed")}
+    if found["secret"]:
+        source = "a cipher that the operating system seeds" if found.get("secure") else "the operating system's entropy"
+        return f"Noise and batches were drawn from {source}: nobody can draw them again."
+    if document["kind"] == "train":
+        return (
+            f"Experiment: noise and batches come from seed {found['seed']}, so that they can be had again. Epsilon "
+            f"holds for nobody who knows the seed."
+        )
+    return (
+        f"Experiment: noise and batches come from seed {found['seed']} and those after it, the same for every "
+        f"grouping. Epsilon holds for nobody who knows them, and trainings that share their noise do not compose: "
+        f"the difference of two is the difference of what the noise was to hide."
+    )
+
+
 def headline(subject: Subject) -> str:
     """The page's finding in one sentence."""
     fit = subject.document["fit"] if subject.topic == "fit" else {}
@@ -50,7 +71,7 @@ def headline(subject: Subject) -> str:
 
 
 def key_figures(subject: Subject) -> tuple[KeyFigure, ...]:
-    """Three or four numbers; those the document does not know are left out."""
+    """Three to five numbers; those the document does not know are left out."""
     makers = {"verify": _verify_figures, "fit": _fit_figures}
     return tuple(figure for figure in makers.get(subject.topic, _grouping_figures)(subject) if figure is not None)
 
@@ -92,10 +113,10 @@ def _verify_line(subject: Subject) -> str:
 
 
 def _train_line(subject: Subject) -> str:
-    document, metric = subject.document, _trained_metric(subject)
+    metric = _trained_metric(subject)
     groups = groups_word(len(subject.chosen) + 1) if subject.chosen is not None else "this grouping"
     reached = f" reached {metric.text} {metric.name}" if metric else " finished"
-    return f"Training with {groups}{reached}{_spent(document)}."
+    return f"Training with {groups}{reached}{_spent(subject)}."
 
 
 def _grouping_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
@@ -106,6 +127,7 @@ def _grouping_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
     peak, whole, plain = _peak_bytes(subject, chosen), _peak_bytes(subject, ()), subject.nonprivate_peak_bytes
     total = f"of {format_count(subject.trace.length)} layer uses (sites)" if subject.trace else ""
     return (
+        _epsilon_figure(subject),
         _metric_figure(subject, metric),
         KeyFigure(
             "peak memory",
@@ -200,8 +222,22 @@ def _difference(metric: Metric, reference: Metric) -> str:
     return f"{words}, which is within the noise of the runs" if within else words
 
 
-def _spent(document: Any) -> str:
-    epsilon, delta = document.get("epsilon"), document.get("delta")
+def _spent(subject: Subject) -> str:
+    if subject.privacy is not None:
+        return f" at {subject.privacy.brief}"
+    epsilon, delta = subject.document.get("epsilon"), subject.document.get("delta")
     if epsilon is None:
         return ""
-    return f" at epsilon {format_number(epsilon)}" + ("" if delta is None else f", delta {format_number(delta)}")
+    return f" at epsilon {format_at_most(epsilon)}" + ("" if delta is None else f", delta {format_at_most(delta)}")
+
+
+def _epsilon_figure(subject: Subject) -> KeyFigure | None:
+    """Epsilon of the whole where it is known."""
+    stated = subject.privacy
+    if stated is None:
+        return None
+    note = f"at delta {format_at_most(stated.delta)}" + (", with a known seed" if stated.seeded else "")
+    if stated.whole is None:
+        return KeyFigure("epsilon of one training", format_at_most(stated.epsilon), f"{note}; choosing not counted")
+    one = "" if stated.whole == stated.epsilon else f"; {format_at_most(stated.epsilon)} of one training"
+    return KeyFigure("epsilon of the whole", format_at_most(stated.whole), note + one)

@@ -8,8 +8,11 @@ fixed beforehand, each is trained and scored with the same guarantee, and nothin
 A search that learns from its scores, as ``front`` or TPE do, is not of that kind: its candidates depend on
 the private scores before them; see :mod:`groupsearch.search.selection`.
 
+A training fails when its weights are no longer finite, which they tell by themselves; it then scores 0, plus noise. No
+loss and no score decides anything before noise is added to it.
+
 What the proof does not cover: how long a selection takes tells how many candidates there were, and a training
-that fails tells something by failing. Neither is written anywhere here; see to it that nobody watches the clock.
+that raises tells something by raising. Neither is written anywhere here; see to it that nobody watches the clock.
 """
 
 from __future__ import annotations
@@ -81,8 +84,9 @@ class RepeatAndSelect:
             then: what is done with the same data afterwards, such as training the best one anew; None for nothing.
         """
         accountant = RdpAccountant(_ORDERS)
+        always_one = self.mean == 1 and math.isfinite(self.shape)  # nothing is chosen; the theorem would charge twice
         with _silent_absl():
-            accountant.compose(RepeatAndSelectDpEvent(training, self.mean, self.shape))
+            accountant.compose(training if always_one else RepeatAndSelectDpEvent(training, self.mean, self.shape))
             if then is not None:
                 accountant.compose(then)
             return float(accountant.get_epsilon(delta))
@@ -121,7 +125,7 @@ class Selected(Generic[T]):
 
 def select_privately(
     candidates: Sequence[T],
-    train: Callable[[T, int], float],
+    train: Callable[[T, int], float | None],
     scheme: RepeatAndSelect,
     score_noise: float,
     rng: np.random.Generator,
@@ -134,7 +138,8 @@ def select_privately(
     Args:
         candidates: fixed without a look at the data.
         train: takes a candidate and a seed and gives its score without noise, a sum over the examples
-            that one of them changes by at most 1. Every call gets a seed of its own.
+            that one of them changes by at most 1; None where weights are not finite, which scores 0, as does a number
+            that is not finite. Every call gets a seed of its own.
         scheme: how many are trained.
         score_noise: standard deviation of the Gaussian noise that is added to every score.
         rng: where all that is random comes from. Whoever knows its seed knows what noise was drawn, so it is to
@@ -144,8 +149,8 @@ def select_privately(
         The best; None when the number drawn is 0, which only the Poisson distribution gives.
 
     Raises:
-        GroupSearchError: without candidates or noise; when a training fails or its score is not finite. What
-            was trained before is then forgotten.
+        GroupSearchError: without candidates or noise; when a training raises. What was trained before is then
+            forgotten.
     """
     if not candidates or not score_noise > 0:
         raise GroupSearchError(
@@ -160,20 +165,21 @@ def select_privately(
     return best
 
 
-def _noisy(train: Callable[[T, int], float], candidate: T, score_noise: float, rng: np.random.Generator) -> float:
+def _noisy(
+    train: Callable[[T, int], float | None], candidate: T, score_noise: float, rng: np.random.Generator
+) -> float:
     seed = int(rng.integers(2**63))
     try:
-        score = float(train(candidate, seed))
+        score = train(candidate, seed)
     except Exception as error:
         # What the error says may depend on the data, and so may which candidate it was.
         raise GroupSearchError(
-            f"Expected every candidate to train, found that one failed ({type(error).__name__}). Nothing is published: "
+            f"Expected every candidate to train, found that one raised ({type(error).__name__}). Nothing is published: "
             f"which and when is not covered by the guarantee. See on public or synthetic data that all candidates "
             f"train with these settings, then begin anew."
         ) from None
-    if not math.isfinite(score):
-        raise GroupSearchError("Expected a finite score of every candidate, found another. Nothing is published.")
-    return score + float(rng.normal(0.0, score_noise))
+    known = 0.0 if score is None or not math.isfinite(score) else float(score)
+    return known + float(rng.normal(0.0, score_noise))
 
 
 def candidate_event(

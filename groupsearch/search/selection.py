@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from groupsearch.errors import GroupSearchError
-from groupsearch.units import format_number
+from groupsearch.privacy import SelectionCost
+from groupsearch.units import format_at_most, format_number
 
 SELECTION_DATA = ("public", "private")
-
-
-@dataclass(frozen=True)
-class SelectionCost:
-    """What choosing among candidates adds to the epsilon of the training that is published.
-
-    Attributes:
-        data: ``public`` (or synthetic), when all that the search trained on and judged by is, or ``private``.
-        epsilon: 0 for public data; None where it is not accounted for.
-        statement: a sentence for the document and the report.
-    """
-
-    data: str
-    epsilon: float | None
-    statement: str
 
 
 def adaptive_selection_cost(data: str) -> SelectionCost:
@@ -42,7 +26,8 @@ def adaptive_selection_cost(data: str) -> SelectionCost:
         data,
         None,
         "Groupings were compared on private data by an adaptive search, which no theorem accounts for: the epsilon "
-        "stated is that of one training alone, and choosing has cost more. Search on public or synthetic data, or "
+        "stated is that of one training alone, and choosing has cost more. Runs of one seed share their noise, so that "
+        "not even their own epsilons add up. Search on public or synthetic data, or "
         "with --private-selection, to state an epsilon of the whole.",
     )
 
@@ -64,7 +49,8 @@ def repeated_selection_cost(
         epsilon,
         f"Repeat-and-select (arXiv 2110.03620): a random number of groupings, {format_number(mean)} expected, was "
         f"drawn from {candidates} that were fixed beforehand, each was trained once, and the best by a noisy score is "
-        f"all that is published. Choosing and the trainings for it cost epsilon {format_number(epsilon)} together, at "
-        f"delta {format_number(delta)}; with the chosen one trained anew on the same data it is "
-        f"{format_number(with_training)}.",
+        f"all that is published. Choosing and the trainings for it cost epsilon {format_at_most(epsilon)} together, at "
+        f"delta {format_at_most(delta)}; with the chosen one trained anew on the same data it is "
+        f"{format_at_most(with_training)}.",
+        with_training,
     )

@@ -74,7 +74,7 @@ def trace_model(
         except ValuesNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-    stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"))
+    stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch)
     keys |= {"fake": False, **stage.live.allocator.to_json()}
     return record_step(stage, settings, count_examples(batch), keys, examined)
 

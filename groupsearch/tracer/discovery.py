@@ -28,6 +28,8 @@ from groupsearch.workloads.batches import count_examples, first_examples
 Loss = Callable[[nn.Module, Any], Tensor]
 Shapes = tuple[tuple[int, ...], ...]
 _CHOOSING = {"nonzero", "nonzero_static", "argwhere", "masked_select", "unique", "unique_consecutive"}
+_SORTING = {"sort", "argsort", "msort"}
+_REPEATING = {"repeat", "tile"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
 
 
 def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
-    watch = _Watch(model)
+    watch = _Watch(model, count_examples(examples))
     try:
         with watch:
             loss(model, examples)
@@ -115,8 +117,8 @@ def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on batches "
-            "of any size."
+            f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on "
+            "batches of any size."
         ) from error
     return watch
 
@@ -143,13 +145,13 @@ def _grown(two: tuple[int, ...], three: tuple[int, ...]) -> str:
 def _layout(pairs: Pairs) -> str:
     if pairs is None:
         return "mixed"
-    found = {_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)}
-    found -= {"none"}
-    if not found:
-        return "none"
-    if found <= {"first", "folded"}:
+    each = [_grown(*shapes) for two, three in pairs for shapes in zip(two.outputs, three.outputs, strict=False)]
+    found = [layout for layout in each if layout != "none"]
+    if not found or "mixed" in found:
+        return "mixed" if found else "none"
+    if set(found) <= {"first", "folded"}:
         return "folded" if "folded" in found else "first"
-    return found.pop() if len(found) == 1 else "mixed"
+    return found[0]  # what a module returns in several layouts, it works on in that of the first
 
 
 def _layout_around(name: str, calls: Mapping[str, Pairs]) -> str:
@@ -203,11 +205,12 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         calls: by module, in order.
-        regrouping: modules, but not the model itself, that choose rows by their values.
+        regrouping: modules, but not the model itself, that choose, sort or repeat rows.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, examples: int) -> None:
         super().__init__()
+        self._examples = examples
         self.calls: dict[str, list[Seen]] = {}
         self.regrouping: set[str] = set()
         self._model = model
@@ -225,7 +228,7 @@ class _Watch(TorchFunctionMode):
         self._stack.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and self._running[-1] and _regroups(func, args):
+        if self._running and self._running[-1] and _regroups(func, args, kwargs, self._examples):
             self.regrouping.add(self._running[-1])
         return func(*args, **(kwargs or {}))
 
@@ -245,13 +248,30 @@ class _Watch(TorchFunctionMode):
             self._stack.callback(handle.remove)
 
 
-def _regroups(func: Any, args: Any) -> bool:
-    """Whether an operation takes out as many rows as their values say."""
+def _regroups(func: Any, args: Any, kwargs: Any, examples: int) -> bool:
+    """Whether an operation takes out as many rows as their values say, sorts or repeats them block after block."""
     name = getattr(func, "__name__", "")
+    if name in _SORTING:
+        return _led_by(args[0], examples) and _sorted_dim(name, args, kwargs) % max(args[0].dim(), 1) == 0
+    if name in _REPEATING:  # (k B, ...) with the examples not in one piece
+        times = args[1] if isinstance(args[1], list | tuple) else args[1:]
+        return _led_by(args[0], examples) and len(times) == args[0].dim() and int(times[0]) > 1
     if name == "__getitem__":
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return isinstance(first, Tensor) and first.dtype == torch.bool
     return name in _CHOOSING or (name == "where" and len(args) == 1)
+
+
+def _led_by(tensor: Any, examples: int) -> bool:
+    """Whether the rows of a tensor may be those of the examples."""
+    return isinstance(tensor, Tensor) and bool(tensor.dim()) and tensor.shape[0] > 0 and tensor.shape[0] % examples == 0
+
+
+def _sorted_dim(name: str, args: Any, kwargs: Any) -> int:
+    if name == "msort":
+        return 0
+    given = [x for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
+    return int(given[0] if given else (kwargs or {}).get("dim", -1))
 
 
 def _shapes(value: Any) -> Shapes:

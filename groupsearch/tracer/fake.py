@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
 from collections.abc import Callable, Hashable
@@ -12,24 +11,41 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.recipes import Recipe, call_key, find_recipe
 from groupsearch.workloads.batches import map_tensors
+from groupsearch.workloads.copies import copy_of
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _DEVICE = torch.ops.prim.device.default
 _ONES = ("aten::ones", "aten::ones_like", "aten::new_ones")
 _COPIES = ("aten::_to_copy", "aten::clone")
+_LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift.default)
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 class _FakeMode(FakeTensorMode):
-    """Fake tensors of which it is known which hold nothing but ones."""
+    """Fake tensors of which it is known which hold nothing but ones.
+
+    A real tensor that an operation is given was made outside: a constant of the loss, a tensor in a
+    closure. In its place the operation gets a fake one, always the same.
+
+    Attributes:
+        met: is told of every such fake tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.met: Callable[[Tensor], object] = lambda tensor: None
+        self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._ones: dict[int, weakref.ref[Any]] = {}
         self._recipes: dict[Hashable, Recipe] = {}
 
@@ -47,6 +63,8 @@ class _FakeMode(FakeTensorMode):
         if func is _DEVICE:  # asked for more often than anything else
             return args[0].fake_device
         kwargs = kwargs or {}
+        if func not in _LIFTED:
+            args, kwargs = self._with_stand_ins(args, kwargs)
         key = call_key(func, args, kwargs)
         recipe = self._recipes.get(key)
         if recipe is not None:
@@ -61,13 +79,49 @@ class _FakeMode(FakeTensorMode):
             self.mark(out)
         return out
 
+    def _with_stand_ins(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, list | tuple):
+                outside = any(isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in value)
+            else:
+                outside = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+            if outside:
+                args, kwargs = pytree.tree_map_only(Tensor, self._stand_in, (args, kwargs))
+                return args, kwargs
+        return args, kwargs
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._stand_ins:
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            with self:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            self._stand_ins[id(tensor)] = tensor, fake  # as long as the one is kept no other has its number
+            self.met(fake)
+        return self._stand_ins[id(tensor)][1]
+
     def _work_out(self, key: Hashable, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is _GROUPED_MM:  # its own fake kernel knows one type of numbers, the real one several
+            return _grouped_product(*args, **kwargs)
         out: Any = super().__torch_dispatch__(func, types, args, kwargs)
         if key is not None and key == call_key(func, args, kwargs):  # it has not changed the form of an argument
             recipe = find_recipe(self, out, (*args, *kwargs.values()))
             if recipe is not None:
                 self._recipes[key] = recipe
         return out
+
+
+def _grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What ``aten._grouped_mm`` allocates: rows, columns or both matrices in groups, rows of 16 bytes and multiples."""
+    dtype = out_dtype or a.dtype
+    groups = (a.shape[0],) if a.dim() == 3 else offs.shape if offs is not None else ()
+    batched = a.dim() == b.dim()
+    shape = (*(groups if batched else ()), a.shape[-2], b.shape[-1])
+    padded = -(-shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    return a.new_empty((*shape[:-1], padded), dtype=dtype)[..., : shape[-1]]
 
 
 class ValuesNeededError(UnsupportedModelError):
@@ -117,20 +171,19 @@ class FakeTensors:
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
-    """A copy of a model with fake parameters and buffers on ``device``; ties are kept, no weight is copied.
+    """A copy of a model with fake tensors on ``device``; ties are kept, no weight is copied.
 
     Works for models on the meta device as well as for real ones, which are left as they are.
+
+    Raises:
+        UnsupportedModelError: when something on the model cannot be copied; it names the attribute.
     """
-    memo: dict[int, Any] = {}
-    with mode:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in memo:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                memo[id(tensor)] = (
-                    nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-                )
-    duplicate: nn.Module = copy.deepcopy(model, memo)
-    return duplicate
+
+    def make(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    return copy_of(model, make)
 
 
 def fake_batch(batch: Any, fake: FakeTensors, device: torch.device) -> Any:

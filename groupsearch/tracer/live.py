@@ -1,8 +1,9 @@
 """Counts live bytes as operations allocate and free storages, on real or fake tensors.
 
 Autograd adds the gradients that meet at one input in place when nobody else holds the first of
-them; while operations are watched it never does. So that the bytes are those of a step by itself, an
-addition by autograd whose first operand is released at once counts as the in-place addition it stands for.
+them, and some of its formulas scatter a gradient in place; while operations are watched it never does. So that the
+bytes are those of a step by itself, such an operation of autograd's own whose first operand is released at once
+counts as the in-place operation it stands for.
 
 Activation checkpointing keeps the state of the random generator for every block. No operation
 allocates it, so whoever asks torch for it is overheard.
@@ -20,22 +21,35 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupsearch.tracer.allocator import Allocator
 
 _DEVICE = torch.ops.prim.device.default
-_ADD = torch.ops.aten.add.Tensor
-Scratch = Callable[[Any, Any, Any], int]
-"""Given an operation, its arguments and keyword arguments: the most bytes it has allocated at any
-time inside, results included; 0 where that is its results alone."""
+_aten = torch.ops.aten
+_LIFT = _aten.lift_fresh.default
+_IN_PLACE = {
+    _aten.add.Tensor: _aten.add_.Tensor,
+    _aten.scatter.src: _aten.scatter_.src,
+    _aten.scatter_add.default: _aten.scatter_add_.default,
+    _aten.index_add.default: _aten.index_add_.default,
+    _aten.index_put.default: _aten._index_put_impl_.default,
+}
+# Their gradients' formulas depend on whether there are zeros, and while operations are watched the dearer one is taken.
+_BY_VALUES = {_aten.prod.default, _aten.prod.dim_int, _aten.cumprod.default}
+Scratch = Callable[[Any, Any, Any, Any], tuple[Any, int | None]]
+"""Given an operation, its arguments, keyword arguments and what it returned: the latter in the form it really has,
+and the most bytes allocated at any time inside, results included; 0 where that is the results alone, None where
+it is not known."""
 
 
 class LiveBytes(TorchDispatchMode):
     """Keeps the log of every storage that is allocated while it is active.
 
-    Storages that were there before are not counted; name them with :meth:`ignore`.
+    Storages that were there before are not counted; name them with :meth:`ignore`. One that is not named is known by
+    an operation being given it that none has made: a constant of the model or the loss.
 
     Args:
         scratch: says what an operation allocates inside itself, where that is probed.
@@ -48,6 +62,8 @@ class LiveBytes(TorchDispatchMode):
             scratch of its own the most inside it.
         births, deaths: position in the log by storage number.
         sizes: bytes by storage number.
+        constant_bytes: of the storages that were there before and were not named.
+        unprobed: operations of which it is not known what they allocate beside their results.
     """
 
     def __init__(self, scratch: Scratch | None = None, allocator: Allocator | None = None) -> None:
@@ -58,10 +74,14 @@ class LiveBytes(TorchDispatchMode):
         self.births: list[int] = []
         self.deaths: dict[int, int] = {}
         self.sizes: list[int] = []
+        self.constant_bytes = 0
+        self.unprobed: set[str] = set()
         self._numbers: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scratch = scratch
         self._added: int | None = None
+        self._node = -1
+        self._node_began = 0
         self._asked_state = torch.get_rng_state
         self._overhearing = patch.object(torch, "get_rng_state", self._random_state)
 
@@ -96,26 +116,58 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _DEVICE:  # allocates nothing, and is asked for more often than anything else
             return func(*args, **kwargs)
-        scratch_bytes = self._scratch(func, args, kwargs) if self._scratch is not None else 0
-        if scratch_bytes:
-            self.log.append(self.live_bytes + scratch_bytes)
-        accumulates = func is _ADD and _by_autograd(*args[:2])
-        out = func(*args, **kwargs) if accumulates else self._run(func, args, kwargs)
+        if func is not _LIFT:
+            self._meet(args)
+        if func in _BY_VALUES and torch.is_grad_enabled() and args[0].is_floating_point():
+            self.unprobed.add(func._schema.name)
+        node = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        if number != self._node:
+            self._node, self._node_began = number, len(self.sizes)
+        in_place = _in_place_of(func, args, node)
+        if func is _aten.add.Tensor and self._is_within(node, args[0]):
+            in_place = None
+        out = self._run(func, args, kwargs) if in_place is None else func(*args, **kwargs)
+        if in_place is not None and self._scratch is not None:
+            self._note(in_place, self._scratch(in_place, args, kwargs, args[0])[1])
         self._added = None
         for value in (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out):
             if isinstance(value, Tensor):
                 self._see(value)
-        if accumulates:
+        if in_place is not None:
             self._added = self.number(args[0])
         return out
 
+    def _is_within(self, node: Any, old: Any) -> bool:
+        """Whether a sum is a term of a node's formula: what is added was made by it, and is not what it returns."""
+        if node is None or not isinstance(old, Tensor) or (self.number(old) or 0) < self._node_began:
+            return False
+        return not _meets_itself(node)
+
+    def _meet(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value.untyped_storage()) not in self._references and self.allocator.counts(value):
+                    self.constant_bytes += self.ignore([value])
+            elif isinstance(value, list | tuple):
+                self._meet(value)
+
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.allocator.watch is None:
-            return func(*args, **kwargs)
-        out, inside_bytes = self.allocator.watch(lambda: func(*args, **kwargs))
-        if inside_bytes:
-            self.log.append(self.live_bytes + self.allocator.rounded(inside_bytes))
+        inside_bytes: int | None = 0
+        if self.allocator.watch is not None:
+            out, inside_bytes = self.allocator.watch(lambda: func(*args, **kwargs))
+        else:
+            out = func(*args, **kwargs)
+            if self._scratch is not None:
+                out, inside_bytes = self._scratch(func, args, kwargs, out)
+        self._note(func, inside_bytes)
         return out
+
+    def _note(self, func: Any, inside_bytes: int | None) -> None:
+        if inside_bytes is None:
+            self.unprobed.add(func._schema.name)
+        elif inside_bytes:
+            self.log.append(self.live_bytes + self.allocator.rounded(inside_bytes))
 
     def _random_state(self) -> Tensor:
         state = self._asked_state()
@@ -155,8 +207,21 @@ class LiveBytes(TorchDispatchMode):
         return release
 
 
-def _by_autograd(old: Any, new: Any) -> bool:
-    if not isinstance(old, Tensor) or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
-        return False
-    dense = old.untyped_storage().nbytes() == old.nbytes
-    return isinstance(new, Tensor) and dense and old.shape == new.shape and old.dtype == new.dtype
+def _in_place_of(func: Any, args: Any, node: Any) -> Any:
+    """What autograd itself runs unwatched where it is seen to run ``func``; None where that is what it runs."""
+    in_place = _IN_PLACE.get(func)
+    if in_place is None or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+        return None
+    old, new = args[:2]
+    if not isinstance(old, Tensor) or old.untyped_storage().nbytes() != old.nbytes:
+        return None
+    if func is _aten.add.Tensor:
+        alike = isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
+        return in_place if alike else None
+    return None if node is None or isinstance(node, BackwardCFunction) else in_place
+
+
+def _meets_itself(node: Any) -> bool:
+    """Whether two gradients that one node returns are of the same thing, as those of a square are."""
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    return len(set(edges)) < len(edges)

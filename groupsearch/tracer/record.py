@@ -12,7 +12,7 @@ import torch
 from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry
-from groupsearch.engine.noise import add_noise_
+from groupsearch.engine.noise import Gaussians, add_noise_
 from groupsearch.engine.truth.draws import USUAL, alike
 from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
@@ -91,12 +91,14 @@ class StepRecorder:
 
     def finish(self) -> None:
         """Noise and the optimizer's step, as the engine takes them."""
-        generators: dict[torch.device, torch.Generator] = {}
+        noise: dict[torch.device, Gaussians] = {}
         for name, parameter in self.stage.model.named_parameters():
             if name in self._book.sums:
-                generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
+                gaussians = noise.setdefault(parameter.device, Gaussians(torch.Generator(parameter.device)))
                 total = self._book.sums.pop(name).to(parameter.dtype)
-                parameter.grad = add_noise_(total, self.settings.noise_multiplier, generator).div_(1.5)
+                parameter.grad = add_noise_(total, self.settings.noise_multiplier, gaussians).div_(1.5)
+        for gaussians in noise.values():
+            gaussians.forget()
         self.stage.optimizer.step()
         self.stage.optimizer.zero_grad(set_to_none=True)
 
@@ -164,6 +166,7 @@ def _recorded(
         batch_size=batch_size,
         carried_bytes=recorder.carried_bytes,
         checked=None if examined is None else examined.checked,
+        unprobed=tuple(sorted(live.unprobed)),
         settings={**keys, **settings.to_json()},
     )
 

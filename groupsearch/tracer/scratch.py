@@ -1,190 +1,156 @@
-"""What no tensor shows: scratch inside operations, probed once per shape, and workspaces, probed once per device.
+"""What no tensor shows: scratch inside operations on the CPU, found by running each once per shape.
 
-Convolutions, fused attention and a few reductions on the CPU allocate scratch that never appears
-as a tensor; others do where an operand's layout is not their kernel's, and copy it; in half precision
-nearly every operation does, be it for a copy in float32 or in the layout of its kernel. Each such
-operation is run once on real tensors of the same shapes, in isolation, under torch's memory profiler.
+Every operation of a step is probed but those of which it is known that they allocate their results and
+nothing else (:mod:`groupsearch.tracer.frugal`): it is run on real tensors of the same shapes, in isolation, under
+torch's memory profiler. What is counted is the most that is allocated inside at any time, results included, and
+the form of the results, which the kernels for fake tensors do not always get right: strides, dtype, storage.
+
+Values are made up (:mod:`groupsearch.tracer.made_up`). An operation that takes none of them, or whose tensors are
+too large to be run for this, counts as its results alone, and is named.
 
 On a CUDA device a step is taken on real tensors, so every operation is watched as it runs
-(:func:`groupsearch.tracer.profiled.allocated_peak`), and needs no probe. What cuBLAS and cuBLASLt keep from
-their first call on is none of an operation's: it is found by calling them.
+(:func:`groupsearch.tracer.profiled.allocated_peak`), and needs no probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import cache
-from typing import Any
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+from groupsearch.tracer.frugal import needs_nothing
+from groupsearch.tracer.made_up import attempts
 from groupsearch.tracer.profiled import profiled_peak
 
-_PROBED = (
-    "aten::convolution",
-    "aten::convolution_backward",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-    "aten::logsumexp",
-    "aten::native_layer_norm_backward",
-    "aten::native_group_norm_backward",
-    "aten::upsample_nearest2d",
-    "aten::upsample_bilinear2d",
-)
-# Copy tensors that are not contiguous.
-_COPYING = (
-    "aten::native_layer_norm",
-    "aten::_softmax",
-    "aten::_softmax_backward_data",
-    "aten::_log_softmax",
-    "aten::_log_softmax_backward_data",
-    "aten::embedding_dense_backward",
-    "aten::index_select",
-    "aten::im2col",
-    "aten::max_pool2d_with_indices",
-    "aten::avg_pool2d",
-    "aten::_adaptive_avg_pool2d",
-)
-# Copy matrices of which neither the rows nor the columns are contiguous, as those of expanded tensors are not.
-_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
-# Arguments that are means and deviations, and the weight whose dtype they have where input and weight differ in it:
-# fake kernels (torch 2.11 to 2.13) give them that of the input, with which the real one refuses them.
-_STATISTICS = {"aten::native_layer_norm_backward": (3, 4, 5), "aten::native_group_norm_backward": (2, 3, 4)}
-_HALF = (torch.bfloat16, torch.float16)
 PROBE_LIMIT_BYTES = 2**30
+_FOREIGN = ("prim", "prims", "profiler", "c10d", "_c10d_functional", "rpc")
+
+
+class Form(NamedTuple):
+    """What there is to know of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    storage_bytes: int
+
+
+class Probed(NamedTuple):
+    """What an operation did on real tensors.
+
+    Attributes:
+        peak_bytes: the most it had allocated at any time, results included.
+        results: of every tensor it returned, or None for one that shares its storage with an argument.
+    """
+
+    peak_bytes: int
+    results: tuple[Form | None, ...]
 
 
 class CpuScratch:
-    """Probes the CPU operations that are known to allocate scratch, and all in half precision; every shape once.
+    """Probes operations on the CPU, every shape once.
 
-    An operation whose arguments exceed :data:`PROBE_LIMIT_BYTES` is not run: its scratch counts as
-    none, and its name is added to ``skipped``.
+    An operation whose arguments and results exceed :data:`PROBE_LIMIT_BYTES` is not run.
     """
 
     def __init__(self) -> None:
-        self.skipped: set[str] = set()
-        self._known: dict[Hashable, int] = {}
+        self._known: dict[Hashable, Probed | None] = {}
 
-    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """Most bytes the operation allocates at any time, results included; 0 where it has no scratch."""
-        if not isinstance(func, torch._ops.OpOverload):
-            return 0
-        if not _is_probed(func, args, kwargs):
-            return 0
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> tuple[Any, int | None]:
+        """What an operation returned, in the form it really has, and the most bytes it allocates at any time.
+
+        The latter include results; 0 where they are all there is, None where that is not known.
+        """
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace in _FOREIGN:
+            return out, 0
+        if needs_nothing(func, args, kwargs):
+            return out, 0
         key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
         if key not in self._known:
-            self._known[key] = self._probe(func, args, kwargs)
-        return self._known[key]
-
-    def _probe(self, func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        leaves, spec = pytree.tree_flatten((_with_real_statistics(func, args), dict(kwargs)))
-        if sum(x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)) > PROBE_LIMIT_BYTES:
-            self.skipped.add(func._schema.name)
-            return 0
-        # Under a transform such as vmap the operation is seen below it, with plain tensors: so must the probe be.
-        with temporarily_clear_interpreter_stack(), unset_fake_temporarily(), torch.no_grad():
-            real_args, real_kwargs = pytree.tree_unflatten([_real(x) for x in leaves], spec)
-            return profiled_peak(lambda: func(*real_args, **real_kwargs))
+            self._known[key] = _probe(func, args, kwargs, out)
+        found = self._known[key]
+        return (out, None) if found is None else (_formed(out, found.results), found.peak_bytes)
 
 
 cpu_scratch = CpuScratch()
 
 
-@cache
-def workspace_bytes(device: torch.device) -> int:
-    """What the libraries of a device keep of its memory once products have been taken there; 0 on the CPU.
+def _probe(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Probed | None:
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    everything = [x for x in (*leaves, *pytree.tree_leaves(out)) if isinstance(x, Tensor)]
+    if sum(x.untyped_storage().nbytes() for x in everything) > PROBE_LIMIT_BYTES:
+        return None
+    with _alone(func):
+        for made in attempts(leaves):
+            real_args, real_kwargs = pytree.tree_unflatten(made, spec)
+            try:
+                forms = _forms(func(*real_args, **real_kwargs), made)
+            except Exception:  # whatever a kernel says of values that it does not take
+                continue
+            return Probed(profiled_peak(partial(func, *real_args, **real_kwargs)), forms)
+    return None
 
-    cuBLAS and cuBLASLt each keep a workspace per handle and stream, and a handle is a thread's: the backward
-    pass has a thread of its own. What they keep is given up, then found by products in both threads. Where
-    torch allocates a workspace anew for every product it is none of this, but inside the operation.
+
+@contextmanager
+def _alone(func: torch._ops.OpOverload) -> Iterator[None]:
+    """Inside, operations run as they do by themselves, and what they draw is not missed afterwards.
+
+    Under a transform such as vmap an operation is seen below it, with plain tensors: so must its probe be.
     """
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    _in_both_threads(device, torch._C._cuda_clearCublasWorkspaces)
-    before = torch.cuda.memory_allocated(device)
-    _in_both_threads(device, lambda: _take_products(device))
-    torch.cuda.synchronize(device)
-    return torch.cuda.memory_allocated(device) - before
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    state = torch.default_generator.get_state() if draws else None
+    with temporarily_clear_interpreter_stack(), unset_fake_temporarily(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            if state is not None:
+                torch.default_generator.set_state(state)
 
 
-def _in_both_threads(device: torch.device, work: Callable[[], object]) -> None:
-    """Do it in this thread and in that of the device's backward pass."""
-
-    def there(gradient: Tensor) -> None:
-        work()
-
-    work()
-    seen = torch.ones((), device=device, requires_grad=True) * 1
-    seen.register_hook(there)
-    seen.backward()
+def _forms(result: Any, given: Sequence[Any]) -> tuple[Form | None, ...]:
+    storages = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
+    return tuple(
+        None if x.untyped_storage().data_ptr() in storages else _form(x)
+        for x in pytree.tree_leaves(result)
+        if isinstance(x, Tensor)
+    )
 
 
-@torch.no_grad()
-def _take_products(device: torch.device) -> None:
-    """One product by each of the routines that models take: plain, batched, with a bias added."""
-    left, right = torch.ones(2, 128, 128, device=device), torch.ones(2, 128, 128, device=device)
-    torch.mm(left[0], right[0])
-    torch.bmm(left, right)
-    torch.addmm(left[0, 0], left[0], right[0])
+def _form(x: Tensor) -> Form:
+    return Form(tuple(x.shape), tuple(x.stride()), x.dtype, x.untyped_storage().nbytes())
 
 
-def _is_probed(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    name = func._schema.name
-    if name in _PROBED:
-        return True
-    if name in _COPYING and any(isinstance(x, Tensor) and not x.is_contiguous() for x in args):
-        return True
-    if name in _PRODUCTS and not all(_has_lines(x) for x in args if isinstance(x, Tensor) and x.dim() > 1):
-        return True
-    return _may_be_half(func) and (_any_half(args) or _any_half(kwargs.values()))
+def _formed(out: Any, forms: Sequence[Form | None]) -> Any:
+    """Fake results as the real ones are; whatever else there is stays."""
+    leaves, spec = pytree.tree_flatten(out)
+    places = [place for place, x in enumerate(leaves) if isinstance(x, FakeTensor)]
+    if len(places) != len(forms):
+        return out
+    changed = {
+        place: _made(form)
+        for place, form in zip(places, forms, strict=True)
+        if form is not None and form.shape == tuple(leaves[place].shape) and form != _form(leaves[place])
+    }
+    return pytree.tree_unflatten([changed.get(place, x) for place, x in enumerate(leaves)], spec) if changed else out
 
 
-@cache
-def _may_be_half(func: torch._ops.OpOverload) -> bool:
-    """Whether an operation is probed in half precision: not if it draws, which would move a generator."""
-    return not func.is_view and torch.Tag.nondeterministic_seeded not in func.tags
-
-
-def _has_lines(matrices: Tensor) -> bool:
-    """Whether rows or columns are contiguous and do not overlap, which is what BLAS takes."""
-    (rows, columns), (down, across) = matrices.shape[-2:], matrices.stride()[-2:]
-    return (across == 1 and down >= columns) or (down == 1 and across >= rows)
-
-
-def _any_half(values: Iterable[Any]) -> bool:
-    """Whether a tensor among the arguments is of half precision; arguments are nested in lists at most."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.dtype in _HALF:
-                return True
-        elif isinstance(value, list | tuple) and _any_half(value):
-            return True
-    return False
-
-
-def _with_real_statistics(func: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[Any, ...]:
-    mean, deviation, weight = _STATISTICS.get(func._schema.name, (0, 0, 0))
-    if not isinstance(args[weight], Tensor) or not weight:
-        return tuple(args)
-    dtype = args[weight].dtype
-    return tuple(x.to(dtype) if place in (mean, deviation) else x for place, x in enumerate(args))
+def _made(form: Form) -> Tensor:
+    storage = torch.empty(form.storage_bytes // form.dtype.itemsize, dtype=form.dtype)
+    return storage.as_strided(form.shape, form.stride)
 
 
 def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        return (tuple(value.shape), tuple(value.stride()), value.dtype)
+        return (value.shape, value.stride(), value.dtype, value.is_conj(), value.is_neg())
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     return repr(value)
-
-
-def _real(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    return made.fill_(value.dtype.is_floating_point or value.dtype == torch.bool)  # 0 is a place in everything

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -22,6 +23,7 @@ from groupsearch.engine.truth.draws import OTHERS, USUAL, Constants, alike
 from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import joined
+from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Rows, Site, shared_parameters
@@ -219,7 +221,7 @@ def settle(
     """How the engine can read a model, and what arrives in a pass over three examples, see :func:`observe_pass`.
 
     A layer that cannot be followed inside is differentiated as one, together with as few modules
-    around it as keep the examples together. Several rows of an example lie ``apart`` or side by side; None is not known.
+    around it as keep the examples together. Several rows of an example lie ``apart`` or side by side; None: not known.
 
     Raises:
         UnsupportedModelError: when that is the whole model, or something else cannot be covered; and when nobody
@@ -250,6 +252,8 @@ def observe_pass(model: nn.Module, batch: Any, loss: Loss, reading: Reading) -> 
     def receive(arrival: Arrival) -> None:
         entry = arrival.make_entry()
         arrivals.append(observed(arrival, entry.parameters, entry.dimensions, sizes))
+        if isinstance(entry, WholeEntry) and not any(isinstance(x, FakeTensor) for x in entry.booked):
+            _check_adds_up(arrival.key, entry)
 
     try:
         with reading.attached(model, receive):
@@ -262,6 +266,19 @@ def observe_pass(model: nn.Module, batch: Any, loss: Loss, reading: Reading) -> 
             "run on batches of any size."
         ) from error
     return arrivals
+
+
+def _check_adds_up(key: str, entry: WholeEntry) -> None:
+    together = entry.clipped_sums(torch.ones_like(entry.sqnorm()))
+    alone = {name: entry.instance(name) for name in together}
+    scale = max(float(instance.abs().max()) for instance in alone.values())
+    if any(float((alone[name].sum(0) - total).abs().max()) > 1e-3 * scale for name, total in together.items()):
+        raise UnsupportedModelError(
+            f"Module {key!r} gives other gradients when its examples run one by one than when they run together: an "
+            "example's gradient depends on the others (batch statistics, capacity limits of experts). Remove what "
+            "mixes the examples, or freeze it with requires_grad_(False).",
+            key,
+        )
 
 
 def check_same_sites(arrivals: Sequence[Observed], others: Sequence[Observed]) -> None:

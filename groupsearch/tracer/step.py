@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from groupsearch.trace import StaticBytes, weights_with_choice
 from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
-from groupsearch.tracer.scratch import workspace_bytes
+from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.workloads.batches import check_loss, map_tensors, tensors_of
 from groupsearch.workloads.blocks import checkpoint_as
+from groupsearch.workloads.copies import copy_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 AUTOCASTS = ("none", "bfloat16", "float16")
@@ -99,8 +99,13 @@ class Stage:
     batch: Any
     loss: Loss
     live: LiveBytes
-    static: StaticBytes
+    named: StaticBytes
     micro_batches: int = 1
+
+    @property
+    def static(self) -> StaticBytes:
+        """What is alive throughout; constants of model and loss count as buffers once a step has used them."""
+        return replace(self.named, buffers=self.named.buffers + self.live.constant_bytes)
 
     def backward(self) -> None:
         """Forward and backward of one micro-batch.
@@ -160,21 +165,31 @@ def fake_stage(
     fake, device = FakeTensors(), torch.device("cpu")
     duplicate = fake_model(model, fake.mode, device)
     examples = fake_batch(batch, fake, device)
+    live = LiveBytes(scratch, allocator)
+    fake.mode.met = lambda tensor: live.ignore([tensor])  # what it stands for is counted
     with fake:
-        return fake, make_stage(duplicate, examples, loss, settings, LiveBytes(scratch, allocator))
+        return fake, make_stage(duplicate, examples, loss, settings, live)
 
 
-def real_stage(model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, device: torch.device) -> Stage:
+def real_stage(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    settings: StepSettings,
+    device: torch.device,
+    scratch: Scratch | None = None,
+) -> Stage:
     """A stage on copies of a model and a batch on a device, counted as the device's allocator does.
 
     A CUDA device has taken one step: its libraries are loaded, and their workspaces are among the static bytes.
+    Its operations are watched as they run, those of the CPU are probed by ``scratch``.
 
     Raises:
         GroupSearchError: when the device is not there.
     """
     moved = real_copy(model, batch, device)
     workspaces = workspace_bytes(device)
-    stage = make_stage(*moved, loss, settings, LiveBytes(allocator=Allocator.of(device)), workspaces)
+    stage = make_stage(*moved, loss, settings, LiveBytes(scratch, Allocator.of(device)), workspaces)
     if device.type == "cuda":
         stage.step()
     return stage
@@ -220,13 +235,15 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
 
     Raises:
         GroupSearchError: when the device is not there.
+        UnsupportedModelError: when something on the model cannot be copied; it names the attribute.
     """
     if device.type == "meta":
         raise GroupSearchError(
             "Device 'meta' holds no values to step on. Name a real device, or none to trace without."
         )
+    own = copy_of(model) if copy_model else model
     try:
-        moved = (copy.deepcopy(model) if copy_model else model).to(device)
+        moved = own.to(device)
         return moved, map_tensors(lambda t: t.to(device), batch)
     except (RuntimeError, AssertionError) as error:
         raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error

@@ -1,8 +1,9 @@
 """Differentially private training of a workload with a grouping, over many steps.
 
-All randomness comes from one seed, in separate streams for initial weights, sampling, noise and
-dropout: two groupings trained with the same seed start from the same weights and see the same
-batches, so their difference is the grouping's.
+Initial weights, sampling, noise and dropout draw from separate streams, which nobody can draw again unless
+a seed is given. Two groupings trained with the same seed start from the same weights and see the same
+batches, so their difference is the grouping's: an experiment, whose epsilon holds for nobody who knows the seed.
+With that seed they also have the same noise, so what they publish together is not covered by adding their epsilons.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.accounting import epsilon
 from groupsearch.engine.loading import LogicalBatch, PoissonBatches
 from groupsearch.engine.optimizers import make_optimizer
 from groupsearch.engine.sampling import physical_chunks
@@ -37,7 +36,6 @@ from groupsearch.workloads.workload import Batch, Data, Workload
 # float16 takes small gradients for zero. A scale that adapts tells of overflows without noise, so it stays as it is.
 _LOSS_SCALE = 2.0**10
 _SHOWN = 16
-_STREAMS = ("weights", "sampling", "noise", "dropout")
 
 OnStep = Callable[[int, CurvePoint | None], None]
 
@@ -48,7 +46,7 @@ def train(
     """Trains a freshly built model of the workload, with differential privacy unless ``grouping`` is None.
 
     Batches are Poisson samples of the training data, processed in pieces of at most
-    ``physical_batch`` examples. On a CPU the same arguments give the same numbers, bit for bit.
+    ``physical_batch`` examples. On a CPU the same arguments with the same seed give the same numbers, bit for bit.
     Private training begins with a check of the model on a few of the examples, as it is trained: its
     sites must be those of the grouping, and every example's gradient that of plain autograd on it alone
     (:mod:`groupsearch.engine.truth`). A watch looks at some of the batches again.
@@ -62,7 +60,8 @@ def train(
             where the step was evaluated. What it raises ends the training.
 
     Raises:
-        DivergedError: when a loss is not finite.
+        DivergedError: when a weight is no longer finite. Nothing is decided by losses or metrics, which are of
+            private data: no step is skipped, repeated or the last because of them.
         UnsupportedModelError: when the model cannot be trained privately, or has no blocks to checkpoint.
         GroupSearchError: when the workload has no data, when both or neither of epsilon and the
             noise multiplier are given for private training, or when the model has other sites than
@@ -74,17 +73,13 @@ def train(
             f"`data=Data(train=..., validation=...)`."
         )
     size = workload.data.train_size
-    delta = settings.delta_for(size)
     noise_multiplier = 0.0 if grouping is None else settings.noise_multiplier_for(size)
-    spent = math.inf
-    if noise_multiplier > 0:
-        spent = epsilon(noise_multiplier, settings.sampling_rate, settings.steps, delta)
+    statement = None if grouping is None else settings.statement(size)
     run = _Run(workload, workload.data, settings, grouping, noise_multiplier)
-    points, seconds, examples = [], [], 0
+    points, seconds = [], []
     with run.attached():
         for step, logical in enumerate(run.batches, start=1):
             seconds.append(run.step(step, logical))
-            examples += logical.examples
             point = run.evaluate(step) if run.is_due(step) else None
             if point is not None:
                 points.append(point)
@@ -95,13 +90,14 @@ def train(
         metric_name=workload.metric_name,
         curve=tuple(points),
         step_seconds=statistics.median(seconds),
-        epsilon=spent,
-        delta=delta,
+        epsilon=math.inf if statement is None else statement.epsilon,
+        delta=settings.delta_for(size),
         noise_multiplier=noise_multiplier,
         steps=settings.steps,
-        examples=examples,
-        checked=run.report and run.report.checked,
-        watched=run.report and run.report.watched,
+        statement=statement,
+        added_delta=0.0 if run.engine is None else run.engine.added_delta,
+        checked=None if run.report is None else run.report.checked,
+        watched=None if run.report is None else run.report.watched,
     )
 
 
@@ -123,9 +119,9 @@ class _Run:
         self.noise_multiplier = noise_multiplier
         self.engine: PrivateEngine | None = None
         self.report: EngineReport | None = None
-        self.seeds = _seeds(settings.seed)
+        self.streams = settings.streams()
         self.device = torch.device(settings.device)
-        self.model = workload.build(self.seeds["weights"]).to(self.device)
+        self.model = workload.build(self.streams.number("weights")).to(self.device)
         checkpoint_as(self.model, settings.checkpoint)
         self.scaler = GradScaler(self.device.type, _LOSS_SCALE, enabled=settings.autocast == "float16")
         self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
@@ -137,22 +133,24 @@ class _Run:
             views=workload.views,
             augment=workload.augment,
             # Drawn on the CPU whatever the device, so that every device sees the same batches.
-            generator=torch.Generator("cpu").manual_seed(self.seeds["sampling"]),
+            generator=self._generator("sampling", torch.device("cpu")),
+            secure=settings.secure,
         )
+
+    def _generator(self, stream: str, device: torch.device) -> torch.Generator | None:
+        return None if self.settings.secure else self.streams.generator(stream, device)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The engine on the model, if there is a grouping, and dropout drawing from its own stream."""
-        devices = [self.device] if self.device.type == "cuda" else []
         settings = self.settings
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seeds["dropout"])
+        with self.streams.drawn_globally("dropout", [self.device]) as begin_dropout:
             if self.grouping is None:
                 yield
                 return
             self._check_sites(self.grouping)
             # What the check drew must not move what training draws.
-            torch.manual_seed(self.seeds["dropout"])
+            begin_dropout()
             self.engine = make_private(
                 self.model,
                 self.optimizer,
@@ -165,7 +163,8 @@ class _Run:
                 loss=self.workload.loss,
                 watch=settings.watch,
                 allow_state=settings.allow_state,
-                generator=torch.Generator(self.device).manual_seed(self.seeds["noise"]),
+                generator=self._generator("noise", self.device),
+                secure=settings.secure,
             )
             try:
                 with (
@@ -186,17 +185,15 @@ class _Run:
     def step(self, step: int, logical: LogicalBatch) -> float:
         """One optimizer step on one logical batch; its seconds."""
         begin = time.perf_counter()
-        total = torch.zeros((), device=self.device)
         for batch in logical:
             with self._casting():
                 loss = self.workload.loss(self.model, {name: t.to(self.device) for name, t in batch.items()}).sum()
             # The engine divides by the expected batch size itself.
             share = loss if self.grouping is not None else loss / self.batches.expected_batch_size
             torch.autograd.backward(self.scaler.scale(share))
-            total += loss.detach()
-        self._check_finite(step, "training", total.item())
         self._take_step(logical)
         self.optimizer.zero_grad(set_to_none=True)
+        self._check_weights(step)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begin
@@ -214,7 +211,7 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> CurvePoint:
-        """Mean loss and metric over the validation data, in evaluation mode."""
+        """Mean loss and metric over the validation data, in evaluation mode; they may be any numbers."""
         count = self.data.validation_size
         limit = self.settings.physical_batch or self.workload.batch_size
         loss = metric = 0.0
@@ -224,7 +221,6 @@ class _Run:
                 loss += self.workload.loss(self.model, batch).double().sum().item()
                 if self.workload.metric is not None:
                     metric += self.workload.metric(self.model, batch).double().sum().item()
-        self._check_finite(step, "validation", loss)
         return CurvePoint(
             step, loss / count, None if self.workload.metric is None else metric / count, self._adaptive_thresholds()
         )
@@ -242,9 +238,11 @@ class _Run:
     def _select(self, examples: Batch, indices: Tensor) -> dict[str, Tensor]:
         return {name: tensor[indices].to(self.device) for name, tensor in examples.items()}
 
-    def _check_finite(self, step: int, part: str, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise DivergedError(step, f"a {part} loss of {loss}", self.settings.learning_rate)
+    def _check_weights(self, step: int) -> None:
+        """Raise when a weight is not finite: of what a step lets out, which is private, nothing more is asked."""
+        finite = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
+        if not torch.stack(finite).all():
+            raise DivergedError(step, self.settings.learning_rate)
 
 
 @contextmanager
@@ -257,9 +255,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _seeds(seed: int) -> dict[str, int]:
-    """An independent seed per stream; 32 bits each, which is what every generator takes."""
-    states = np.random.SeedSequence(seed).generate_state(len(_STREAMS))
-    return {name: int(state) for name, state in zip(_STREAMS, states, strict=True)}

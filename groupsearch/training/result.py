@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 from groupsearch.checked import Checked, Watched
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy import PrivacyStatement
 
 
 class DivergedError(GroupSearchError):
-    """A loss that is no longer finite. ``step`` is the step at which it was seen."""
+    """A weight that is no longer finite. ``step`` is the step after which it was seen."""
 
     exit_code = 1
 
-    def __init__(self, step: int, what: str, learning_rate: float) -> None:
+    def __init__(self, step: int, learning_rate: float) -> None:
         super().__init__(
-            f"Expected a finite loss, found {what} at step {step}. The training has diverged at learning rate "
+            f"Expected finite weights, found others after step {step}. The training has diverged at learning rate "
             f"{learning_rate:g}: lower the learning rate, or raise the expected batch size."
         )
         self.step = step
@@ -23,7 +24,7 @@ class DivergedError(GroupSearchError):
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Means over the validation data after ``step`` steps.
+    """Means over the validation data after ``step`` steps: exact numbers, whose data have no privacy of their own.
 
     Attributes:
         step: from 1.
@@ -46,12 +47,14 @@ class TrainResult:
         metric: mean over the validation data after the last step, or None without a metric.
         metric_name: what it is called.
         curve: one point per evaluation, the last one after the last step.
-        step_seconds: median over the steps, evaluation left out.
+        step_seconds: median over the steps, evaluation left out; moves with the sizes of batches, which are private.
         epsilon: spent by all steps at ``delta``; infinite without noise.
         delta: the other half of the budget.
         noise_multiplier: 0 without privacy.
         steps: optimizer steps taken.
-        examples: examples in all batches together.
+        statement: what that means; None where nothing was made private.
+        added_delta: what noise that ends somewhere adds to ``delta``, see
+            :func:`groupsearch.engine.noise.added_delta`; 0 without privacy.
         checked: how the engine was held to plain autograd before the first step; None without privacy.
         watched: what the watch in training did; None where there was none.
     """
@@ -64,6 +67,7 @@ class TrainResult:
     delta: float
     noise_multiplier: float
     steps: int
-    examples: int
+    statement: PrivacyStatement | None
+    added_delta: float = 0.0
     checked: Checked | None = None
     watched: Watched | None = None

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan
-from groupsearch.engine.accounting import default_delta, noise_multiplier_for
+from groupsearch.engine.accounting import Accountant, default_delta, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
+from groupsearch.privacy import PrivacyStatement
+from groupsearch.randomness import Streams
 from groupsearch.tracer.step import AUTOCASTS
 from groupsearch.workloads.workload import Workload
 
@@ -25,7 +27,7 @@ class TrainSettings:
         optimizer: one of :data:`groupsearch.engine.optimizers.OPTIMIZERS`.
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: budget that the noise multiplier is calibrated for, when that is not given.
-        delta: None for n^-1.1, see :func:`groupsearch.engine.accounting.default_delta`.
+        delta: None for 1e-2 / n, see :func:`groupsearch.engine.accounting.default_delta`.
         noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
         rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the three below.
         max_grad_norm: R.
@@ -33,7 +35,10 @@ class TrainSettings:
         noise_allocation: how noise is.
         physical_batch: most examples in one forward and backward pass; None for no limit.
         evaluate_every: steps between two points of the curve; 0 for the last step alone.
-        seed: source of all randomness, not negative.
+        seed: None for noise, batches, weights and dropout from the operating system's entropy. A seed, not negative,
+            makes it an experiment that gives the same numbers every time, and whose epsilon holds for
+            nobody who knows it.
+        secure: whether noise and batches come from a cipher, see :class:`groupsearch.randomness.SecureStream`.
         device: where to train.
         options: cost-only choices of the engine.
         checkpoint: ``none``, or ``blocks`` (``every:K``) to recompute every repeated block (one in K) in the
@@ -58,7 +63,8 @@ class TrainSettings:
     noise_allocation: str | Sequence[float] = "global"
     physical_batch: int | None = None
     evaluate_every: int = 0
-    seed: int = 0
+    seed: int | None = None
+    secure: bool = False
     device: str = "cpu"
     options: EngineOptions = field(default_factory=EngineOptions)
     checkpoint: str = "none"
@@ -68,8 +74,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("evaluate_every", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise GroupSearchError(f"Expected {name} >= {least}, found {getattr(self, name)}.")
+            found = getattr(self, name)
+            if found is not None and found < least:
+                raise GroupSearchError(f"Expected {name} >= {least}, found {found}.")
+        self.streams()
         checkpoint_interval(self.checkpoint)
         if self.autocast not in AUTOCASTS:
             raise GroupSearchError(f"Expected autocast to be one of {', '.join(AUTOCASTS)}, found {self.autocast!r}.")
@@ -99,6 +107,14 @@ class TrainSettings:
         """
         return ClipPlan(grouping, self.max_grad_norm, self.rule, self.allocation, self.noise_allocation)
 
+    def streams(self) -> Streams:
+        """Where what is random comes from.
+
+        Raises:
+            GroupSearchError: for a seed of a secure training.
+        """
+        return Streams(self.seed, self.secure)
+
     def delta_for(self, train_size: int) -> float:
         """The delta given, or the default one of this many training examples."""
         return default_delta(train_size) if self.delta is None else self.delta
@@ -117,3 +133,13 @@ class TrainSettings:
             f"Expected either epsilon or noise_multiplier for private training, found epsilon {self.epsilon} and "
             f"noise_multiplier {self.noise_multiplier}. Give one of them."
         )
+
+    def statement(self, train_size: int, steps: int | None = None) -> PrivacyStatement:
+        """What training like this on so many examples costs in privacy, all steps or so many of them.
+
+        Raises:
+            GroupSearchError: as :meth:`noise_multiplier_for`.
+        """
+        accountant = Accountant(self.noise_multiplier_for(train_size), self.sampling_rate)
+        accountant.step(self.steps if steps is None else steps)
+        return accountant.statement(self.delta_for(train_size), train_size, seeded=self.seed is not None)

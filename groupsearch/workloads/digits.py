@@ -175,6 +175,7 @@ def _classifier(
         make_batch=lambda batch_size: first_examples(data.train, batch_size),
         loss=classification_loss,
         metric=classification_metric,
+        metric_is_share=True,
         data=data,
         batch_size=settings["batch_size"],
         training=training,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +17,7 @@ from torch import nn
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.workloads.batches import count_examples, first_examples
+from groupsearch.workloads.copies import copy_of
 from groupsearch.workloads.settings import read_settings, read_value
 from groupsearch.workloads.workload import Workload, fixed_seed, seeded
 
@@ -179,12 +179,8 @@ def _call(text: str, factory: Factory, values: Mapping[str, Any]) -> Any:
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """The model with every parameter and buffer on the meta device, ties kept; copies no data."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    """The model with every tensor on the meta device, ties kept; copies no data."""
+    return copy_of(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False))
 
 
 def _describe(error: Exception) -> str:

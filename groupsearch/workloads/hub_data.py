@@ -56,6 +56,7 @@ def with_data(workload: Workload, data: Data, task: Task) -> Workload:
         make_batch=lambda batch_size: first_examples(data.train, batch_size),
         metric=task.accuracy if metric == "accuracy" else negative_loss,
         metric_name=task.accuracy_name if metric == "accuracy" else "negative loss",
+        metric_is_share=metric == "accuracy",
         data=data,
         training=training_defaults(data.train_size),
         settings={**workload.settings, "metric": metric},

@@ -81,14 +81,13 @@ def _read(request: DataRequest, reader: Reader, stamp: tuple[Any, ...]) -> Data:
 def training_defaults(train_size: int) -> TrainingDefaults:
     """Ten passes over the data in batches of about 1,024, or of a fifth of the data where that is less.
 
-    Large batches are what private training wants; delta is at most n^-1.1.
+    Large batches are what private training wants; delta is 1e-2 / n for n examples.
     """
     rate = min(0.2, _EXPECTED_BATCH / train_size)
     return TrainingDefaults(
         steps=round(_EPOCHS / rate),
         learning_rate=1e-3,
         sampling_rate=rate,
-        delta=min(1e-5, train_size**-1.1),
         rule="auto-s",
     )
 

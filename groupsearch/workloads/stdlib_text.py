@@ -97,6 +97,7 @@ def stdlib_gpt(name: str, settings: Mapping[str, Any]) -> Workload:
         loss=next_byte_loss,
         metric=next_byte_accuracy,
         metric_name="next-byte accuracy",
+        metric_is_share=True,
         data=data,
         batch_size=settings["batch_size"],
         training=TrainingDefaults(steps=100, learning_rate=4e-3, sampling_rate=0.005, rule="auto-s"),

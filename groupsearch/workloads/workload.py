@@ -58,7 +58,7 @@ class TrainingDefaults:
         optimizer: ``adam`` or ``sgd``.
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: privacy budget that the noise is calibrated for.
-        delta: the other half of the budget.
+        delta: the other half of the budget; None for 1e-2 / n, n being the number of training examples.
         rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`.
         max_grad_norm: R of the clip plan.
     """
@@ -68,7 +68,7 @@ class TrainingDefaults:
     optimizer: str = "adam"
     sampling_rate: float = 0.2
     epsilon: float = 8.0
-    delta: float = 1e-5
+    delta: float | None = None
     rule: str = "abadi"
     max_grad_norm: float = 1.0
 
@@ -85,6 +85,8 @@ class Workload:
         loss: ``loss(model, batch)`` is one loss per example, shape (B,).
         metric: ``metric(model, batch)`` is one score per example, shape (B,), up is better; or None.
         metric_name: what the mean of that score is called.
+        metric_is_share: whether that score lies in [0, 1] for every example, as 1 for a right answer and 0 for a wrong
+            one does. Choosing by private data needs it: noise hides an example if it is known how much one may weigh.
         data: training and validation data, or None where there is only a made-up batch.
         batch_size: the physical batch size to assume when none is given.
         training: how to train it, or None where there are no data.
@@ -99,6 +101,7 @@ class Workload:
     loss: PerExample
     metric: PerExample | None = None
     metric_name: str = "accuracy"
+    metric_is_share: bool = False
     data: Data | None = None
     batch_size: int = 32
     training: TrainingDefaults | None = None

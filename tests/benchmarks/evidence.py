@@ -22,7 +22,6 @@ from groupsearch.memory import peak_memory
 from groupsearch.partition import floor_bytes, front
 from groupsearch.report.finding import NEAR_FLOOR, finding
 from groupsearch.trace import Trace
-from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.verify import Setup
 from tests.benchmarks.accuracy import environment
 
@@ -98,7 +97,7 @@ def row_of(name: str, autocast: str, checkpoint: str) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "parameters": setup.describe_model()["parameters"],
         **figures(trace),
-        "unprobed": sorted(cpu_scratch.skipped),
+        "unprobed": list(trace.unprobed),
         "seconds": round(time.perf_counter() - begin, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
     }

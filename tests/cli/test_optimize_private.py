@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from html import escape
+from typing import Any
 
 import dp_accounting
 import pytest
 import torch
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
+from groupsearch import trace_model
 from groupsearch.cli import selecting
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy import PrivacyStatement
 from groupsearch.records import read_document
+from groupsearch.search import Choice
+from groupsearch.training import TrainSettings
+from groupsearch.units import format_at_most
 from groupsearch.workloads import load_workload
+from groupsearch.workloads.digits import classification_loss
 from tests.cli.running import refused, run
 
 SMALL = ("--setting", "blocks=1", "--setting", "width=8", "--verify", "none", "--steps", "4")
@@ -61,7 +70,23 @@ def test_the_epsilon_is_that_of_dp_accounting(selected):
     assert found["epsilon"] == pytest.approx(accountant.get_epsilon(training["delta"]))
     assert found["epsilon"] > document["cost"]["epsilon"] == training["epsilon"]
     accountant.compose(one)
-    assert f"{accountant.get_epsilon(training['delta']):.3g}" in found["statement"], "training it anew costs as well"
+    anew = accountant.get_epsilon(training["delta"])
+    assert found["whole"] == pytest.approx(anew)
+    assert format_at_most(anew) in found["statement"], "training it anew costs as well"
+
+
+def test_text_page_and_document_say_the_same_and_lead_with_the_whole(selected):
+    path, told = selected
+    document, page = read_document(path), path.with_suffix(".html").read_text(encoding="utf-8")
+    stated = PrivacyStatement.from_json(document["privacy"])
+    assert stated.whole == document["cost"]["selection"]["whole"] > stated.epsilon == document["cost"]["epsilon"]
+    assert document["privacy"]["sentences"] == list(stated.sentences)
+    assert str(stated) in told
+    assert all(escape(sentence) in page for sentence in stated.sentences)
+    assert "of the whole" in stated.sentences[0]
+    assert page.index("epsilon of the whole") < page.index("epsilon of each run")
+    assert not stated.seeded
+    assert document["not_private"] == {}
 
 
 def test_the_page_and_the_text_say_what_it_costs(selected):
@@ -104,7 +129,29 @@ def test_every_selection_draws_anew(tmp_path, monkeypatch):
 def test_an_example_weighs_one_at_most_whatever_the_metric_says():
     workload = load_workload("digits-vit", blocks=1, width=8)
     wild = torch.tensor([0.5, 7.0, -3.0, math.nan, math.inf])
-    judged = selecting._judged_by_shares(replace(workload, metric=lambda model, batch: wild))
+    judged = selecting._judged_by_shares(replace(workload, metric=lambda model, batch: wild, metric_name="skill"))
     assert judged.metric(None, None).tolist() == [0.5, 1.0, 0.0, 0.0, 1.0]
-    with pytest.raises(GroupSearchError, match="accuracy"):
-        selecting._judged_by_shares(replace(workload, metric_name="negative perplexity"))
+    with pytest.raises(GroupSearchError, match=r"'accuracy' is not stated to be one.*metric_is_share=True"):
+        selecting._judged_by_shares(replace(workload, metric_is_share=False))
+
+
+def is_checking() -> bool:
+    """Whether the pass that runs is one of the check or the watch, which make random draws alike."""
+    return _len_torch_dispatch_stack() > 0
+
+
+def test_a_run_fails_by_its_weights_alone(monkeypatch):
+    """A loss that is not finite scores as any other; weights that are not score nothing."""
+    made = load_workload("digits-vit", blocks=1, width=8)
+
+    def broken(model: Any, batch: Any) -> torch.Tensor:
+        return classification_loss(model, batch) * (math.nan if model.training and not is_checking() else 1.0)
+
+    made = replace(made, loss=broken)
+    trace = trace_model(made.model, made.make_batch(4), classification_loss)
+    training = TrainSettings.of(made, noise_multiplier=1.0, steps=2)
+    choice = Choice(())
+    judged = selecting._judged_by_shares(made)
+    assert 0 <= selecting._scorer(judged, trace, training)(choice, 0) <= 360
+    wild = replace(training, learning_rate=1e38, optimizer="sgd", noise_multiplier=1e6)
+    assert selecting._scorer(judged, trace, wild)(choice, 0) is None

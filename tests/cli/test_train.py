@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from html import unescape
 from typing import Any
 
 import pytest
 
+from groupsearch.records import read_document
+from groupsearch.report import render_page
 from tests.cli.running import refused, run
 
 BASE = ("train", "digits-cnn", "--grouping", "uniform:3", "--steps", "2", "--json")
@@ -20,7 +23,7 @@ def trained(*args: object) -> dict[str, Any]:
 
 
 def test_adaptive_thresholds_are_in_the_document_step_by_step():
-    args = ("--thresholds", "adaptive:0.6", "--count-noise", "20", "--noise-allocation", "equal")
+    args = ("--thresholds", "adaptive:0.6", "--count-noise", "20", "--noise-allocation", "equal", "--seed", "0")
     first, same = trained(*args), trained(*args)
     assert [row[0] for row in first["thresholds"]] == [1, 2] == [row[0] for row in first["curve"]]
     assert all(len(row) == 4 and min(row) > 0 for row in first["thresholds"])
@@ -50,3 +53,42 @@ def test_fixed_thresholds_are_stated_once():
 )
 def test_what_cannot_be_allotted_is_refused(args: tuple[str, ...], message: str):
     assert message in refused(*BASE, *args)
+
+
+def test_without_a_seed_nobody_can_draw_the_noise_again():
+    """Two runs share nothing that is random, and the document holds nothing that it could be had from."""
+    first, other = trained(), trained()
+    assert first["curve"] != other["curve"]
+    assert first["randomness"] == {"secret": True, "secure": False, "seed": None}
+    assert "seed" not in first["settings"]
+    assert first["added_delta"] < 1e-15
+    different = {key for key in first if first[key] != other[key]}
+    assert different <= {"curve", "metric", "checked", "watched", "step_seconds"}, (
+        "all else is the same for every noise"
+    )
+
+
+def test_with_a_seed_runs_agree_bit_for_bit_and_text_document_and_page_say_what_that_means(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    told = [run(*BASE[:-1], "--seed", 2**32, "-o", path) for path in paths]
+    first, same = (read_document(path, "train") for path in paths)
+    assert [first[key] for key in ("curve", "metric")] == [same[key] for key in ("curve", "metric")]
+    assert first["randomness"] == {"secret": False, "secure": False, "seed": 2**32}
+    assert trained("--seed", 0)["curve"] != first["curve"], "2^32 and 0 are two seeds"
+    page = unescape(render_page(first))
+    for text in (" ".join(told[0].stderr.split()), page):
+        assert "Experiment: noise and batches come from seed 4294967296" in text
+        assert "Epsilon holds for nobody who knows the seed" in text
+
+
+def test_a_training_from_the_systems_entropy_says_so(tmp_path):
+    told = run(*BASE[:-1], "-o", tmp_path / "a.json")
+    assert "nobody can draw them again" in " ".join(told.stderr.split())
+    assert "nobody can draw them again" in unescape(render_page(read_document(tmp_path / "a.json")))
+
+
+def test_a_secure_training_draws_from_a_cipher_and_takes_no_seed():
+    first, other = trained("--secure"), trained("--secure")
+    assert first["randomness"] == {"secret": True, "secure": True, "seed": None}
+    assert first["curve"] != other["curve"]
+    assert "secure=True" in refused(*BASE, "--secure", "--seed", "1")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.loading import PoissonBatches
+from groupsearch.engine.loading import LogicalBatch, PoissonBatches
 from groupsearch.engine.sampling import PoissonSampler
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
@@ -115,9 +116,9 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(done: int, workers: i
             seen.append([batch["number"].tolist() for batch in logical])
             if len(seen) == done:
                 break
-    state = first.state_dict()
+    state = first.state_dict(exact=True)
     second = batches_of(seed=99, num_workers=workers)
-    second.load_state_dict(state)
+    second.load_state_dict(state, exact=True)
     rest = numbers(second)
     assert seen + rest == whole[: done + len(rest)]
     assert len(rest) == 12 - done % 12, "the iteration ends where it would have"
@@ -126,10 +127,10 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(done: int, workers: i
 def test_a_state_is_a_snapshot() -> None:
     batches = batches_of()
     numbers(batches, 3)
-    state = batches.state_dict()
+    state = batches.state_dict(exact=True)
     rest = numbers(batches)
     again = batches_of()
-    again.load_state_dict(state)
+    again.load_state_dict(state, exact=True)
     assert numbers(again) == rest
 
 
@@ -236,17 +237,17 @@ def test_a_state_of_other_data_is_refused() -> None:
         with pytest.raises(GroupSearchError, match="same data"):
             other.load_state_dict(state)
     with pytest.raises(GroupSearchError, match="state_dict"):
-        batches_of().load_state_dict({"taken": 3})
+        batches_of().load_state_dict({"size": SIZE})
 
 
 class Run:
     """A model, its optimizer, its engine and its batches, in training."""
 
-    def __init__(self, physical_batch: int | None = 4, workers: int = 0) -> None:
+    def __init__(self, physical_batch: int | None = 4, workers: int = 0, batches: PoissonBatches | None = None) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-        self.batches = batches_of(FLOATS, physical_batch=physical_batch, num_workers=workers)
+        self.batches = batches or batches_of(FLOATS, physical_batch=physical_batch, num_workers=workers)
         sites = observe_sites(self.model, {"x": FLOATS["x"][:4]}, loss_of)
         self.engine = make_private(
             self.model,
@@ -261,12 +262,32 @@ class Run:
     def parts(self) -> tuple[Any, ...]:
         return self.model, self.optimizer, self.engine, self.batches
 
+    def save(self, path: Path) -> None:
+        model, optimizer, *ours = self.parts
+        states = [model.state_dict(), optimizer.state_dict(), *(part.state_dict(exact=True) for part in ours)]
+        torch.save(states, path)
+
+    def load(self, path: Path, exact: bool) -> None:
+        (model, optimizer, *ours), (weights, moments, *states) = self.parts, torch.load(path)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        for part, state in zip(ours, states, strict=True):
+            part.load_state_dict(state, exact=exact)
+
     def train(self, steps: int) -> None:
         for logical in islice(self.batches, steps):
-            for batch in logical:
-                loss_of(self.model, batch).mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.step_on(logical)
+
+    def step_on(self, logical: LogicalBatch) -> None:
+        for batch in logical:
+            loss_of(self.model, batch).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def give_up(self, logical: LogicalBatch) -> None:
+        for batch in logical:
+            loss_of(self.model, batch).mean().backward()
+        self.optimizer.zero_grad()
 
     @property
     def weights(self) -> Tensor:
@@ -285,9 +306,8 @@ def test_a_private_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(w
     whole, first, second = Run(), Run(workers=workers), Run(workers=workers)
     whole.train(12)
     first.train(7)
-    torch.save([part.state_dict() for part in first.parts], tmp_path / "state.pt")
-    for part, state in zip(second.parts, torch.load(tmp_path / "state.pt"), strict=True):
-        part.load_state_dict(state)
+    first.save(tmp_path / "state.pt")
+    second.load(tmp_path / "state.pt", exact=True)
     second.train(12)
     assert torch.equal(second.weights, whole.weights)
     assert (second.engine.steps, second.batches.taken) == (12, 12)
@@ -313,7 +333,8 @@ def test_the_engine_refuses_a_step_that_is_not_on_one_whole_logical_batch() -> N
         run.optimizer.step()
     for batch in pieces:
         loss_of(run.model, batch).mean().backward()
-    loss_of(run.model, {"x": FLOATS["x"][:1]}).mean().backward()
+    with pytest.raises(GroupSearchError, match="more examples than were handed out"):
+        loss_of(run.model, {"x": FLOATS["x"][:1]}).mean().backward()
     with pytest.raises(GroupSearchError, match="that is finished"):
         run.optimizer.step()
     assert run.engine.steps == 0
@@ -332,8 +353,121 @@ def test_a_batch_given_up_is_not_stepped_on() -> None:
     for batch in next(iter(run.batches)):
         loss_of(run.model, batch).mean().backward()
     run.optimizer.zero_grad()
-    with pytest.raises(GroupSearchError, match="found a step on 0 examples"):
+    with pytest.raises(GroupSearchError, match="other examples than those"):
         run.optimizer.step()
+
+
+def test_a_batch_given_up_may_be_taken_again_from_its_physical_batches() -> None:
+    run, straight = Run(), Run()
+    straight.train(1)
+    pieces = list(next(iter(run.batches)))
+    for batch in pieces:
+        loss_of(run.model, batch).mean().backward()
+    run.optimizer.zero_grad()
+    for batch in pieces:
+        loss_of(run.model, batch).mean().backward()
+    run.optimizer.step()
+    assert torch.equal(run.weights, straight.weights)
+
+
+def test_no_logical_batch_is_left_out_by_a_look_at_its_losses() -> None:
+    """``zero_grad(); continue`` on chosen batches went unseen: 6 batches, 3 steps counted."""
+    run = Run()
+    left_out = (run.give_up(logical) for logical in run.batches)
+    with pytest.raises(GroupSearchError, match="drawn and finished but not stepped on") as refusal:
+        list(left_out)
+    assert run.engine.steps == 0
+    assert not re.search(r"\d", str(refusal.value)), "a number of it may be private"
+    assert "not finite adds nothing" in str(refusal.value), "no reason to leave one out"
+
+
+@pytest.mark.parametrize("way", ["after a break", "by a checkpoint", "at the end"])
+def test_a_logical_batch_is_not_left_out_in_another_way(way: str) -> None:
+    run = Run()
+    run.train(11 if way == "at the end" else 2)
+    left_out = iter(run.batches)
+    run.give_up(next(left_out))
+    ways = {
+        "after a break": lambda: next(iter(run.batches)),
+        "by a checkpoint": run.batches.state_dict,
+        "at the end": lambda: next(left_out),
+    }
+    with pytest.raises(GroupSearchError, match="not stepped on"):
+        ways[way]()
+
+
+def test_without_an_engine_batches_may_be_left_out() -> None:
+    run = Run()
+    run.engine.detach()
+    assert len(numbers(batches_of())) == 12
+    for logical in run.batches:
+        list(logical)
+    assert run.batches.taken == 12
+
+
+def test_an_empty_batch_takes_a_step_of_noise_alone_and_is_not_left_out() -> None:
+    empty = batches_of(FLOATS, expected_batch_size=0.3)
+    run = Run(batches=empty)
+    before = run.weights
+    first = next(logical for logical in empty if not logical.examples)  # not even iterated
+    assert first.examples == 0
+    run.optimizer.step()
+    assert run.engine.steps == 1
+    assert not torch.equal(run.weights, before), "noise"
+    passed_over = (run.step_on(logical) for logical in empty if logical.examples)
+    with pytest.raises(GroupSearchError, match="not stepped on"):
+        list(passed_over)
+
+
+def test_a_batch_of_which_nothing_is_finite_takes_a_step_of_noise_alone() -> None:
+    """It steps as an empty one does, and the run goes on."""
+    ends = []
+    for factor in (float("nan"), float("inf"), 0.0):
+        run = Run()
+        for logical in islice(run.batches, 3):
+            for batch in logical:
+                (loss_of(run.model, batch) * factor).mean().backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        assert run.engine.steps == 3
+        ends.append(run.weights)
+    assert torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[1], ends[2])
+    assert ends[0].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [(0, 0), (0, 0, 1), (0, 1, 0)])
+def test_an_example_is_not_in_two_passes_of_a_logical_batch(order: tuple[int, ...]) -> None:
+    run = Run(physical_batch=2)
+    logical = next(logical for logical in run.batches if len(logical) > 2 or run.step_on(logical))
+    pieces = iter(logical)
+    seen: list[dict[str, Tensor]] = []
+
+    def take(index: int) -> None:
+        while len(seen) <= index:
+            seen.append(next(pieces))
+        loss_of(run.model, seen[index]).mean().backward()
+
+    with pytest.raises(GroupSearchError, match="more examples than were handed out"):
+        list(map(take, order))
+
+
+@pytest.mark.parametrize("call", ["check_step", "check_handed_out", "next", "again"])
+def test_no_refusal_tells_a_private_number(call: str) -> None:
+    batches = batches_of({"x": torch.zeros(4000, 1)}, expected_batch_size=2000, physical_batch=999)
+    stream = iter(batches)
+    logical = next(stream)
+    pieces = iter(logical)
+    next(pieces)
+    calls = {
+        "check_step": lambda: batches.check_step(1234),
+        "check_handed_out": lambda: batches.check_handed_out(logical.examples + 1),
+        "next": lambda: next(stream),
+        "again": lambda: (list(pieces), list(logical)),
+    }
+    with pytest.raises(GroupSearchError) as refusal:
+        calls[call]()
+    assert not set(re.findall(r"\d+", str(refusal.value))) - {"1"}
 
 
 @pytest.mark.parametrize("twice", [{"expected_batch_size": 6.0}, {"sampling_rate": 0.15}])
@@ -369,3 +503,61 @@ class Stream(IterableDataset[int]):
 def test_what_cannot_be_sampled_is_refused(dataset: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(GroupSearchError, match="Expected"):
         batches_of(dataset, **settings)
+
+
+def branches(tmp_path: Path, exact: bool) -> list[Tensor]:
+    """How far one step goes in two continuations of one state, from the same generators in both processes."""
+    first = Run()
+    first.train(3)
+    first.save(tmp_path / "state.pt")
+    ends = []
+    for _ in range(2):
+        run = Run()
+        run.load(tmp_path / "state.pt", exact=exact)
+        start = run.weights
+        run.train(1)
+        assert (run.engine.steps, run.batches.taken) == (4, 4)
+        ends.append(run.weights - start)
+    return ends
+
+
+def test_branches_of_one_state_share_no_noise_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """With the same noise the difference of two branches would be that of their clean sums."""
+    one, other = branches(tmp_path, exact=False)
+    assert (one != other).all()
+    one, other = branches(tmp_path, exact=True)
+    assert torch.equal(one, other)
+
+
+def test_a_state_holds_no_generator_unless_it_is_asked_for() -> None:
+    run = Run()
+    assert "generator" not in run.engine.state_dict()["mechanism"]
+    assert "generator" not in run.batches.state_dict()
+    for part in run.parts[2:]:
+        with pytest.raises(GroupSearchError, match="exact=True"):
+            part.load_state_dict(part.state_dict(), exact=True)
+
+
+def test_a_loaders_seed_foretells_no_batch() -> None:
+    """A loader's base seed used to be the first number that decides who is in the first batch."""
+    batches = batches_of(seed=3)
+    base = torch.empty((), dtype=torch.int64).random_(generator=batches._workers_generator()).item()
+    drawn = torch.rand(1000, dtype=torch.float64, generator=seeded(3)).mul(2.0**53).long().tolist()
+    assert base % 2**53 not in drawn
+    first = torch.empty((), dtype=torch.int64).random_(generator=seeded(3)).item()
+    assert first % 2**53 == drawn[0], "the test itself: with the sampler's own seed it was"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_secure_batches_are_poisson_samples_that_are_kept_until_they_are_finished(workers: int) -> None:
+    batches = batches_of(generator=None, secure=True, num_workers=workers)
+    first = next(logical for logical in batches if logical.examples)
+    began = batches.taken
+    pieces = numbers(batches, 1)
+    assert sum(map(len, pieces[0])) == first.examples, "the one that was handed out and not finished comes again"
+    assert len(numbers(batches)) == 12 - began - 1
+    assert numbers(batches_of(generator=None, secure=True)) != numbers(batches_of(generator=None, secure=True))
+    with pytest.raises(GroupSearchError, match="secure stream"):
+        batches.state_dict(exact=True)
+    with pytest.raises(GroupSearchError, match="secure=True"):
+        batches_of(secure=True)

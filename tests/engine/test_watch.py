@@ -115,7 +115,7 @@ def test_mixing_of_larger_batches_than_the_check_has_is_seen_without_anyone_sayi
     model = Late(MIXING["from four examples on"])
     model.mixing = True
     optimizer, batches, engine = private(model)
-    with pytest.raises(TruthError, match="'h'|module"):
+    with pytest.raises(TruthError, match=r"'h'|module"):
         run(model, optimizer, batches)
     assert engine.steps == 0
 

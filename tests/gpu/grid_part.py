@@ -26,8 +26,8 @@ from groupsearch.measure import measure_peak, measure_step
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
 from groupsearch.trace import Trace
-from groupsearch.tracer.scratch import workspace_bytes
 from groupsearch.tracer.step import Stage, made_private, make_stage, real_copy
+from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.verify import Setup
 
 NON_PRIVATE = "non-private"

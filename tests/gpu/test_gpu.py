@@ -19,8 +19,8 @@ from groupsearch.simulate import simulate_peak
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator
 from groupsearch.tracer.live import LiveBytes
-from groupsearch.tracer.scratch import workspace_bytes
 from groupsearch.tracer.step import StepSettings, real_stage
+from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import load_workload
 from tests.benchmarks.accuracy import small_workload

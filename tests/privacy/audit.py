@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
+from groupsearch.engine.noise import Gaussians, add_noise_
 from groupsearch.engine.sampling import PoissonSampler
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.case import Batch, Case, Wrap
 from tests.privacy.bounds import CONFIDENCE, Claim, distinguishing_bound, family_bound
-from tests.privacy.broken import Damage, none
+from tests.privacy.broken import KNOWN_SEED, Damage, none
 from tests.reference import trainable
 
 USES = 64
@@ -118,6 +119,7 @@ class CanaryAudit:
         self._names = list(trainable(self._model))
         self._deviation = {name: claim.noise_multiplier * plan.noise_scales[name] for name in self._names}
         self._known: dict[int, Tensor] = {}
+        self._guess = Gaussians(torch.Generator().manual_seed(KNOWN_SEED))
 
     def run(self, trials: int) -> Verdict:
         """This many training runs with the canary and as many without, and the verdict on them."""
@@ -135,7 +137,7 @@ class CanaryAudit:
             for parameter, start in zip(trainable(self._model).values(), self._start, strict=True):
                 parameter.copy_(start)
         canary, residues = len(self._data["scale"]) - 1, []
-        signals = []
+        signals, guesses = [], []
         for batch in PoissonSampler(size, claim.sampling_rate, claim.steps, self._sampling):
             signals.append(self._sum_of([canary]))
             expected = self._sum_of([i for i in batch.tolist() if i != canary])
@@ -144,17 +146,26 @@ class CanaryAudit:
                 self.case.loss(self._model, self._rows(batch)).sum().backward()
             self._optimizer.step()
             residues.append(self._whitened(self._seen) * self._expected - expected)
-        return self._scores(torch.stack(residues), torch.stack(signals))
+            guesses.append(self._guessed_noise())
+        return self._scores(torch.stack(residues), torch.stack(signals), torch.stack(guesses))
 
-    def _scores(self, residues_TD: Tensor, signals_TD: Tensor) -> dict[str, float]:
-        """Log-likelihood ratios over all and over single parameters, and what differs between two steps."""
+    def _scores(self, residues_TD: Tensor, signals_TD: Tensor, guesses_TD: Tensor) -> dict[str, float]:
+        """Log-likelihood ratios over all and over single parameters, what differs of two steps, or from a guess."""
         dots_TP, squares_TP = self._by_parameter(residues_TD * signals_TD), self._by_parameter(signals_TD.square())
         scores = {"all": self._log_ratio(dots_TP.sum(1), squares_TP.sum(1))}
         for index, name in enumerate(self._names):
             scores[name] = self._log_ratio(dots_TP[:, index], squares_TP[:, index])
+        left_TD = residues_TD - guesses_TD
+        scores["known seed"] = float(((left_TD * signals_TD).sum(1) / signals_TD.square().sum(1)).max())
         if len(residues_TD) > 1:
             scores["steps apart"] = float((residues_TD.diff(dim=0) * signals_TD[1:]).sum(1).abs().max())
         return scores
+
+    def _guessed_noise(self) -> Tensor:
+        """The noise of this step if it came from the seed that everybody tries first, in deviations, (D,)."""
+        drawn = {n: add_noise_(torch.zeros_like(g), self._deviation[n], self._guess) for n, g in self._seen.items()}
+        self._guess.forget()
+        return self._whitened(drawn)
 
     def _log_ratio(self, dots_T: Tensor, squares_T: Tensor) -> float:
         """Of a canary sampled with the claimed rate into noise of deviation one, against noise alone."""

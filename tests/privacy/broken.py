@@ -16,9 +16,11 @@ from groupsearch.engine import PrivateEngine
 from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry, InstanceEntry, MatrixEntry
 from groupsearch.engine.mechanism import Mechanism
+from groupsearch.engine.noise import Gaussians
 from groupsearch.engine.passes import Pass
 
 Damage = Callable[[PrivateEngine], None]
+KNOWN_SEED = 0
 
 
 def none(engine: PrivateEngine) -> None:
@@ -91,6 +93,24 @@ def noise_kept_for_two_steps(engine: PrivateEngine) -> None:
             self.steps += 1
 
     _with_mechanism(Kept)(engine)
+
+
+def noise_from_a_known_seed(engine: PrivateEngine) -> None:
+    """Noise comes from a seed that everybody tries first."""
+    engine.mechanism._source = torch.Generator().manual_seed(KNOWN_SEED)
+    engine.mechanism._gaussians = Gaussians(engine.mechanism._source)
+
+
+def noise_used_twice(engine: PrivateEngine) -> None:
+    """Every step begins where the first one did, as branches of one checkpoint do that are resumed exactly."""
+    state = engine.mechanism.state_dict(exact=True)
+
+    class Branching(Mechanism):
+        def end_step(self) -> None:
+            super().end_step()
+            self.load_state_dict(state, exact=True)
+
+    _with_mechanism(Branching)(engine)
 
 
 class _Wrapped:

@@ -49,6 +49,8 @@ BROKEN = {
     "parameter unclipped": (two_groups, broken.unclipped("2.bias")),
     "tied term dropped": (many_uses, broken.tied_term_dropped),
     "noise drawn once for two steps": (two_groups, broken.noise_kept_for_two_steps),
+    "noise from a known seed": (two_groups, broken.noise_from_a_known_seed),
+    "noise used twice": (two_groups, broken.noise_used_twice),
 }
 
 

@@ -14,7 +14,7 @@ from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.simulate import private_peak, simulate_peak
 from groupsearch.trace import StaticBytes, Trace
-from groupsearch.tracer import scratch, trace_model
+from groupsearch.tracer import trace_model, workspaces
 from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.profiled import allocated_peak
@@ -158,7 +158,7 @@ def test_the_engine_on_real_tensors_peaks_where_the_trace_of_them_says() -> None
 
 
 def test_workspaces_are_static_and_none_on_the_cpu() -> None:
-    assert scratch.workspace_bytes(torch.device("cpu")) == 0
+    assert workspaces.workspace_bytes(torch.device("cpu")) == 0
     case = EVERY_CASE["linear-3d"]
     moved = real_copy(case.model(torch.float32), case.batch(torch.float32), torch.device("cpu"))
     stages = [make_stage(*moved, case.loss, StepSettings(), workspaces=size) for size in (0, 4096)]
@@ -177,21 +177,21 @@ def test_workspaces_that_are_there_already_are_given_up_and_found_again(monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 + kept[0])
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: kept.__setitem__(0, 0), raising=False)
-    monkeypatch.setattr(scratch, "_take_products", lambda device: kept.__setitem__(0, kept[0] + 32))
-    monkeypatch.setattr(scratch, "_in_both_threads", lambda device, work: (work(), work()))
-    assert scratch.workspace_bytes.__wrapped__(torch.device("cuda")) == 64
+    monkeypatch.setattr(workspaces, "_take_products", lambda device: kept.__setitem__(0, kept[0] + 32))
+    monkeypatch.setattr(workspaces, "_in_both_threads", lambda device, work: (work(), work()))
+    assert workspaces.workspace_bytes.__wrapped__(torch.device("cuda")) == 64
 
 
 def test_products_are_taken_on_the_device_given() -> None:
     with LiveBytes() as live:
-        scratch._take_products(torch.device("cpu"))
+        workspaces._take_products(torch.device("cpu"))
     assert live.live_bytes == 0
     assert max(live.sizes) == 4 * 2 * 128 * 128
 
 
 def test_work_is_done_here_and_in_the_backward_pass() -> None:
     tasks: list[int] = []
-    scratch._in_both_threads(torch.device("cpu"), lambda: tasks.append(torch._C._current_graph_task_id()))
+    workspaces._in_both_threads(torch.device("cpu"), lambda: tasks.append(torch._C._current_graph_task_id()))
     assert tasks[0] == -1
     assert tasks[1] >= 0
 

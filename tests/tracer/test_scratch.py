@@ -79,12 +79,22 @@ def faked(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
 
 
+def probed(operation: Any, arguments: tuple[Any, ...], probe: CpuScratch | None = None) -> tuple[Any, int | None]:
+    """What an operation is said to return and to allocate, on fake tensors like these."""
+    fake = faked(arguments)
+    return (probe or CpuScratch())(operation, fake, {}, operation(*fake))
+
+
+def bytes_of(result: Any) -> int:
+    return sum(t.untyped_storage().nbytes() for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_probe_says_what_the_profiler_sees(name: str) -> None:
     operation, make = OPERATIONS[name]
     arguments = make()
     expected = profiled_peak(lambda: operation(*arguments))
-    assert CpuScratch()(operation, faked(arguments), {}) == expected
+    assert probed(operation, arguments)[1] == expected
     assert expected > 0
 
 
@@ -94,15 +104,15 @@ def test_operands_in_another_layout_are_copied_and_that_is_seen(name: str) -> No
     arguments = make()
     results = sum(t.nbytes for t in pytree.tree_leaves(operation(*arguments)) if isinstance(t, torch.Tensor))
     expected = profiled_peak(lambda: operation(*arguments))
-    assert CpuScratch()(operation, faked(arguments), {}) == expected > results
+    assert probed(operation, arguments)[1] == expected > results
     contiguous = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, arguments)
-    assert CpuScratch()(operation, faked(contiguous), {}) == 0
+    assert probed(operation, contiguous)[1] in (0, bytes_of(operation(*contiguous)))
 
 
 def test_a_transposed_matrix_is_what_products_take() -> None:
     arguments = (transposed(8, 48, 64), transposed(8, 64, 32))
     assert profiled_peak(lambda: aten.bmm.default(*arguments)) == 8 * 48 * 32 * 4
-    assert CpuScratch()(aten.bmm.default, faked(arguments), {}) == 0
+    assert probed(aten.bmm.default, arguments)[1] == 0
 
 
 def test_attention_and_convolution_take_more_than_their_results() -> None:
@@ -110,7 +120,7 @@ def test_attention_and_convolution_take_more_than_their_results() -> None:
         operation, make = OPERATIONS[name]
         arguments = make()
         results = sum(t.nbytes for t in pytree.tree_leaves(operation(*arguments)) if isinstance(t, torch.Tensor))
-        assert CpuScratch()(operation, faked(arguments), {}) > results
+        assert (probed(operation, arguments)[1] or 0) > results
 
 
 def test_a_shape_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,22 +133,25 @@ def test_a_shape_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "profiled_peak", counting)
     probe = CpuScratch()
     operation, make = OPERATIONS["logsumexp"]
-    assert probe(operation, faked(make()), {}) == probe(operation, faked(make()), {}) == probes[0]
+    assert probed(operation, make(), probe)[1] == probed(operation, make(), probe)[1] == probes[0]
     assert len(probes) == 1
-    probe(operation, faked((torch.randn(65, 100), [1])), {})
+    probed(operation, (torch.randn(65, 100), [1]), probe)
     assert len(probes) == 2
 
 
 def test_other_operations_have_none() -> None:
-    assert CpuScratch()(aten.add.Tensor, faked((torch.ones(8), torch.ones(8))), {}) == 0
+    assert probed(aten.add.Tensor, (torch.ones(8), torch.ones(8)))[1] == 0
 
 
 def test_what_is_too_large_is_not_run_but_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "PROBE_LIMIT_BYTES", 1000)
     probe = CpuScratch()
     operation, make = OPERATIONS["logsumexp"]
-    assert probe(operation, faked(make()), {}) == 0
-    assert probe.skipped == {"aten::logsumexp"}
+    assert probed(operation, make(), probe)[1] is None
+    live = LiveBytes(probe)
+    with FakeTensorMode(), live:
+        torch.ones(64, 100).logsumexp(1)
+    assert live.unprobed == {"aten::logsumexp"}
 
 
 HALF: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
@@ -154,7 +167,7 @@ def test_half_precision_takes_more_than_its_results(name: str) -> None:
     arguments = make()
     expected = profiled_peak(lambda: operation(*arguments))
     result = operation(*make())
-    assert CpuScratch()(operation, faked(arguments), {}) == expected
+    assert probed(operation, arguments)[1] == expected
     assert expected > (0 if name.endswith("in place") else result.nbytes)
 
 
@@ -167,13 +180,13 @@ def test_half_precision_takes_more_than_its_results(name: str) -> None:
 )
 def test_norms_of_half_precision_inputs_by_float32_weights_are_probed(forward: Any, backward: Any) -> None:
     """Fake kernels say that their statistics are of half precision; the real ones are not, and want them so."""
-    found: list[tuple[int, tuple[Any, ...]]] = []
+    found: list[tuple[int | None, tuple[Any, ...]]] = []
     probe = CpuScratch()
 
-    def scratch_of(func: Any, args: Any, kwargs: Any) -> int:
-        size = probe(func, args, kwargs)
+    def scratch_of(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[Any, int | None]:
+        formed, size = probe(func, args, kwargs, out)
         found.extend([(size, tuple(args))] if func is backward else [])
-        return size
+        return formed, size
 
     with FakeTensorMode(), LiveBytes(scratch_of):
         x, w = torch.ones(64, 8, dtype=torch.bfloat16, requires_grad=True), torch.ones(8, requires_grad=True)
@@ -189,13 +202,13 @@ def test_norms_of_half_precision_inputs_by_float32_weights_are_probed(forward: A
 
 def test_a_probe_under_a_transform_is_that_of_what_runs_below_it() -> None:
     """Per-example gradients of functions are taken by vmap, where an operation sees the whole batch."""
-    found: list[int] = []
+    found: list[int | None] = []
     probe = CpuScratch()
 
-    def scratch_of(func: Any, args: Any, kwargs: Any) -> int:
-        size = probe(func, args, kwargs)
+    def scratch_of(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[Any, int | None]:
+        formed, size = probe(func, args, kwargs, out)
         found.extend([size] if func is aten.bmm.default else [])
-        return size
+        return formed, size
 
     def product(x: torch.Tensor) -> torch.Tensor:
         return x.mT @ x
@@ -206,10 +219,77 @@ def test_a_probe_under_a_transform_is_that_of_what_runs_below_it() -> None:
     assert found == [profiled_peak(lambda: torch.bmm(real.mT, real))]
 
 
-def test_drawing_is_not_probed() -> None:
-    """A probe draws from the generator, which the step would miss."""
+def test_what_a_probe_draws_is_not_missed() -> None:
     before = torch.get_rng_state()
+    given, state = torch.Generator(), torch.Generator().get_state()
     for operation, arguments in ((aten.bernoulli_.float, (0.5,)), (aten.native_dropout.default, (0.5, True))):
         half = torch.ones(64, dtype=torch.bfloat16)
-        assert CpuScratch()(operation, (*faked((half,)), *arguments), {}) == 0
+        expected = profiled_peak(lambda o=operation, a=arguments, x=half: o(x, *a))
+        torch.set_rng_state(before)
+        assert probed(operation, (half, *arguments))[1] == expected
+    fake = faked((torch.ones(64, dtype=torch.bfloat16),))
+    CpuScratch()(aten.normal_.default, fake, {"generator": given}, fake[0])
+    assert torch.equal(given.get_state(), state)
     assert torch.equal(before, torch.get_rng_state())
+
+
+INPUTS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "an index in range": (
+        aten.gather.default,
+        lambda: (torch.randn(9, 5), 1, torch.arange(5).expand(9, 5).contiguous()),
+    ),
+    "a matrix that has a root": (aten.linalg_cholesky_ex.default, lambda: (torch.eye(8).expand(64, 8, 8).clone(),)),
+    "lengths": (
+        aten._pack_padded_sequence.default,
+        lambda: (torch.randn(4, 6, 8), torch.tensor([1, 1, 1, 1]), True),
+    ),
+    "places where bags begin": (
+        aten._embedding_bag.default,
+        lambda: (torch.randn(9, 64), torch.arange(8), torch.tensor([0, 4])),
+    ),
+    "complex numbers": (aten.bmm.default, lambda: (torch.randn(4, 8, 8, dtype=torch.cfloat).conj(),) * 2),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_values_are_made_that_an_operation_takes(name: str) -> None:
+    operation, make = INPUTS[name]
+    arguments = make()
+    if name == "lengths":  # whose values say how large the result is, so that no fake kernel has it
+        fake = faked(arguments)
+        assert CpuScratch()(operation, fake, {}, ())[1] is not None
+        return
+    assert probed(operation, arguments)[1] == profiled_peak(lambda: operation(*arguments))
+
+
+@torch.library.custom_op("groupsearch_tests::sevens", mutates_args=())
+def sevens(x: torch.Tensor) -> torch.Tensor:
+    if not bool((x == 7).all()):
+        raise ValueError("Expected sevens.")
+    return x.cumsum(0)
+
+
+@sevens.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operation_that_takes_no_made_up_values_is_not_known() -> None:
+    operation = torch.ops.groupsearch_tests.sevens.default
+    live = LiveBytes(CpuScratch())
+    with FakeTensorMode(), live:
+        operation(torch.full((64,), 7.0))
+    assert live.unprobed == {"groupsearch_tests::sevens"}
+
+
+def test_results_have_the_form_that_the_real_kernel_gives_them() -> None:
+    """The kernel for fake tensors says float16 for the statistics of a norm over mixed types."""
+    x, weight = torch.randn(8, 64).to(torch.float16), torch.randn(64)
+    arguments = (x, [64], weight, weight, 1e-5)
+    fake = faked(arguments)
+    wrong = aten.native_layer_norm.default(*fake)
+    right, _ = CpuScratch()(aten.native_layer_norm.default, fake, {}, wrong)
+    real = aten.native_layer_norm.default(*arguments)
+    assert [t.dtype for t in right] == [t.dtype for t in real] != [t.dtype for t in wrong]
+    assert [(t.shape, t.stride()) for t in right] == [(t.shape, t.stride()) for t in real]
+    assert bytes_of(right) == bytes_of(real)

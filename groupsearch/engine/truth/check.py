@@ -85,12 +85,13 @@ class _Batch:
 
     numbers: tuple[int, ...]
     extreme: bool = False
+    shuffled: bool = False
 
     def __str__(self) -> str:
         names = [str(i) for i in self.numbers]
         if self.extreme:
             names[-1] += " times 30"
-        return f"row{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        return f"row{'s' if len(names) > 1 else ''} {', '.join(names)}{' with shuffled numbers' * self.shuffled}"
 
 
 @dataclass
@@ -222,6 +223,7 @@ class _Check:
         for shape in self._shapes(rows):
             self._compare(rows, shape)
         self._compare_extreme(rows)
+        self._compare_shuffled(rows)
         self._poison(rows)
         self._refuse_buffers()
         self._tell_of_left()
@@ -268,9 +270,9 @@ class _Check:
         truths = truths or [self._truths[i] for i in shape.numbers]
         fault, worst = self._fault(self._subject, examples, truths, self._tolerance)
         if fault is not None:
-            in_double = self._in_double(examples)
-            if in_double is None or in_double[0] is not None:
-                raise TruthError(self._message(in_double[0] if in_double else fault, shape, examples))
+            wide = self._in_double(examples)
+            if wide is None or wide[0] is not None:
+                raise TruthError(self._message((wide and wide[0]) or fault, shape, examples))
             self._say(f"a difference of {fault.found:.1g} in a batch of {shape} is rounding: there is none in float64")
             worst = 0.0
         self._said.worst = max(self._said.worst, worst)
@@ -334,6 +336,22 @@ class _Check:
         truths = [*(self._truths[i] for i in numbers), truth]
         self._compare(rows, _Batch((*numbers, count - 1), extreme=True), examples, truths)
 
+    def _compare_shuffled(self, rows: Rows) -> None:
+        for examples in rows.shuffled:
+            self._compare_made(rows, examples)
+
+    def _compare_made(self, rows: Rows, examples: Sequence[Any]) -> None:
+        try:
+            truths = [self._alone(example) for example in examples]
+        except Exception as error:
+            self._say(f"shuffled numbers: the model does not take them alone ({short(error)})")
+            return
+        if not all(_is_finite(x) for truth in truths for x in (truth.loss, truth.gradient.total())):
+            self._say("shuffled numbers: a gradient is not finite")
+            return
+        numbers = tuple(range(len(truths)))
+        self._compare(rows, _Batch(numbers, shuffled=True), examples, truths)
+
     def _poison(self, rows: Rows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""
         examples = [rows.examples[i] for i in (0, min(1, len(rows.examples) - 1), len(rows.examples) - 1)]
@@ -353,15 +371,15 @@ class _Check:
             return
         for i in (0, 1):
             gradient = booked.examples[i]
-            if not _is_finite(float(booked.losses[i])) or not _is_finite(gradient.total()):
-                bad = [n for n in gradient.signatures if not _is_finite(gradient.size(n))]
-                layer = booked.places.get(bad[0], bad[0]) if bad else ""
-                raise TruthError(
-                    f"NaN in the inputs of one example reaches {f'the gradient of another at layer {layer!r}' if bad else 'the loss of another'}: "
-                    "an example's gradient depends on the other examples of its batch, though a factor of zero hides it "
-                    "from the numbers here. Select instead of multiplying by zero (torch.where, indexing), and remove what "
-                    "mixes examples."
-                )
+            if _is_finite(float(booked.losses[i])) and _is_finite(gradient.total()):
+                continue
+            bad = [name for name in gradient.signatures if not _is_finite(gradient.size(name))]
+            reached = f"the gradient of another at layer {booked.places[bad[0]]!r}" if bad else "the loss of another"
+            raise TruthError(
+                f"NaN in the inputs of one example reaches {reached}: an example's gradient depends on the other "
+                "examples of its batch, though a factor of zero hides it from the numbers here. Select instead of "
+                "multiplying by zero (torch.where, indexing), and remove what mixes examples."
+            )
         self._said.batches.append("NaN in one of three")
 
     # -- what is left behind -----------------------------------------------------------------

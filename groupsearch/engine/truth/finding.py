@@ -99,9 +99,9 @@ def described(fault: Difference, batch: str, begins: str | None, plain_agrees: b
         if begins == "":
             where = ", between the model's parts, in its own forward"
         return (
-            f"The loss of an example depends on the other examples of its batch{where}: {fault.engine:.4g} in a batch of "
-            f"{batch}, {fault.truth:.4g} alone. A loss that is divided by what the batch counts does so too: divide by "
-            f"what the example counts. {MIXING}"
+            f"The loss of an example depends on the other examples of its batch{where}: {fault.engine:.4g} in a batch "
+            f"of {batch}, {fault.truth:.4g} alone. A loss that is divided by what the batch counts does so too: divide "
+            f"by what the example counts. {MIXING}"
         )
     if plain_agrees and fault.what != "norm":
         return (
@@ -125,9 +125,9 @@ def described(fault: Difference, batch: str, begins: str | None, plain_agrees: b
         else " It begins in the model's own forward."
     )
     return (
-        f"{place} (parameter {fault.parameter!r}) the gradient of an example depends on the other examples of its batch, "
-        f"or the examples are in another order there: it differs by {_percent(fault.found)} from that of the example "
-        f"alone, in a batch of {batch}, and clipping it protects nobody.{begun} {MIXING}"
+        f"{place} (parameter {fault.parameter!r}) the gradient of an example depends on the other examples of its "
+        f"batch, or the examples are in another order there: it differs by {_percent(fault.found)} from that of the "
+        f"example alone, in a batch of {batch}, and clipping it protects nobody.{begun} {MIXING}"
     )
 
 

@@ -60,7 +60,7 @@ class Memory:
         return tuple(dict.fromkeys(slot.name for slot in self._slots if not slot.is_same()))
 
     def value(self, name: str) -> Any:
-        """What a buffer or an attribute holds now: a copy of a tensor, a number or text; else something like nothing."""
+        """What a buffer or attribute holds now: a copy of a tensor, a number or text; else like nothing else."""
         path, _, last = name.rpartition(".")
         found = getattr(self._model.get_submodule(path), last, None)
         if isinstance(found, Tensor) and not found.is_meta:
@@ -76,6 +76,13 @@ class Memory:
                 self._remember_inside(prefix + name, value, seen, 0)
             if not is_buffers:
                 self._slots.append(_no_others(prefix, holder, frozenset(names)))
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+        ):  # a model may put its own on when it first runs
+            slot = _container(f"{prefix}(hooks)", hooks)
+            assert slot is not None
+            self._slots.append(slot)
 
     def _remember_inside(self, name: str, value: Any, seen: set[int], depth: int) -> None:
         if id(value) in seen or depth > _DEPTH:
@@ -165,7 +172,12 @@ def _container(name: str, value: Any) -> _Slot | None:
         return _Slot(name, lambda: list(value) == list(items) and _all_same(value.values(), items.values()), refill)
     if isinstance(value, set):
         members = set(value)
-        return _Slot(name, lambda: value == members, lambda: (value.clear(), value.update(members))[0])
+
+        def readmit() -> None:
+            value.clear()
+            value.update(members)
+
+        return _Slot(name, lambda: value == members, readmit)
     if isinstance(value, list | deque):
         parts = list(value)
 

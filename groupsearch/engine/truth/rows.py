@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from groupsearch.workloads.batches import count_examples, map_tensors, take_exam
 
 _LOOKED_AT = 64
 _EXTREME = 30.0
+_SHUFFLES = 3
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Rows:
     Attributes:
         examples: up to three, different from each other where that can be had.
         extreme: the last one with its numbers multiplied; None where it has none to multiply.
+        shuffled: sets of as many with their numbers shuffled among all: data as it comes may hide what other data
+            show (rows that are in order, as many positions for every expert). Empty without numbers to shuffle.
         origin: where they came from, in words.
         derived: how many at the end are not the batch's own.
     """
@@ -34,12 +39,15 @@ class Rows:
     examples: tuple[Any, ...]
     extreme: Any
     origin: str
+    shuffled: tuple[tuple[Any, ...], ...] = ()
     derived: int = 0
 
     def without_derived(self, refused: str) -> Rows:
         """The same with the first row in place of those that were derived, which the model refused."""
         own = self.examples[: len(self.examples) - self.derived]
-        return replace(self, examples=own, derived=0, origin=f"{self.origin}, dropped: {refused}", extreme=None)
+        return replace(
+            self, examples=own, derived=0, shuffled=(), origin=f"{self.origin}, dropped: {refused}", extreme=None
+        )
 
 
 def choose_rows(batch: Any) -> Rows:
@@ -58,7 +66,9 @@ def choose_rows(batch: Any) -> Rows:
         examples += further
         if derived:
             origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
-    return Rows(tuple(examples), _scaled(batch, examples[-1], _EXTREME), origin, derived)
+    extreme = _scaled(batch, examples[-1], _EXTREME)
+    shuffled = () if extreme is None else tuple(_shuffled(batch, examples, seed) for seed in range(_SHUFFLES))
+    return Rows(tuple(examples), extreme, origin, shuffled, derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:
@@ -106,15 +116,33 @@ def _different(batch: Any) -> list[int]:
 
 def _derived(batch: Any, example: Any, count: int) -> list[Any]:
     """Different rows made of one; none where there is nothing to change."""
-    made = []
+    made: list[Any] = []
     for k in range(1, count + 1):
         scaled = _scaled(batch, example, 1 - 0.3 * k)
         if scaled is None:
-            scaled = map_tensors(lambda t, k=k: t.roll(k, 1) if t.dim() == 2 and t.shape[1] > k else t, example)
+            scaled = map_tensors(partial(_rolled, by=k), example)
             if all(torch.equal(a, b) for a, b in zip(tensors_of(scaled), tensors_of(example), strict=True)):
                 return made
         made.append(scaled)
     return made
+
+
+def _rolled(tensor: Tensor, by: int) -> Tensor:
+    return tensor.roll(by, 1) if tensor.dim() == 2 and tensor.shape[1] > by else tensor
+
+
+def _shuffled(batch: Any, examples: Sequence[Any], seed: int) -> tuple[Any, ...]:
+    each, generator = iter(whole_numbered(batch)), np.random.default_rng(seed)  # torch draws alike meanwhile
+
+    def shuffle(tensor: Tensor) -> Tensor:
+        whole = next(each)
+        if whole is None:
+            return tensor
+        order = torch.from_numpy(generator.permutation(tensor.numel())).to(tensor.device)
+        return torch.where(whole, tensor, tensor.flatten()[order].view_as(tensor))
+
+    together = map_tensors(shuffle, joined(examples))
+    return tuple(take_examples(together, (i,)) for i in range(len(examples)))
 
 
 def _scaled(batch: Any, example: Any, factor: float) -> Any:

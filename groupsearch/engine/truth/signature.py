@@ -38,7 +38,7 @@ def signature(gradient: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _signs(count: int, salt: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Signs (2, count) from a hash of the place: always the same, and no random draw, which are made alike meanwhile."""
+    """Signs (2, count) from a hash of the place: no random draw, for these are made alike meanwhile."""
     x = torch.arange(_TIMES * count, dtype=torch.int64, device="cpu") * 0x9E3779B1 + salt * 0x85EBCA77
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF

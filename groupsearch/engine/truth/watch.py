@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from groupsearch.checked import Watched
-from groupsearch.engine.truth.check import Subject, Truth, in_double, mode_of
-from groupsearch.engine.truth.comparison import Difference, compare, compare_losses, tolerance_of
+from groupsearch.engine.truth.check import Subject, in_double, mode_of
+from groupsearch.engine.truth.comparison import Difference, Truth, compare, compare_losses, tolerance_of
 from groupsearch.engine.truth.draws import alike
 from groupsearch.engine.truth.finding import described, first_difference
 from groupsearch.engine.truth.leftovers import left_as_it_was
@@ -136,7 +136,7 @@ class Watch:
         begins = first_difference(lambda b: loss(model, b), model, batch, examples, [number])
         message = described(fault, f"{size} examples", begins, None)
         return (
-            f"The watch in training found that {message[0].lower()}{message[1:]} The step that would have released it is "
-            "refused, and the state of the model is that of the last step. Steps before this one may have been wrong too: "
-            "do not count on their guarantee."
+            f"The watch in training found that {message[0].lower()}{message[1:]} The step that would have released it "
+            "is refused, and the model is that of the last step. Steps before this one may have been wrong too: do not "
+            "count on their guarantee."
         )

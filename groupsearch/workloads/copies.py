@@ -1,0 +1,75 @@
+"""Copies of a model whatever it holds: plain tensors, activations it has kept, tensors on another device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from groupsearch.errors import UnsupportedModelError
+
+_MACHINERY = ("_parameters", "_buffers", "_modules")
+
+
+def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """A copy of a model; ties are kept.
+
+    Tensors that are no leaves (an activation kept from an earlier forward pass, the weight that the old
+    ``torch.nn.utils.weight_norm`` computes) are copied without their graph, which ``copy.deepcopy`` refuses.
+
+    Args:
+        model: the model, which is left as it is.
+        make: what becomes of a tensor, be it a parameter, a buffer or a plain attribute; a copy of it if not given.
+
+    Raises:
+        UnsupportedModelError: when something on the model cannot be copied; it names the attribute.
+    """
+    memo: dict[int, Any] = {}
+    if make is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in memo:
+                made = make(tensor)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+    own = Tensor.__deepcopy__
+
+    def duplicate(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if make is None and tensor.is_leaf:
+            return own(tensor, memo)
+        with torch.no_grad():
+            return make(tensor) if make is not None else tensor.detach().clone()
+
+    # A generator is copied by way of a tensor of its state, which is none to be replaced.
+    generators = {torch.Generator: lambda generator, memo: generator.clone_state()}
+    with patch.object(Tensor, "__deepcopy__", duplicate), patch.dict(copy._deepcopy_dispatch, generators):  # type: ignore[attr-defined]
+        try:
+            duplicated: nn.Module = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise _refusal(model, error) from error
+    return duplicated
+
+
+def _refusal(model: nn.Module, error: Exception) -> UnsupportedModelError:
+    """Names the attribute that cannot be copied, which is found by copying one after another."""
+    where = "Something on the model"
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _MACHINERY and not _is_copied(value):
+                where = f"The attribute {f'{name}.{key}' if name else key!s} (a {type(value).__name__})"
+    return UnsupportedModelError(
+        f"{where} cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}. A step is "
+        "traced and measured on a copy, so that the model stays as it is. Make it where it is used instead of keeping "
+        "it on the model, delete it before, or give its class a __deepcopy__."
+    )
+
+
+def _is_copied(value: Any) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
