@@ -26,7 +26,9 @@ def run(seeds: Iterable[int], workers: int) -> Found:
 
 def share_refused(found: Found) -> tuple[int, int]:
     """How many of the right programs were refused, and how many there are."""
-    right = [o for seed, o in found.items() if not o.refusable and o.verdict != "unusable" and recipe(seed).verdict != MIXED]
+    right = [
+        o for seed, o in found.items() if not o.refusable and o.verdict != "unusable" and recipe(seed).verdict != MIXED
+    ]
     return sum(o.verdict == "refused" for o in right), len(right)
 
 
@@ -57,7 +59,10 @@ def _class(seed: int, outcome: Outcome) -> str:
 def _reasons(title: str, found: Found) -> list[str]:
     by_key: dict[tuple[str, str], list[int]] = defaultdict(list)
     for seed, o in found.items():
-        by_key[o.verdict if o.verdict in ("wrong", "moved", "leak", "quiet") else o.where, "" if o.verdict in ("wrong", "moved", "leak", "quiet") else o.key].append(seed)
+        by_key[
+            o.verdict if o.verdict in ("wrong", "moved", "leak", "quiet") else o.where,
+            "" if o.verdict in ("wrong", "moved", "leak", "quiet") else o.key,
+        ].append(seed)
     lines = [f"{title}: {len(found)}"]
     for (what, key), seeds in sorted(by_key.items(), key=lambda item: -len(item[1])):
         rest = Counter(name for seed in seeds for name in set(recipe(seed).ingredients))
@@ -91,6 +96,11 @@ def main() -> None:
 def show(seed: int) -> None:
     """A seed's verdict and its smallest program with the same."""
     outcome = judge(generate(seed), whole_trace=seed % 8 == 0)
-    least = smallest(recipe(seed), lambda other: other.verdict == outcome.verdict and (outcome.verdict != "crash" or other.key == outcome.key))
-    print(f"# seed {seed}: {', '.join(recipe(seed).ingredients)} ({recipe(seed).verdict}): {outcome.verdict} {outcome.where} {outcome.detail}")
+    least = smallest(
+        recipe(seed),
+        lambda other: other.verdict == outcome.verdict and (outcome.verdict != "crash" or other.key == outcome.key),
+    )
+    made = recipe(seed)
+    print(f"# seed {seed}: {', '.join(made.ingredients)} ({made.verdict}): {outcome.verdict} {outcome.where}")
+    print(f"# {outcome.detail}")
     print(f"# smallest: {', '.join(least.ingredients)}: {judge(write(least)).detail}\n{write(least).source}")

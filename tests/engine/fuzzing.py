@@ -1,7 +1,7 @@
 """Random small models against the engine: its sums are those of plain autograd, one example at a time, or it refuses.
 
-    python -m tests.engine.fuzzing --seeds 0:2000             the table of verdicts
-    python -m tests.engine.fuzzing --seeds 17 --show          a program, its smallest version, and the verdict
+python -m tests.engine.fuzzing --seeds 0:2000             the table of verdicts
+python -m tests.engine.fuzzing --seeds 17 --show          a program, its smallest version, and the verdict
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def judge(program: Program, whole_trace: bool = False) -> Outcome:
             return Outcome("refused" if str(error).strip() else "crash", where, str(error), refusable)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            return Outcome("crash", where, f"{type(error).__name__}: {error} [{last.name}, {last.filename.rpartition('/')[2]}]")
+            return Outcome(
+                "crash", where, f"{type(error).__name__}: {error} [{last.name}, {last.filename.rpartition('/')[2]}]"
+            )
 
 
 def _judge_apart(program: Program, sites: tuple[Site, ...], truth: _Truth, refusable: bool) -> Outcome:
@@ -130,9 +132,14 @@ def _judge_mixed(program: Program, sites: tuple[Site, ...], truth: _Truth) -> Ou
             moved = distance(runs[0][0], runs[1][0]) / plan.sensitivity
             leaked = distance(runs[0][1], runs[1][1]) / plan.sensitivity
             if leaked > 1e-4:
-                return Outcome("leak", "step", f"a step without the example moves by {leaked:.2f} of the sensitivity", True)
+                return Outcome(
+                    "leak", "step", f"a step without the example moves by {leaked:.2f} of the sensitivity", True
+                )
             if moved > worst:
-                worst, at = moved, f"example {index} times {loud:g} left out moves the sum by {moved:.2f} of the sensitivity"
+                worst, at = (
+                    moved,
+                    f"example {index} times {loud:g} left out moves the sum by {moved:.2f} of the sensitivity",
+                )
         if worst > 1 + 1e-4 + (HALF_TOLERANCE if program.recipe.autocast else 0):
             return Outcome("moved", "step", at, True)
     return Outcome("quiet", "step", at, True)

@@ -54,7 +54,7 @@ def recurrent(w: Writer) -> None:
     if "2, batch_first=True, bi" in made:
         w.add(f"s, (h, _) = self.{name}(z)", "z = s + h.transpose(0, 1).flatten(1)[:, None]")
     else:
-        w.add(f"s, h = self.{name}(z)", f"z = s + (h[0] if isinstance(h, tuple) else h)[-1][:, None]")
+        w.add(f"s, h = self.{name}(z)", "z = s + (h[0] if isinstance(h, tuple) else h)[-1][:, None]")
 
 
 @ingredient("seq vec")
@@ -109,7 +109,10 @@ def convolutions(w: Writer) -> None:
 @ingredient()
 def bare_parameter(w: Writer) -> None:
     shape = "4, 1, 1" if w.kind == "img" else "4"
-    scale, shift = w.member(f"nn.Parameter(torch.randn({shape}))", "p"), w.member(f"nn.Parameter(torch.randn({shape}))", "p")
+    scale, shift = (
+        w.member(f"nn.Parameter(torch.randn({shape}))", "p"),
+        w.member(f"nn.Parameter(torch.randn({shape}))", "p"),
+    )
     w.add(w.pick(f"z = z * self.{scale} + self.{shift}", f"z = torch.tanh(z * self.{scale}.exp()) - self.{shift}"))
 
 
@@ -131,7 +134,7 @@ def positions(w: Writer) -> None:
 @ingredient()
 def buckets(w: Writer) -> None:
     name = w.member("nn.Embedding(6, 4)", "e")
-    w.add(f"ids = (z.flatten(1).mean(1).abs() * 3).long().clamp(0, 5)", f"h = self.{name}(ids)")
+    w.add("ids = (z.flatten(1).mean(1).abs() * 3).long().clamp(0, 5)", f"h = self.{name}(ids)")
     w.add({"vec": "z = z + h", "seq": "z = z + h[:, None]", "img": "z = z + h[:, :, None, None]"}[w.kind])
 
 
@@ -165,7 +168,7 @@ def tied(w: Writer) -> None:
 
 @ingredient()
 def reused(w: Writer) -> None:
-    name, call = w.layer()
+    _, call = w.layer()
     w.add(f"for _ in range({w.pick('2', '3')}):", f"    z = torch.tanh({call})")
     if w.draw.random() < 0.3:
         w.add(f"z = z + {call}")
@@ -215,7 +218,7 @@ def dropout(w: Writer) -> None:
 @ingredient()
 def layer_drop(w: Writer) -> None:
     _, call = w.layer()
-    w.add(f"if not self.training or torch.rand(()) >= P:", f"    z = z + torch.tanh({call})")
+    w.add("if not self.training or torch.rand(()) >= P:", f"    z = z + torch.tanh({call})")
 
 
 @ingredient()
@@ -230,7 +233,11 @@ def frozen_layer(w: Writer) -> None:
 
 @ingredient("vec seq")
 def adapter(w: Writer) -> None:
-    base, down, up = w.member("nn.Linear(4, 4)"), w.member("nn.Linear(4, 2, bias=False)"), w.member("nn.Linear(2, 4, bias=False)")
+    base, down, up = (
+        w.member("nn.Linear(4, 4)"),
+        w.member("nn.Linear(4, 2, bias=False)"),
+        w.member("nn.Linear(2, 4, bias=False)"),
+    )
     w.init.append(f"self.{base}.requires_grad_(False)")
     w.add(f"z = torch.tanh(self.{base}(z) + self.{up}(self.{down}(z)))")
 

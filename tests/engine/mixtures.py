@@ -12,13 +12,23 @@ def mixed(kinds: str = "vec seq img", weight: float = 1.0):
 
 @mixed()
 def batch_mean(w: Writer) -> None:
-    how = w.pick("z - z.mean(0)", "z - 0.5 * z.mean(0, keepdim=True)", "z / (1 + z.square().mean().sqrt())", "z * z.detach().std()")
+    how = w.pick(
+        "z - z.mean(0)",
+        "z - 0.5 * z.mean(0, keepdim=True)",
+        "z / (1 + z.square().mean().sqrt())",
+        "z * z.detach().std()",
+    )
     w.add(f"z = {how}")
 
 
 @mixed()
 def batch_mean_in_training(w: Writer) -> None:
-    how = w.pick("z = z - z.mean(0)", "z = 0.6 * z + 0.4 * z.roll(1, 0)", "z = 0.6 * z + 0.4 * z.flip(0)", "z = z * z.detach().abs().mean()")
+    how = w.pick(
+        "z = z - z.mean(0)",
+        "z = 0.6 * z + 0.4 * z.roll(1, 0)",
+        "z = 0.6 * z + 0.4 * z.flip(0)",
+        "z = z * z.detach().abs().mean()",
+    )
     w.add("if self.training:", f"    {how}")
 
 
@@ -31,7 +41,16 @@ def own_batch_norm(w: Writer) -> None:
 
 @mixed()
 def softmax_over_batch(w: Writer) -> None:
-    w.add(w.pick("z = z.softmax(0)", "z = z * z.detach().softmax(0)", "z = z / z.abs().amax(0)", "z = z.cumsum(0)", "z = z - z[:1]", "z = F.normalize(z, dim=0)"))
+    w.add(
+        w.pick(
+            "z = z.softmax(0)",
+            "z = z * z.detach().softmax(0)",
+            "z = z / z.abs().amax(0)",
+            "z = z.cumsum(0)",
+            "z = z - z[:1]",
+            "z = F.normalize(z, dim=0)",
+        )
+    )
 
 
 @mixed("vec seq")
@@ -58,23 +77,49 @@ def hidden_by_zero(w: Writer) -> None:
 @mixed()
 def above_a_threshold(w: Writer) -> None:
     """Only an extreme example reaches the others."""
-    w.add(w.pick("z = z / z.abs().max().clamp(min=4.0)", "z = z + (z - 3.0).relu().mean(0)", "if z.abs().max() > 4.0:\n            z = z * 0.1"))
+    w.add(
+        w.pick(
+            "z = z / z.abs().max().clamp(min=4.0)",
+            "z = z + (z - 3.0).relu().mean(0)",
+            "if z.abs().max() > 4.0:\n            z = z * 0.1",
+        )
+    )
 
 
 @mixed()
 def depends_on_batch_size(w: Writer) -> None:
-    w.add(w.pick("z = z * len(z)", "if len(z) > 4:\n            z = 3.0 * z", "z = z / z.shape[0] ** 0.5", "if len(z) % 2:\n            z = -z"))
+    w.add(
+        w.pick(
+            "z = z * len(z)",
+            "if len(z) > 4:\n            z = 3.0 * z",
+            "z = z / z.shape[0] ** 0.5",
+            "if len(z) % 2:\n            z = -z",
+        )
+    )
 
 
 @mixed()
 def branch_on_values(w: Writer) -> None:
-    w.add(w.pick("if z.sum() > 0:\n            z = -z", "z = z if float(z.detach().mean()) > 0 else 2.0 * z", "if (z.detach() > 1.0).any():\n            z = 0.1 * z"))
+    w.add(
+        w.pick(
+            "if z.sum() > 0:\n            z = -z",
+            "z = z if float(z.detach().mean()) > 0 else 2.0 * z",
+            "if (z.detach() > 1.0).any():\n            z = 0.1 * z",
+        )
+    )
 
 
 @mixed()
 def gradient_mixed(w: Writer) -> None:
     """Forward keeps examples apart; backward does not."""
-    how = w.pick("g - g.mean(0)", "g / (g.norm() + 1e-6)", "g + g.roll(1, 0)", "g.flip(0)", "g * g.abs().max().clamp(min=1.0)", "g.clamp(-0.01, 0.01)")
+    how = w.pick(
+        "g - g.mean(0)",
+        "g / (g.norm() + 1e-6)",
+        "g + g.roll(1, 0)",
+        "g.flip(0)",
+        "g * g.abs().max().clamp(min=1.0)",
+        "g.clamp(-0.01, 0.01)",
+    )
     _, call = w.layer()
     w.add(f"z = {call}", "if z.requires_grad:", f"    z.register_hook(lambda g: {how})", "z = torch.tanh(z)")
 
@@ -97,7 +142,9 @@ def gradient_mixed_by_function(w: Writer) -> None:
 @mixed()
 def mixed_by_a_hook(w: Writer) -> None:
     name, call = w.layer(plain=True)
-    how = w.pick("out - out.mean(0)", "out + 0.5 * out.roll(1, 0)", "out.sub_(out.mean(0))", "out.mul_(out.detach().abs().max())")
+    how = w.pick(
+        "out - out.mean(0)", "out + 0.5 * out.roll(1, 0)", "out.sub_(out.mean(0))", "out.mul_(out.detach().abs().max())"
+    )
     line = f".{name}.register_forward_hook(lambda module, args, out: {how})"
     w.init.append("self" + line) if w.draw.random() < 0.7 else w.after.append("model" + line)
     w.add(f"z = torch.tanh({call})")
@@ -154,17 +201,26 @@ def contrastive(w: Writer) -> None:
     if same:
         w.terms.append("value = value + 0.5 * ((unit @ unit.mT) * (batch['y'][:, None] == batch['y'][None])).sum(1)")
     else:
-        w.terms.append("value = value + F.cross_entropy(unit @ unit.mT / 0.2, torch.arange(len(value)), reduction='none')")
+        w.terms.append(
+            "value = value + F.cross_entropy(unit @ unit.mT / 0.2, torch.arange(len(value)), reduction='none')"
+        )
 
 
 @mixed(weight=0.5)
 def pairs_of_neighbours(w: Writer) -> None:
-    w.terms.append("value = value + (logits.view(len(value), -1) - logits.view(len(value), -1).roll(1, 0)).square().sum(1)")
+    w.terms.append(
+        "value = value + (logits.view(len(value), -1) - logits.view(len(value), -1).roll(1, 0)).square().sum(1)"
+    )
 
 
 @mixed(weight=0.5)
 def labels_mixed(w: Writer) -> None:
-    w.terms.append("value = 0.7 * value + 0.3 * F.cross_entropy(logits.view(len(value), -1)[:, :3], batch['y'].flip(0) % logits.view(len(value), -1)[:, :3].shape[1], reduction='none')")
+    w.terms.extend(
+        (
+            "rows = logits.view(len(value), -1)[:, :3]",
+            "value = 0.7 * value + 0.3 * F.cross_entropy(rows, batch['y'].flip(0) % rows.shape[1], reduction='none')",
+        )
+    )
 
 
 @mixed(weight=0.6)
@@ -174,15 +230,24 @@ def capacity(w: Writer) -> None:
         w.add("keep = (z.flatten(1).sum(1) > 0).long().cumsum(0) <= 2", "z = z * keep[:, None, None, None]")
     else:
         name = w.linear()
-        w.add("s = z.reshape(-1, 4)", "rows = (s[:, 0] > 0).nonzero().squeeze(1)[:3]", f"z = s.index_add(0, rows, self.{name}(s[rows])).view(z.shape)")
+        w.add(
+            "s = z.reshape(-1, 4)",
+            "rows = (s[:, 0] > 0).nonzero().squeeze(1)[:3]",
+            f"z = s.index_add(0, rows, self.{name}(s[rows])).view(z.shape)",
+        )
 
 
 @mixed(weight=0.5)
 def side_channel_mixed(w: Writer) -> None:
-    name, call = w.layer()
+    _, call = w.layer()
     kept = w.name("side")
     w.add(f"self.{kept} = {call}")
-    w.terms.append(f"value = value + 0.3 * (model.{kept}.flatten(1) - model.{kept}.flatten(1).mean(0)).square().sum(1)[: len(value)]")
+    w.terms.extend(
+        (
+            f"rows = model.{kept}.flatten(1)",
+            "value = value + 0.3 * (rows - rows.mean(0)).square().sum(1)[: len(value)]",
+        )
+    )
 
 
 @mixed(weight=0.5)

@@ -150,7 +150,16 @@ def _text(w: Writer, recipe: Recipe) -> str:
     body = [*_rows(recipe), *w.before, "logits = model(x)", *_value(recipe, random.Random(recipe.end)), *terms]
     if recipe.autocast:
         body = ["with torch.autocast('cpu', dtype=torch.bfloat16):", *("    " + line for line in body)]
-    return "\n".join([*lines, "", *start, "def loss(model, batch):", *block([*body, "return value.float()" if recipe.autocast else "return value"], 4), ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *start,
+            "def loss(model, batch):",
+            *block([*body, "return value.float()" if recipe.autocast else "return value"], 4),
+            "",
+        ]
+    )
 
 
 def _unique(top: list[str]) -> list[str]:

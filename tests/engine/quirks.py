@@ -10,9 +10,20 @@ def in_place(w: Writer) -> None:
     """An operation in place on what a layer returned."""
     _, call = w.layer()
     how = w.pick(
-        "z.relu_()", "z.tanh_()", "z.mul_(0.7)", "z += 1.0", "z *= 2.0", "F.relu(z, inplace=True)", "z.clamp_(-1.0, 1.0)",
-        "z.sigmoid_()", "z.masked_fill_(z > 0.5, 0.0)", "z.add_(z.detach())", "z.neg_()", "z.div_(2.0)", "F.silu(z, inplace=True)",
-    )  # fmt: skip
+        "z.relu_()",
+        "z.tanh_()",
+        "z.mul_(0.7)",
+        "z += 1.0",
+        "z *= 2.0",
+        "F.relu(z, inplace=True)",
+        "z.clamp_(-1.0, 1.0)",
+        "z.sigmoid_()",
+        "z.masked_fill_(z > 0.5, 0.0)",
+        "z.add_(z.detach())",
+        "z.neg_()",
+        "z.div_(2.0)",
+        "F.silu(z, inplace=True)",
+    )
     w.add(f"z = {call}", how)
 
 
@@ -26,7 +37,11 @@ def in_place_module(w: Writer) -> None:
 @ingredient(weight=2)
 def in_place_residual(w: Writer) -> None:
     _, call = w.layer()
-    w.add("r = torch.tanh(z)", f"z = {call}", w.pick("z += r", "z.add_(r)", "z *= r", "z.sub_(r, alpha=0.5)", "z.copy_(r + 2 * z)"))
+    w.add(
+        "r = torch.tanh(z)",
+        f"z = {call}",
+        w.pick("z += r", "z.add_(r)", "z *= r", "z.sub_(r, alpha=0.5)", "z.copy_(r + 2 * z)"),
+    )
 
 
 @ingredient(weight=2)
@@ -34,7 +49,9 @@ def read_then_in_place(w: Writer) -> None:
     """The output is used, then changed."""
     _, call = w.layer()
     axis = {"vec": "1", "seq": "1", "img": "2"}[w.kind]
-    how = w.pick("z[:, 0] = 0.0", "z[:, :1] *= 3.0", "z += m", "z.masked_fill_(mask, 0.5)", "z[:, -1].zero_()", "z.mul_(0.5)")
+    how = w.pick(
+        "z[:, 0] = 0.0", "z[:, :1] *= 3.0", "z += m", "z.masked_fill_(mask, 0.5)", "z[:, -1].zero_()", "z.mul_(0.5)"
+    )
     w.add(f"z = {call}", f"m = z.mean({axis}, keepdim=True)", "mask = z.detach() > 0", how, "z = torch.tanh(z) + m")
 
 
@@ -42,7 +59,14 @@ def read_then_in_place(w: Writer) -> None:
 def view_in_place(w: Writer) -> None:
     """A view of an output is changed, the output is used."""
     _, call = w.layer()
-    view = w.pick("s[:, 0]", "s[..., :2]", "s.view(len(s), -1)[:, 1]", "s.narrow(-1, 1, 2)", "s.select(-1, 1)", "s.unsqueeze(1)[:, 0]")
+    view = w.pick(
+        "s[:, 0]",
+        "s[..., :2]",
+        "s.view(len(s), -1)[:, 1]",
+        "s.narrow(-1, 1, 2)",
+        "s.select(-1, 1)",
+        "s.unsqueeze(1)[:, 0]",
+    )
     how = w.pick("v.mul_(2.0)", "v.relu_()", "v += 1.0", "v.zero_()", "v.tanh_()")
     w.add(f"s = {call}", f"v = {view}", how, "z = torch.tanh(s)")
 
@@ -50,14 +74,21 @@ def view_in_place(w: Writer) -> None:
 @ingredient("vec seq")
 def glu_in_place(w: Writer) -> None:
     name = w.linear(8)
-    w.add(f"s = self.{name}(z)", "a, b = s[..., :4], s[..., 4:]", w.pick("a *= b.sigmoid()", "b.sigmoid_()", "a += 1.0"), "z = a * b")
+    w.add(
+        f"s = self.{name}(z)",
+        "a, b = s[..., :4], s[..., 4:]",
+        w.pick("a *= b.sigmoid()", "b.sigmoid_()", "a += 1.0"),
+        "z = a * b",
+    )
 
 
 @ingredient()
 def input_in_place(w: Writer) -> None:
     """What a layer took is changed after it ran, by addition, which saves nothing."""
     _, call = w.layer()
-    w.add("z = z * 1.0", f"s = torch.tanh({call})", "z = z.clone() if not torch.is_grad_enabled() else z + 0.0", "z += s")
+    w.add(
+        "z = z * 1.0", f"s = torch.tanh({call})", "z = z.clone() if not torch.is_grad_enabled() else z + 0.0", "z += s"
+    )
 
 
 @ingredient()
@@ -129,7 +160,7 @@ def kept_attribute(w: Writer) -> None:
 
 @ingredient()
 def auxiliary_loss_in_training(w: Writer) -> None:
-    name, call = w.layer()
+    _, call = w.layer()
     kept = w.name("aux")
     w.add("if self.training:", f"    self.{kept} = torch.tanh({call}).flatten(1).square().sum(1)")
     w.terms.append(f"value = value + 0.2 * fold(model.{kept}) if model.training else value")
@@ -154,7 +185,9 @@ def kept_by_a_hook(w: Writer) -> None:
 @ingredient(weight=2)
 def replaced_by_a_hook(w: Writer) -> None:
     name, call = w.layer(plain=True)
-    new = w.pick("out * 2.0", "torch.tanh(out)", "out.clone()", "out.relu_()", "out + 1.0", "out.view_as(out)", "out.mul_(3.0)")
+    new = w.pick(
+        "out * 2.0", "torch.tanh(out)", "out.clone()", "out.relu_()", "out + 1.0", "out.view_as(out)", "out.mul_(3.0)"
+    )
     _register(w, name, f"lambda module, args, out: {new}")
     w.add(f"z = torch.tanh({call})")
 
@@ -188,7 +221,12 @@ def backward_hook(w: Writer) -> None:
 @ingredient(weight=0.7)
 def gradient_hook(w: Writer) -> None:
     _, call = w.layer()
-    w.add(f"z = {call}", f"if z.requires_grad:", f"    z.register_hook(lambda g: {w.pick('g * 0.5', '-g', 'g.clone()')})", "z = torch.tanh(z)")
+    w.add(
+        f"z = {call}",
+        "if z.requires_grad:",
+        f"    z.register_hook(lambda g: {w.pick('g * 0.5', '-g', 'g.clone()')})",
+        "z = torch.tanh(z)",
+    )
 
 
 @ingredient(weight=0.5)
@@ -210,7 +248,10 @@ def scaled_gradient(w: Writer) -> None:
 @ingredient(weight=0.7)
 def detached(w: Writer) -> None:
     _, call = w.layer()
-    w.add(f"s = {call}", w.pick("z = torch.tanh(s) + s.detach()", "z = torch.tanh(s) * torch.sigmoid(s).detach()", "z = z.detach() + s"))
+    w.add(
+        f"s = {call}",
+        w.pick("z = torch.tanh(s) + s.detach()", "z = torch.tanh(s) * torch.sigmoid(s).detach()", "z = z.detach() + s"),
+    )
 
 
 @ingredient(weight=0.3)
@@ -239,7 +280,12 @@ def statistics_kept(w: Writer) -> None:
     """Running statistics that no training pass uses."""
     name = w.name("mean")
     w.init.append(f"self.register_buffer({name!r}, torch.zeros(()))")
-    w.add("if self.training:", f"    self.{name}.mul_(0.9).add_(0.1 * z.detach().mean())", "else:", f"    z = z - self.{name}")
+    w.add(
+        "if self.training:",
+        f"    self.{name}.mul_(0.9).add_(0.1 * z.detach().mean())",
+        "else:",
+        f"    z = z - self.{name}",
+    )
 
 
 @ingredient(weight=0.7)

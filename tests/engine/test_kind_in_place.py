@@ -18,7 +18,9 @@ VECTORS = numbers(6, 6)
 PICTURES = numbers(6, 2, 5, 5)
 
 
-def after(layer: Callable[[], nn.Module], change: Callable[[Any, Tensor], Tensor], apply: Any = None) -> Callable[[], nn.Module]:
+def after(
+    layer: Callable[[], nn.Module], change: Callable[[Any, Tensor], Tensor], apply: Any = None
+) -> Callable[[], nn.Module]:
     """tanh(i(x)) goes through a layer, whose output is changed and averaged over positions."""
     apply = apply or (lambda layer, r: layer(r))
 
@@ -128,12 +130,32 @@ IN_PLACE = [
     Input("a transposed view", after(linear, transposed), SERIES, cross_entropy),
     Input("after a convolution", after(convolution, read_then_zeroed, over_positions), SERIES, cross_entropy),
     Input("after a norm", after(lambda: nn.LayerNorm(8), read_then_zeroed), SERIES, cross_entropy),
-    Input("after attention", after(lambda: nn.MultiheadAttention(8, 2, batch_first=True), read_then_added, lambda f, r: f(r, r, r)[0]), SERIES, cross_entropy),
-    Input("after a recurrent layer", after(lambda: nn.LSTM(8, 8, batch_first=True), masked, lambda f, r: f(r)[0]), SERIES, cross_entropy),
-    Input("in a checkpoint", lambda: Wrap(recomputed, i=nn.Linear(6, 8), f=linear(), g=linear(), h=nn.Linear(8, 3)), SERIES, cross_entropy),
+    Input(
+        "after attention",
+        after(lambda: nn.MultiheadAttention(8, 2, batch_first=True), read_then_added, lambda f, r: f(r, r, r)[0]),
+        SERIES,
+        cross_entropy,
+    ),
+    Input(
+        "after a recurrent layer",
+        after(lambda: nn.LSTM(8, 8, batch_first=True), masked, lambda f, r: f(r)[0]),
+        SERIES,
+        cross_entropy,
+    ),
+    Input(
+        "in a checkpoint",
+        lambda: Wrap(recomputed, i=nn.Linear(6, 8), f=linear(), g=linear(), h=nn.Linear(8, 3)),
+        SERIES,
+        cross_entropy,
+    ),
     Input("the first layer", lambda: Wrap(first_layer, a=nn.Linear(6, 5), h=nn.Linear(5, 3)), VECTORS, cross_entropy),
-    Input("pictures", lambda: Wrap(pictures, c=nn.Conv2d(2, 4, 3), n=nn.GroupNorm(2, 4), h=nn.Linear(36, 3)), PICTURES, cross_entropy),
-]  # fmt: skip
+    Input(
+        "pictures",
+        lambda: Wrap(pictures, c=nn.Conv2d(2, 4, 3), n=nn.GroupNorm(2, 4), h=nn.Linear(36, 3)),
+        PICTURES,
+        cross_entropy,
+    ),
+]
 
 
 KEPT: dict[str, Tensor] = {}
@@ -143,7 +165,12 @@ def hooked(register: Callable[[Any], object]) -> Callable[[], nn.Module]:
     """Three layers with a hook of the user's own."""
 
     def make() -> nn.Module:
-        model = Wrap(lambda m, x: m.h(torch.tanh(m.b(torch.tanh(m.a(x))))), a=nn.Linear(6, 5), b=nn.Linear(5, 5), h=nn.Linear(5, 3))
+        model = Wrap(
+            lambda m, x: m.h(torch.tanh(m.b(torch.tanh(m.a(x))))),
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 5),
+            h=nn.Linear(5, 3),
+        )
         register(model)
         return model
 
@@ -151,7 +178,9 @@ def hooked(register: Callable[[Any], object]) -> Callable[[], nn.Module]:
 
 
 def kept(layer: str, change: Callable[[Tensor], Tensor] = lambda out: out) -> Callable[[], nn.Module]:
-    return hooked(lambda m: getattr(m, layer).register_forward_hook(lambda mod, args, out: KEPT.__setitem__(layer, change(out))))
+    return hooked(
+        lambda m: getattr(m, layer).register_forward_hook(lambda mod, args, out: KEPT.__setitem__(layer, change(out)))
+    )
 
 
 def feature(layer: str) -> Callable[[Any, Any], Tensor]:
@@ -218,18 +247,54 @@ HOOKS = [
     Input("a view of it kept", kept("a", lambda out: out[:, :2]), VECTORS, feature("a")),
     Input("kept, then replaced", hooked(kept_then_replaced), VECTORS, feature("a")),
     Input("kept through an input", hooked(kept_input), VECTORS, feature("b")),
-    Input("replaced", hooked(lambda m: m.a.register_forward_hook(lambda mod, args, out: torch.sin(out))), VECTORS, cross_entropy),
-    Input("changed in place", hooked(lambda m: m.a.register_forward_hook(lambda mod, args, out: out.mul_(2.0))), VECTORS, cross_entropy),
-    Input("changed in place, nothing returned", hooked(lambda m: m.b.register_forward_hook(lambda mod, args, out: (out.mul_(0.5), None)[1])), VECTORS, cross_entropy),
+    Input(
+        "replaced",
+        hooked(lambda m: m.a.register_forward_hook(lambda mod, args, out: torch.sin(out))),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input(
+        "changed in place",
+        hooked(lambda m: m.a.register_forward_hook(lambda mod, args, out: out.mul_(2.0))),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input(
+        "changed in place, nothing returned",
+        hooked(lambda m: m.b.register_forward_hook(lambda mod, args, out: (out.mul_(0.5), None)[1])),
+        VECTORS,
+        cross_entropy,
+    ),
     Input("of the whole model", hooked(of_the_whole), VECTORS, cross_entropy),
     Input("the output's gradient read", hooked(gradient_read), VECTORS, cross_entropy),
     Input("the output's gradient scaled", hooked(lambda m: m.b.register_forward_hook(scaled)), VECTORS, cross_entropy),
     # of a mean over the batch each example has a part that is the smaller the more examples there are
-    refused("the output's gradient clamped", hooked(lambda m: m.b.register_forward_hook(clamped)), VECTORS, cross_entropy, "(?i)example|batch"),
-    Input("a module that returns its input", lambda: Wrap(lambda m, x: m.h(m.t(x)), t=Tapped(), h=nn.Linear(6, 3)), VECTORS, tapped),
-    Input("a module that adds to its input", lambda: Wrap(lambda m, x: m.h(torch.tanh(m.b(m.a(x)))), a=nn.Linear(6, 5), b=Biased(), h=nn.Linear(5, 3)), VECTORS, cross_entropy),
-    Input("sequence features", lambda: _features(), SERIES, lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none") + 0.1 * KEPT["i"].square().mean((1, 2))),
-]  # fmt: skip
+    refused(
+        "the output's gradient clamped",
+        hooked(lambda m: m.b.register_forward_hook(clamped)),
+        VECTORS,
+        cross_entropy,
+        "(?i)example|batch",
+    ),
+    Input(
+        "a module that returns its input",
+        lambda: Wrap(lambda m, x: m.h(m.t(x)), t=Tapped(), h=nn.Linear(6, 3)),
+        VECTORS,
+        tapped,
+    ),
+    Input(
+        "a module that adds to its input",
+        lambda: Wrap(lambda m, x: m.h(torch.tanh(m.b(m.a(x)))), a=nn.Linear(6, 5), b=Biased(), h=nn.Linear(5, 3)),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input(
+        "sequence features",
+        lambda: _features(),
+        SERIES,
+        lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none") + 0.1 * KEPT["i"].square().mean((1, 2)),
+    ),
+]
 
 
 def _features() -> nn.Module:

@@ -22,7 +22,12 @@ def mlp() -> nn.Module:
 
 
 def series() -> nn.Module:
-    return Wrap(lambda m, x: m.h(m.r(torch.tanh(m.a(x)))[0][:, -1]), a=nn.Linear(4, 4), r=nn.GRU(4, 5, batch_first=True), h=nn.Linear(5, 3))
+    return Wrap(
+        lambda m, x: m.h(m.r(torch.tanh(m.a(x)))[0][:, -1]),
+        a=nn.Linear(4, 4),
+        r=nn.GRU(4, 5, batch_first=True),
+        h=nn.Linear(5, 3),
+    )
 
 
 def slope(model: Any, x: Tensor, y: Tensor, **more: Any) -> Tensor:
@@ -137,14 +142,20 @@ CASES = [
     Input("on word vectors", Words, TOKENS, in_the_embedding),
     either("a feature's gradient", mlp, BATCH, of_a_feature, INNER),
     either("by backward(inputs=)", mlp, BATCH, by_backward, INNER),
-    either("inside forward", lambda: Wrap(inside_the_model, energy=nn.Linear(4, 4), h=nn.Linear(4, 3)), BATCH, cross_entropy, INNER),
+    either(
+        "inside forward",
+        lambda: Wrap(inside_the_model, energy=nn.Linear(4, 4), h=nn.Linear(4, 3)),
+        BATCH,
+        cross_entropy,
+        INNER,
+    ),
     either("penalty", mlp, BATCH, penalty, INNER),
     either("penalty of the same pass", mlp, BATCH, penalty_of_the_same_pass, INNER),
     either("penalty through a recurrent layer", series, SERIES, penalty, INNER),
     either("forces", mlp, BATCH, forces, INNER),
     either("jacobian by torch.func", mlp, BATCH, jacobian, INNER + "|functorch|torch.func|transform"),
     either("functional_call", mlp, BATCH, adapted, INNER + "|functional|weight"),
-]  # fmt: skip
+]
 
 
 @inputs(CASES)

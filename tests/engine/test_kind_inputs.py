@@ -126,11 +126,26 @@ def noisy(m: Any, x: Tensor) -> Tensor:
 TRAINING = [
     Input("a branch", lambda: Wrap(in_training, a=nn.Linear(4, 4), h=nn.Linear(4, 3)), VECTORS, cross_entropy),
     Input("an auxiliary head", Auxiliary, VECTORS, heads),
-    Input("an auxiliary loss kept", lambda: Wrap(kept_auxiliary, aux=nn.Linear(4, 2), h=nn.Linear(4, 3)), VECTORS, lambda m, b: cross_entropy(m, b) + 0.1 * m.side),
-    Input("deep supervision", lambda: Wrap(deeply_supervised, a=nn.Linear(4, 4), b=nn.Linear(4, 4), h=nn.Linear(4, 3), g=nn.Linear(4, 3)), VECTORS, cross_entropy),
-    Input("a parameter of training", lambda: Wrap(noisy, a=nn.Linear(4, 4), shift=nn.Parameter(torch.randn(4)), h=nn.Linear(4, 3)), VECTORS, cross_entropy),
+    Input(
+        "an auxiliary loss kept",
+        lambda: Wrap(kept_auxiliary, aux=nn.Linear(4, 2), h=nn.Linear(4, 3)),
+        VECTORS,
+        lambda m, b: cross_entropy(m, b) + 0.1 * m.side,
+    ),
+    Input(
+        "deep supervision",
+        lambda: Wrap(deeply_supervised, a=nn.Linear(4, 4), b=nn.Linear(4, 4), h=nn.Linear(4, 3), g=nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input(
+        "a parameter of training",
+        lambda: Wrap(noisy, a=nn.Linear(4, 4), shift=nn.Parameter(torch.randn(4)), h=nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+    ),
     Input("a frozen part in evaluation mode", lambda: _backbone(), VECTORS, cross_entropy),
-]  # fmt: skip
+]
 
 
 def _backbone() -> nn.Module:
@@ -211,16 +226,58 @@ PROBABILITIES = {"x": SERIES["x"].softmax(-1), "y": VECTORS["y"]}
 real = numbers(B, 4, seed=5)["x"]
 TABULAR = [
     Input("categories of different sizes", Categories, table(column(50, 0), column(4, 1), column(2, 2)), cross_entropy),
-    Input("categories as floats", Categories, table(column(50, 0).double(), column(4, 1).double(), column(2, 2).double()), cross_entropy),
-    Input("one-hot of a float column", lambda: Wrap(one_hot, h=nn.Linear(9, 3)), table(column(5, 3).double(), real), cross_entropy),
-    Input("a length in a column", lambda: Wrap(lengths, h=nn.Linear(4, 3)), table(column(5, 4).double(), real), cross_entropy),
-    Input("a year", lambda: Wrap(year, e=nn.Embedding(8, 2), h=nn.Linear(6, 3)), table(1990.0 + column(8, 5).double(), real), cross_entropy),
-    Input("a position between two knots", lambda: Wrap(interpolated, e=nn.Embedding(6, 4), h=nn.Linear(4, 3)), table(5 * torch.rand(B, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)), cross_entropy),
-    Input("Cholesky factors", lambda: Wrap(lambda m, x: m.h(torch.linalg.cholesky(x).flatten(1)), h=nn.Linear(9, 3)), SPD, cross_entropy),
-    Input("logarithms of determinants", lambda: Wrap(lambda m, x: m.h(torch.cat([x.flatten(1), x.logdet()[:, None]], 1)), h=nn.Linear(10, 3)), SPD, cross_entropy),
-    Input("logarithms of probabilities", lambda: Wrap(lambda m, x: m.h(x.log().flatten(1)), h=nn.Linear(12, 3)), PROBABILITIES, cross_entropy),
-    Input("a checked range", lambda: Wrap(lambda m, x: m.h(_within(x)), h=nn.Linear(12, 3)), PROBABILITIES, cross_entropy),
-]  # fmt: skip
+    Input(
+        "categories as floats",
+        Categories,
+        table(column(50, 0).double(), column(4, 1).double(), column(2, 2).double()),
+        cross_entropy,
+    ),
+    Input(
+        "one-hot of a float column",
+        lambda: Wrap(one_hot, h=nn.Linear(9, 3)),
+        table(column(5, 3).double(), real),
+        cross_entropy,
+    ),
+    Input(
+        "a length in a column",
+        lambda: Wrap(lengths, h=nn.Linear(4, 3)),
+        table(column(5, 4).double(), real),
+        cross_entropy,
+    ),
+    Input(
+        "a year",
+        lambda: Wrap(year, e=nn.Embedding(8, 2), h=nn.Linear(6, 3)),
+        table(1990.0 + column(8, 5).double(), real),
+        cross_entropy,
+    ),
+    Input(
+        "a position between two knots",
+        lambda: Wrap(interpolated, e=nn.Embedding(6, 4), h=nn.Linear(4, 3)),
+        table(5 * torch.rand(B, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)),
+        cross_entropy,
+    ),
+    Input(
+        "Cholesky factors",
+        lambda: Wrap(lambda m, x: m.h(torch.linalg.cholesky(x).flatten(1)), h=nn.Linear(9, 3)),
+        SPD,
+        cross_entropy,
+    ),
+    Input(
+        "logarithms of determinants",
+        lambda: Wrap(lambda m, x: m.h(torch.cat([x.flatten(1), x.logdet()[:, None]], 1)), h=nn.Linear(10, 3)),
+        SPD,
+        cross_entropy,
+    ),
+    Input(
+        "logarithms of probabilities",
+        lambda: Wrap(lambda m, x: m.h(x.log().flatten(1)), h=nn.Linear(12, 3)),
+        PROBABILITIES,
+        cross_entropy,
+    ),
+    Input(
+        "a checked range", lambda: Wrap(lambda m, x: m.h(_within(x)), h=nn.Linear(12, 3)), PROBABILITIES, cross_entropy
+    ),
+]
 
 
 def _within(x: Tensor) -> Tensor:
@@ -266,19 +323,52 @@ def cut_all(batch: Any, which: slice) -> Any:
 
 BATCHES = [
     Input("a tokenizer's output and labels", linear, (UserDict(x=VECTORS["x"]), VECTORS["y"]), pair, take=cut_all),
-    Input("labels of numpy", linear, {"x": VECTORS["x"], "y": VECTORS["y"].numpy()}, lambda m, b: F.cross_entropy(m(b["x"]), torch.as_tensor(b["y"]), reduction="none"), take=cut_all),
+    Input(
+        "labels of numpy",
+        linear,
+        {"x": VECTORS["x"], "y": VECTORS["y"].numpy()},
+        lambda m, b: F.cross_entropy(m(b["x"]), torch.as_tensor(b["y"]), reduction="none"),
+        take=cut_all,
+    ),
     Input("None among the values", linear, {**VECTORS, "mask": None}, cross_entropy, take=cut_all),
-    Input("nested mappings", linear, {"in": {"x": VECTORS["x"]}, "y": VECTORS["y"]}, lambda m, b: F.cross_entropy(m(b["in"]["x"]), b["y"], reduction="none"), take=cut_all),
+    Input(
+        "nested mappings",
+        linear,
+        {"in": {"x": VECTORS["x"]}, "y": VECTORS["y"]},
+        lambda m, b: F.cross_entropy(m(b["in"]["x"]), b["y"], reduction="none"),
+        take=cut_all,
+    ),
     Input("a list of a mapping and labels", linear, [{"x": VECTORS["x"]}, VECTORS["y"]], pair, take=cut_all),
-    either("text and numbers among the values", linear, {**VECTORS, "task": "sst2", "epoch": 3}, cross_entropy, "batch|tensor|task", take=cut_all),
+    either(
+        "text and numbers among the values",
+        linear,
+        {**VECTORS, "task": "sst2", "epoch": 3},
+        cross_entropy,
+        "batch|tensor|task",
+        take=cut_all,
+    ),
     Input("time first, LSTM", Sequence, SERIES, time_first),
     Input("time first, GRU", lambda: Sequence(nn.GRU), SERIES, time_first),
     Input("time first, as many steps as examples", Sequence, numbers(3, 3, 4), time_first),
-    refused("squeeze", lambda: Wrap(squeezed, r=nn.LSTM(3, 4, batch_first=True), h=nn.Linear(4, 3)), ROWS, cross_entropy, "(?i)one example|size|squeeze"),
-    refused("squeeze of a logit", lambda: nn.Linear(4, 1), VECTORS, lambda m, b: F.binary_cross_entropy_with_logits(m(b["x"]).squeeze(), (b["y"] > 0).to(b["x"].dtype), reduction="none"), "(?i)example|size|shape"),
+    refused(
+        "squeeze",
+        lambda: Wrap(squeezed, r=nn.LSTM(3, 4, batch_first=True), h=nn.Linear(4, 3)),
+        ROWS,
+        cross_entropy,
+        "(?i)one example|size|squeeze",
+    ),
+    refused(
+        "squeeze of a logit",
+        lambda: nn.Linear(4, 1),
+        VECTORS,
+        lambda m, b: F.binary_cross_entropy_with_logits(
+            m(b["x"]).squeeze(), (b["y"] > 0).to(b["x"].dtype), reduction="none"
+        ),
+        "(?i)example|size|shape",
+    ),
     Input("a batch of one", linear, {key: value[:1] for key, value in VECTORS.items()}, cross_entropy),
     Input("a batch of two", linear, {key: value[:2] for key, value in VECTORS.items()}, cross_entropy),
-]  # fmt: skip
+]
 
 
 @inputs(CONSTANTS)

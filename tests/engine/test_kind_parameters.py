@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import groupsearch as gs
 from groupsearch.clipping import ClipPlan
-from groupsearch.errors import GroupSearchError
 from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, cross_entropy, double, either, inputs, numbers, refused
 
@@ -102,17 +101,63 @@ PARAMETERS = [
     Input("a list on the model", Bag, VECTORS, cross_entropy),
     Input("a list in a part", lambda: nn.Sequential(Bag()), VECTORS, cross_entropy),
     Input("lists in a list", lambda: Bag(nested=True), VECTORS, cross_entropy),
-    Input("a dictionary", lambda: Wrap(dictionary, w=nn.ParameterDict({"in": torch.randn(4, 5), "out": torch.randn(5, 3)})), VECTORS, cross_entropy),
+    Input(
+        "a dictionary",
+        lambda: Wrap(dictionary, w=nn.ParameterDict({"in": torch.randn(4, 5), "out": torch.randn(5, 3)})),
+        VECTORS,
+        cross_entropy,
+    ),
     Input("slices of one parameter", lambda: Wrap(shared_slices, w=parameter(4, 7)), VECTORS, cross_entropy),
-    either("straight-through", lambda: Wrap(lambda m, x: m.h(x @ Sign.apply(m.w)), w=parameter(4, 4), h=nn.Linear(4, 3)), VECTORS, cross_entropy, CONSTRAINED),
-    either("a function of one's own", lambda: Wrap(lambda m, x: m.h(torch.tanh(OwnLinear.apply(x, m.w))), w=parameter(5, 4), h=nn.Linear(5, 3)), VECTORS, cross_entropy, CONSTRAINED),
-    either("a temperature used in the loss", lambda: Wrap(lambda m, x: m.h(x), h=nn.Linear(4, 3), t=nn.Parameter(torch.zeros(()))), VECTORS, temperature, CONSTRAINED),
+    either(
+        "straight-through",
+        lambda: Wrap(lambda m, x: m.h(x @ Sign.apply(m.w)), w=parameter(4, 4), h=nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+        CONSTRAINED,
+    ),
+    either(
+        "a function of one's own",
+        lambda: Wrap(lambda m, x: m.h(torch.tanh(OwnLinear.apply(x, m.w))), w=parameter(5, 4), h=nn.Linear(5, 3)),
+        VECTORS,
+        cross_entropy,
+        CONSTRAINED,
+    ),
+    either(
+        "a temperature used in the loss",
+        lambda: Wrap(lambda m, x: m.h(x), h=nn.Linear(4, 3), t=nn.Parameter(torch.zeros(()))),
+        VECTORS,
+        temperature,
+        CONSTRAINED,
+    ),
     either("low rank by hand", _low_rank, VECTORS, cross_entropy, CONSTRAINED),
-    either("complex", lambda: Wrap(complex_layer, w=parameter(3, dtype=torch.complex128), h=nn.Linear(4, 3)), VECTORS, cross_entropy, "(?i)complex"),
-    Input("weight norm", lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)), VECTORS, cross_entropy),
-    either("weight norm of the old kind", lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)), VECTORS, cross_entropy, "(?i)weight_norm|weight|layer"),
-    either("spectral norm", lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3)), VECTORS, cross_entropy, "(?i)buffer|state|spectral|weight"),
-]  # fmt: skip
+    either(
+        "complex",
+        lambda: Wrap(complex_layer, w=parameter(3, dtype=torch.complex128), h=nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+        "(?i)complex",
+    ),
+    Input(
+        "weight norm",
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+    ),
+    either(
+        "weight norm of the old kind",
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+        "(?i)weight_norm|weight|layer",
+    ),
+    either(
+        "spectral norm",
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+        "(?i)buffer|state|spectral|weight",
+    ),
+]
 
 
 def loop(cell: Callable[[], nn.Module], states: int = 2, start: bool = True) -> Callable[[], nn.Module]:
@@ -166,11 +211,25 @@ CELLS = [
     Input("LSTMCell without a first state", loop(lambda: nn.LSTMCell(4, 5), start=False), SERIES, cross_entropy),
     Input("GRUCell", loop(lambda: nn.GRUCell(4, 5), 1), SERIES, cross_entropy),
     Input("RNNCell", loop(lambda: nn.RNNCell(4, 5, nonlinearity="relu"), 1), SERIES, cross_entropy),
-    Input("two LSTMCells", lambda: Wrap(stacked, a=nn.LSTMCell(4, 5), b=nn.LSTMCell(5, 5), h=nn.Linear(5, 3)), SERIES, cross_entropy),
-    Input("both ways through one", lambda: Wrap(both_ways, c=nn.LSTMCell(4, 5), h=nn.Linear(5, 3)), SERIES, cross_entropy),
-    Input("a learned first state", lambda: Wrap(learned_start, c=nn.LSTMCell(4, 5), h=nn.Linear(5, 3), start=parameter(2, 1, 5)), SERIES, cross_entropy),
-    Input("a head at every step", lambda: Wrap(every_step, c=nn.LSTMCell(4, 5), h=nn.Linear(5, 3)), SERIES, cross_entropy),
-]  # fmt: skip
+    Input(
+        "two LSTMCells",
+        lambda: Wrap(stacked, a=nn.LSTMCell(4, 5), b=nn.LSTMCell(5, 5), h=nn.Linear(5, 3)),
+        SERIES,
+        cross_entropy,
+    ),
+    Input(
+        "both ways through one", lambda: Wrap(both_ways, c=nn.LSTMCell(4, 5), h=nn.Linear(5, 3)), SERIES, cross_entropy
+    ),
+    Input(
+        "a learned first state",
+        lambda: Wrap(learned_start, c=nn.LSTMCell(4, 5), h=nn.Linear(5, 3), start=parameter(2, 1, 5)),
+        SERIES,
+        cross_entropy,
+    ),
+    Input(
+        "a head at every step", lambda: Wrap(every_step, c=nn.LSTMCell(4, 5), h=nn.Linear(5, 3)), SERIES, cross_entropy
+    ),
+]
 
 
 def soft_prompt(m: Any, x: Tensor) -> Tensor:
@@ -201,10 +260,18 @@ def prefix(m: Any, x: Tensor) -> Tensor:
     return m.h(((z @ k.mT).softmax(-1) @ v).mean(1))
 
 
-def prompted(forward: Callable[[Any, Tensor], Tensor], freeze: bool = True, **more: Callable[[], Any]) -> Callable[[], nn.Module]:
+def prompted(
+    forward: Callable[[Any, Tensor], Tensor], freeze: bool = True, **more: Callable[[], Any]
+) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         made = {name: build() for name, build in more.items()}
-        model = Wrap(forward, e=nn.Embedding(9, 4), r=nn.GRU(4, 5, batch_first=True), h=nn.Linear(made.pop("width", 5), 3), **made)
+        model = Wrap(
+            forward,
+            e=nn.Embedding(9, 4),
+            r=nn.GRU(4, 5, batch_first=True),
+            h=nn.Linear(made.pop("width", 5), 3),
+            **made,
+        )
         if freeze:
             model.e.requires_grad_(False)
             model.r.requires_grad_(False)
@@ -214,13 +281,40 @@ def prompted(forward: Callable[[Any, Tensor], Tensor], freeze: bool = True, **mo
 
 
 PROMPTS = [
-    Input("an embedding of its own, expanded", prompted(soft_prompt, prompt=lambda: nn.Embedding(2, 4)), TOKENS, cross_entropy),
-    Input("nothing frozen", prompted(soft_prompt, freeze=False, prompt=lambda: nn.Embedding(2, 4)), TOKENS, cross_entropy),
+    Input(
+        "an embedding of its own, expanded",
+        prompted(soft_prompt, prompt=lambda: nn.Embedding(2, 4)),
+        TOKENS,
+        cross_entropy,
+    ),
+    Input(
+        "nothing frozen", prompted(soft_prompt, freeze=False, prompt=lambda: nn.Embedding(2, 4)), TOKENS, cross_entropy
+    ),
     Input("a parameter, expanded", prompted(bare_prompt, prompt=lambda: parameter(1, 2, 4)), TOKENS, cross_entropy),
     Input("ids repeated", prompted(repeated_prompt, prompt=lambda: nn.Embedding(2, 4)), TOKENS, cross_entropy),
-    either("an encoder of prompts", prompted(encoded_prompt, prompt=lambda: nn.Embedding(2, 4), a=lambda: nn.Linear(4, 4), b=lambda: nn.Linear(4, 4)), TOKENS, cross_entropy, "(?i)example|batch"),
-    Input("prefixes of keys and values", lambda: Wrap(prefix, e=nn.Embedding(9, 4), past=nn.Embedding(2, 8), k=nn.Linear(4, 4), v=nn.Linear(4, 4), h=nn.Linear(4, 3)), TOKENS, cross_entropy),
-]  # fmt: skip
+    either(
+        "an encoder of prompts",
+        prompted(
+            encoded_prompt, prompt=lambda: nn.Embedding(2, 4), a=lambda: nn.Linear(4, 4), b=lambda: nn.Linear(4, 4)
+        ),
+        TOKENS,
+        cross_entropy,
+        "(?i)example|batch",
+    ),
+    Input(
+        "prefixes of keys and values",
+        lambda: Wrap(
+            prefix,
+            e=nn.Embedding(9, 4),
+            past=nn.Embedding(2, 8),
+            k=nn.Linear(4, 4),
+            v=nn.Linear(4, 4),
+            h=nn.Linear(4, 3),
+        ),
+        TOKENS,
+        cross_entropy,
+    ),
+]
 
 
 class Experts(nn.Module):
@@ -261,7 +355,9 @@ class Experts(nn.Module):
 
 
 def experts(way: str) -> Callable[[], nn.Module]:
-    return lambda: Wrap(lambda m, x: m.h(m.x(torch.tanh(m.a(x))).mean(1)), a=nn.Linear(4, 4), x=Experts(way), h=nn.Linear(4, 3))
+    return lambda: Wrap(
+        lambda m, x: m.h(m.x(torch.tanh(m.a(x))).mean(1)), a=nn.Linear(4, 4), x=Experts(way), h=nn.Linear(4, 3)
+    )
 
 
 EXPERTS = [
@@ -343,18 +439,14 @@ MODELS = {
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, saved, pickled, averaged, in_a_list, part_of_it])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_copy_of_a_private_model_is_a_plain_one(kind: str, duplicate: Any, when: str) -> None:
-    """It computes the same and is trained like any model; or the copy is refused in one sentence."""
+    """It computes the same and is trained like any model."""
     with double():
         model, optimizer = private(MODELS[kind])
         if when != "before a step":
             cross_entropy(model, SERIES).mean().backward()
         if when == "after a step":
             optimizer.step()
-        try:
-            twin = duplicate(model)
-        except GroupSearchError as error:
-            assert "detach" in str(error)
-            return
+        twin = duplicate(model)
         twin.zero_grad()
         twin.eval(), model.eval()
         torch.testing.assert_close(twin(SERIES["x"]), model(SERIES["x"]))

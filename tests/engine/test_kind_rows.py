@@ -16,7 +16,12 @@ B, K = 6, 3
 VECTORS = {**numbers(B, K, 4), "z": numbers(B, 4, seed=1)["x"]}
 PICTURES = numbers(B, K, 2, 5, 5)
 SENTENCES = {"x": torch.randint(9, (B, K, 4), generator=torch.Generator().manual_seed(0)), "y": VECTORS["y"]}
-PAIRS = {"a": numbers(B, 4, seed=2)["x"], "p": numbers(B, 4, seed=3)["x"], "n": numbers(B, 4, seed=4)["x"], "y": VECTORS["y"]}
+PAIRS = {
+    "a": numbers(B, 4, seed=2)["x"],
+    "p": numbers(B, 4, seed=3)["x"],
+    "n": numbers(B, 4, seed=4)["x"],
+    "y": VECTORS["y"],
+}
 SERIES = {key: numbers(B, 5, 4, seed=seed)["x"] for seed, key in enumerate("apn")}
 
 
@@ -51,8 +56,10 @@ def pictures() -> nn.Module:
 def reader(width: int = 1) -> nn.Module:
     return Wrap(
         lambda m, x: m.h(m.r(m.e(x))[0].mean(1)),
-        e=nn.Embedding(9, 4), r=nn.GRU(4, 5, batch_first=True), h=nn.Linear(5, width),
-    )  # fmt: skip
+        e=nn.Embedding(9, 4),
+        r=nn.GRU(4, 5, batch_first=True),
+        h=nn.Linear(5, width),
+    )
 
 
 def siamese(model: Any, batch: Any) -> Tensor:
@@ -94,18 +101,36 @@ CASES = [
     Input("view after view", mlp, VECTORS, view_after_view),
     Input("logits averaged over views", mlp, VECTORS, logits_averaged),
     Input("siamese pairs", mlp, PAIRS, siamese),
-    Input("triplets of series", lambda: Wrap(lambda m, x: m.r(x)[0][:, -1], r=nn.LSTM(4, 3, batch_first=True)), SERIES, triplet),
+    Input(
+        "triplets of series",
+        lambda: Wrap(lambda m, x: m.r(x)[0][:, -1], r=nn.LSTM(4, 3, batch_first=True)),
+        SERIES,
+        triplet,
+    ),
     Input("triplets, each beside its own", mlp, PAIRS, triplet_stacked),
     Input("an example and its mirror", mlp, VECTORS, mirrored),
-    Input("views encoded, examples classified", lambda: Wrap(encoder_and_head, a=nn.Linear(4, 2), h=nn.Linear(6, 3)), VECTORS,
-          lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none")),
+    Input(
+        "views encoded, examples classified",
+        lambda: Wrap(encoder_and_head, a=nn.Linear(4, 2), h=nn.Linear(6, 3)),
+        VECTORS,
+        lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none"),
+    ),
     either("views of unequal number", mlp, VECTORS, ragged, "example|rows|batch"),
-    refused("one loss for every view", mlp, VECTORS,
-            lambda m, b: F.cross_entropy(m(b["x"].flatten(0, 1)), b["y"].repeat_interleave(K), reduction="none"),
-            "example|per-example|shape"),
-    refused("views of neighbours compared", mlp, VECTORS,
-            lambda m, b: per_view(m, b) + (m(b["x"][:, 0]) - m(b["x"][:, 1].roll(1, 0))).square().sum(1), "example|batch"),
-]  # fmt: skip
+    refused(
+        "one loss for every view",
+        mlp,
+        VECTORS,
+        lambda m, b: F.cross_entropy(m(b["x"].flatten(0, 1)), b["y"].repeat_interleave(K), reduction="none"),
+        "example|per-example|shape",
+    ),
+    refused(
+        "views of neighbours compared",
+        mlp,
+        VECTORS,
+        lambda m, b: per_view(m, b) + (m(b["x"][:, 0]) - m(b["x"][:, 1].roll(1, 0))).square().sum(1),
+        "example|batch",
+    ),
+]
 
 
 @inputs(CASES)

@@ -76,7 +76,9 @@ class Teacher(nn.Module):
 def shuffled_labels(model: Any, batch: Any) -> Tensor:
     y = batch["y"].roll(1, 0) if model.training else batch["y"]
     logits = model(batch["x"])
-    return 0.8 * F.cross_entropy(logits, batch["y"], reduction="none") + 0.2 * F.cross_entropy(logits, y, reduction="none")
+    return 0.8 * F.cross_entropy(logits, batch["y"], reduction="none") + 0.2 * F.cross_entropy(
+        logits, y, reduction="none"
+    )
 
 
 def covariance(model: Any, batch: Any) -> Tensor:
@@ -114,15 +116,51 @@ def mlp() -> nn.Module:
 
 
 CASES = [
-    refused("mixup by a permutation", with_(lambda m, z: 0.6 * z + 0.4 * z[torch.randperm(len(z))]), BATCH, cross_entropy, MIXES),
+    refused(
+        "mixup by a permutation",
+        with_(lambda m, z: 0.6 * z + 0.4 * z[torch.randperm(len(z))]),
+        BATCH,
+        cross_entropy,
+        MIXES,
+    ),
     refused("mixup by a flip", with_(lambda m, z: 0.6 * z + 0.4 * z.flip(0)), BATCH, cross_entropy, MIXES),
     refused("cutmix", with_(lambda m, z: torch.cat([z[:, :2], z.roll(1, 0)[:, 2:]], 1)), BATCH, cross_entropy, MIXES),
-    refused("standardised", with_(lambda m, z: (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-3).sqrt()), BATCH, cross_entropy, MIXES),
-    refused("scaled by the largest of the batch, detached", with_(lambda m, z: z / z.detach().abs().max()), BATCH, cross_entropy, MIXES),
-    refused("functional instance norm over one instance", with_(lambda m, z: F.instance_norm(z.T[None])[0].T), BATCH, cross_entropy, MIXES),
-    refused("under enabled gradients", with_(lambda m, z: z - z.mean(0) if torch.is_grad_enabled() else z), BATCH, cross_entropy, MIXES),
+    refused(
+        "standardised",
+        with_(lambda m, z: (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-3).sqrt()),
+        BATCH,
+        cross_entropy,
+        MIXES,
+    ),
+    refused(
+        "scaled by the largest of the batch, detached",
+        with_(lambda m, z: z / z.detach().abs().max()),
+        BATCH,
+        cross_entropy,
+        MIXES,
+    ),
+    refused(
+        "functional instance norm over one instance",
+        with_(lambda m, z: F.instance_norm(z.T[None])[0].T),
+        BATCH,
+        cross_entropy,
+        MIXES,
+    ),
+    refused(
+        "under enabled gradients",
+        with_(lambda m, z: z - z.mean(0) if torch.is_grad_enabled() else z),
+        BATCH,
+        cross_entropy,
+        MIXES,
+    ),
     refused("only for large values", with_(lambda m, z: z + (z - 6.0).relu().mean(0)), BATCH, cross_entropy, MIXES),
-    refused("only in batches of four and more", with_(lambda m, z: z - z.mean(0) if len(z) >= 4 else z), BATCH, cross_entropy, MIXES),
+    refused(
+        "only in batches of four and more",
+        with_(lambda m, z: z - z.mean(0) if len(z) >= 4 else z),
+        BATCH,
+        cross_entropy,
+        MIXES,
+    ),
     refused("a class of one's own over pictures", Normed, PICTURES, cross_entropy, MIXES),
     refused("earlier passes", Bank, BATCH, cross_entropy, MIXES),
     refused("a running center", Teacher, BATCH, cross_entropy, MIXES),
@@ -132,7 +170,7 @@ CASES = [
     refused("the hardest half", mlp, BATCH, hardest, MIXES),
     refused("divided by the class's count", mlp, BATCH, balanced, MIXES),
     refused("divided by what counts", mlp, BATCH, counted, MIXES),
-]  # fmt: skip
+]
 
 
 @inputs(CASES)

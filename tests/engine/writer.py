@@ -98,7 +98,10 @@ class Writer:
                 "nn.MultiheadAttention(4, 2, batch_first=True)": ("a", "self.{}(z, z, z)[0]"),
             }
         if self.kind == "vec" and not plain:
-            options |= {"nn.GRUCell(4, 4)": ("r", "self.{}(z)"), "nn.Parameter(torch.randn(4, 4) / 2)": ("w", "z @ self.{}")}
+            options |= {
+                "nn.GRUCell(4, 4)": ("r", "self.{}(z)"),
+                "nn.Parameter(torch.randn(4, 4) / 2)": ("w", "z @ self.{}"),
+            }
         made = self.draw.choice(sorted(options))
         stem, call = options[made]
         name = self.member(made, stem)
