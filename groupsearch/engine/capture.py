@@ -69,7 +69,7 @@ class Capture:
         self._receive = receive
         self._options = options
         self._rows = (layouts or Layouts()).rows
-        self._meeting = Meeting(self.passes.running, self._site_arrival, options)
+        self._meeting = Meeting(lambda: self.passes.running(), self._site_arrival, options)  # another's in turned_to
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._inside: list[CheckpointedForward] = []

@@ -62,7 +62,7 @@ def test_the_document_is_a_profile_that_also_tells_what_fits(fit):
 
 def test_micro_batches_and_autocast_are_those_of_every_trace(mine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    how = ("--memory", "128KiB", "--optimizer", "sgd", "--grouping", "all-layer")
+    how = ("--memory", "256KiB", "--optimizer", "sgd", "--grouping", "all-layer")
     assert run("fit", f"{mine}:blocks", *how, "--micro-batches", 3, "--autocast", "bfloat16").exit_code == 0
     (path,) = (tmp_path / "profiles").iterdir()
     assert path.name.endswith("-cpu-micro-batches-3-autocast-bfloat16-fit.json")
@@ -93,7 +93,7 @@ def test_the_document_can_be_drawn(fit, tmp_path):
 
 def test_measured_rates_are_marked(mine):
     result = run(
-        "fit", f"{mine}:linear", "--memory", "2KiB", "--limit", 1, "--grouping", "all-layer", "--measure", "--json"
+        "fit", f"{mine}:linear", "--memory", "128KiB", "--limit", 1, "--grouping", "all-layer", "--measure", "--json"
     )
     assert result.exit_code == 0, result.stderr
     for row in json.loads(result.stdout)["fit"]["rows"]:

@@ -126,7 +126,7 @@ def test_a_factory_of_the_users_own(factories):
         (["MINE:good", "--grouping", "99"], ["99", "between 1 and 1"]),
         (["MINE:good", "--grouping", "worst:4"], ["worst:4", "layer-wise"]),
         (["MINE:good", "--grouping", "best:99"], ["99", "2 sites"]),
-        (["MINE:good", "--grouping", "within:1KiB"], ["the least that any grouping", "1.12 KiB"]),
+        (["MINE:good", "--grouping", "within:1KiB"], ["the least that any grouping", "80.8 KiB"]),
         (["MINE:good", "--setting", "width"], ["key=value"]),
         (["MINE:good", "--device", "gpu"], ["cuda"]),
         (["MINE:good", "--device", "cuda:99"], ["--device cpu"]),

@@ -16,6 +16,7 @@ from groupsearch.engine.loading import PoissonBatches
 from groupsearch.errors import GroupSearchError, TruthError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer import observe_sites, trace_model
+from tests.cases import EVERY_CASE
 
 SIZE = 40
 
@@ -139,6 +140,39 @@ def test_a_watched_training_is_the_training_unwatched_bit_for_bit() -> None:
             assert watched is None
         found.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+KINDS = (
+    *("linear-2d", "conv2d", "embedding-repeated", "positions-broadcast", "positions-without-batch", "class-token"),
+    *("parameter-used-twice", "bare-einsum", "bare-linear", "reused-other-length", "tied-embedding-head", "lora"),
+    *("checkpoint-tied-reentrant", "folded-positions", "second-positions", "experts-first", "gpt2", "t5", "vit"),
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_right_model_alarms_it(name: str) -> None:
+    case = EVERY_CASE[name]
+    model = case.model(torch.float32)
+    example = case.batch(torch.float32)
+    plan = ClipPlan(Grouping((), observe_sites(model, example, case.loss)), max_grad_norm=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = PoissonBatches(
+        case.batch(torch.float32, 9),
+        expected_batch_size=5,
+        steps=3,
+        physical_batch=4,
+        generator=torch.Generator().manual_seed(1),
+    )
+    how: dict[str, Any] = {"batches": batches, "loss": case.loss, "watch": 1.0}
+    engine = make_private(model, optimizer, plan, noise_multiplier=1.0, **how)
+    for logical in batches:
+        for batch in logical:
+            case.loss(model, batch).mean().backward()
+        optimizer.step()
+    watched = engine.report().watched
+    assert watched is not None
+    assert watched.runs >= 3
+    assert watched.worst < 1e-3
 
 
 def test_a_mode_that_was_not_checked_is_looked_at_at_once() -> None:
