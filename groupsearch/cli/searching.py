@@ -109,7 +109,7 @@ def search(
             bars.update(bar, description=what, completed=event.done, total=event.total)
             if event.kind == "failed" or (event.kind == "trained" and event.value is not None):  # else another's
                 name = LOSS if event.phase == "short" else settings.metric_name
-                value = "failed" if event.value is None else f"{name} {event.value:.4f}"
+                value = f"failed ({event.reason})" if event.value is None else f"{name} {event.value:.4f}"
                 say(f"{event.done}/{event.total} {what}: {value}, {format_bytes(event.peak_bytes)}")
 
         evaluate, traces = trainer(setup, ways, training), ways.traces

@@ -15,6 +15,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from groupsearch.errors import UnsupportedModelError
 from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.patience import WORKER
 from groupsearch.search.study import SharedStudy
@@ -238,6 +239,8 @@ def _attempt(evaluate: Evaluate, choice: Choice, seed: int) -> Evaluation:
         outcome = evaluate(choice, seed)
         value = float(outcome.value)
         failure = None if math.isfinite(value) else f"the metric is {value}"
+    except UnsupportedModelError:  # no fault of the choice: what other trainings gave would not count either
+        raise
     except Exception as error:
         outcome, value = Outcome(math.nan, 0.0, 0), math.nan
         failure = f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]

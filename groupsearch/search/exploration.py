@@ -34,15 +34,16 @@ class Search:
         """Obtain an evaluation, and tell about it before and after."""
         peak = self.space.peak_bytes(choice.boundaries)
 
-        def event(kind: str, value: float | None, done: int) -> Event:
-            return Event(kind, phase, choice, seed, value, peak, done, total)
+        def event(kind: str, value: float | None, done: int, reason: str | None = None) -> Event:
+            return Event(kind, phase, choice, seed, value, peak, done, total, reason)
 
         self.notify(event("started", None, done))
         evaluation = self.ledger.obtain(choice, seed)
         if evaluation.under_way:  # another process was quicker
             self.notify(event("cached", None, done))
         else:
-            self.notify(event("trained" if evaluation.error is None else "failed", evaluation.value, done + 1))
+            kind = "trained" if evaluation.error is None else "failed"
+            self.notify(event(kind, evaluation.value, done + 1, evaluation.error))
         return evaluation
 
 

@@ -149,6 +149,7 @@ class Event:
         done: evaluations done in this phase.
         total: evaluations this phase will have made when it ends; in the replication it may
             still grow or shrink, because means move the front.
+        reason: why an evaluation failed.
     """
 
     kind: str
@@ -159,6 +160,7 @@ class Event:
     peak_bytes: int
     done: int
     total: int
+    reason: str | None = None
 
     @property
     def boundaries(self) -> Boundaries:

@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
-from groupsearch.errors import BudgetError, GroupSearchError
+from groupsearch.errors import BudgetError, GroupSearchError, TruthError
 from groupsearch.memory import peaks
 from groupsearch.search import Choice, Event, Outcome, SearchResult, SearchSettings, hypervolume, run_search
 from tests.search.problem import Problem
@@ -185,6 +185,18 @@ def test_when_everything_fails_the_last_error_is_told() -> None:
 
     with pytest.raises(GroupSearchError, match="all 5 evaluations failed, the last with: RuntimeError: no such data"):
         run_search(Problem(24).trace, evaluate, SearchSettings(trials=5))
+
+
+def test_a_model_that_cannot_be_made_private_ends_the_search() -> None:
+    problem = Problem(12)
+
+    def evaluate(choice: Choice, seed: int) -> Outcome:
+        if choice.groups == 2:
+            raise TruthError("The watch in training found that examples mix.")
+        return problem.evaluate(choice, seed)
+
+    with pytest.raises(TruthError, match="examples mix"):
+        run_search(problem.trace, evaluate, SearchSettings(trials=10))
 
 
 def test_equal_settings_give_equal_evaluations_in_equal_order() -> None:
