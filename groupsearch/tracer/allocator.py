@@ -41,7 +41,7 @@ class Allocator:
 
     def counts(self, tensor: Tensor) -> bool:
         """Whether a tensor's storage is one of this allocator's."""
-        return self.device_type is None or tensor.device.type == self.device_type
+        return has_storage(tensor) and self.device_type in (None, tensor.device.type)
 
     def bytes_of(self, tensor: Tensor) -> int:
         """What a tensor's storage takes, rounded up; 0 where it is not this allocator's."""
@@ -58,3 +58,8 @@ class Allocator:
     def total(self, tensors: Iterable[Tensor]) -> int:
         """What all these tensors take, none of which share a storage."""
         return sum(map(self.bytes_of, tensors))
+
+
+def has_storage(value: object) -> bool:
+    """Whether it is a tensor with a storage of its own: a sparse one is made of others that have."""
+    return isinstance(value, Tensor) and value.layout is torch.strided

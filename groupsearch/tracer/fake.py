@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.tracer.allocator import has_storage
 from groupsearch.tracer.recipes import Recipe, call_key, find_recipe
 from groupsearch.workloads.batches import map_tensors
 from groupsearch.workloads.copies import copy_of
@@ -73,7 +74,7 @@ class _FakeMode(FakeTensorMode):
             out = self._work_out(key, func, types, args, kwargs)
         if self._ones and func._schema.is_mutable:
             for written in pytree.tree_leaves((args, kwargs)):
-                if isinstance(written, Tensor):
+                if has_storage(written):
                     self._ones.pop(id(written.untyped_storage()), None)
         elif func._schema.name in _ONES or (func._schema.name in _COPIES and self.marked(args[0])):
             self.mark(out)

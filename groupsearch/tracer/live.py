@@ -147,7 +147,7 @@ class LiveBytes(TorchDispatchMode):
     def _meet(self, values: Any) -> None:
         for value in values:
             if isinstance(value, Tensor):
-                if id(value.untyped_storage()) not in self._references and self.allocator.counts(value):
+                if self.allocator.counts(value) and id(value.untyped_storage()) not in self._references:
                     self.constant_bytes += self.ignore([value])
             elif isinstance(value, list | tuple):
                 self._meet(value)
@@ -175,9 +175,11 @@ class LiveBytes(TorchDispatchMode):
         return state
 
     def _see(self, tensor: Tensor) -> None:
+        if not self.allocator.counts(tensor):
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self._references or not self.allocator.counts(tensor):
+        if key in self._references:
             return
         size = self.allocator.bytes_of(tensor)
         number = len(self.sizes)

@@ -14,6 +14,7 @@ from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.noise import Gaussians, add_noise_
 from groupsearch.engine.truth.draws import USUAL, alike
+from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.instants import Hook, cut_instants
@@ -132,7 +133,7 @@ def record_step(
 def _recorded(
     stage: Stage, settings: StepSettings, batch_size: int, keys: dict[str, Any], examined: Examined | None
 ) -> Trace:
-    nonprivate_peak_bytes = stage.counted_step()
+    nonprivate_peak_bytes = _nonprivate_step(stage, examined)
     live = stage.live
     recorder = StepRecorder(stage, settings)
     if examined is None:
@@ -169,6 +170,19 @@ def _recorded(
         unprobed=tuple(sorted(live.unprobed)),
         settings={**keys, **settings.to_json()},
     )
+
+
+def _nonprivate_step(stage: Stage, examined: Examined | None) -> int:
+    try:
+        return stage.counted_step()
+    except (RuntimeError, NotImplementedError) as error:
+        if examined is None or isinstance(error, torch.OutOfMemoryError):  # maybe the user's own
+            raise
+        raise UnsupportedModelError(
+            "The model runs, but not on tensors without values, on which its memory is traced: "
+            f"{type(error).__name__}: {error}. Sparse tensors are among what these do not know. Take its sites from "
+            "observe_sites(model, batch, loss) to train it without an estimate of its memory."
+        ) from error
 
 
 def _booked(hooks: Sequence[Hook]) -> dict[int, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+from groupsearch.tracer.allocator import has_storage
 from groupsearch.tracer.frugal import needs_nothing
 from groupsearch.tracer.made_up import attempts
 from groupsearch.tracer.profiled import profiled_peak
@@ -73,6 +74,8 @@ class CpuScratch:
             return out, 0
         if needs_nothing(func, args, kwargs):
             return out, 0
+        if any(isinstance(x, Tensor) and not has_storage(x) for x in pytree.tree_leaves((args, kwargs, out))):
+            return out, None
         key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
         if key not in self._known:
             self._known[key] = _probe(func, args, kwargs, out)
