@@ -215,8 +215,8 @@ def _in_place_of(func: Any, args: Any, node: Any) -> Any:
     if in_place is None or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
         return None
     old, new = args[:2]
-    if not isinstance(old, Tensor) or old.untyped_storage().nbytes() != old.nbytes:
-        return None
+    if not isinstance(old, Tensor) or old.untyped_storage().nbytes() != old.nbytes or old._is_view():
+        return None  # a view holds its base, whose storage is then not its own to overwrite
     if func is _aten.add.Tensor:
         alike = isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
         return in_place if alike else None

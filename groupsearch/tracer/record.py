@@ -17,6 +17,7 @@ from groupsearch.engine.truth.draws import USUAL, alike
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
+from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.tracer.instants import Hook, cut_instants
 from groupsearch.tracer.sites import (
     Examined,
@@ -176,7 +177,7 @@ def _nonprivate_step(stage: Stage, examined: Examined | None) -> int:
     try:
         return stage.counted_step()
     except (RuntimeError, NotImplementedError) as error:
-        if examined is None or isinstance(error, torch.OutOfMemoryError):  # maybe the user's own
+        if examined is None or isinstance(error, (torch.OutOfMemoryError, *NEEDS_VALUES)):
             raise
         raise UnsupportedModelError(
             "The model runs, but not on tensors without values, on which its memory is traced: "

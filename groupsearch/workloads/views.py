@@ -27,6 +27,7 @@ def repeat_views(batch: Any, views: int, augment: Augment | None = None) -> Any:
         views: K.
         augment: is given the batch with every row repeated K times, side by side, and changes row by row.
 
+    >>> import torch
     >>> repeat_views({"x": torch.tensor([1.0, 2.0])}, 2)
     {'x': tensor([[1., 1.],
             [2., 2.]])}
