@@ -9,8 +9,8 @@ in the mode it is in; random draws are made alike for all examples meanwhile.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from groupsearch.engine.truth.comparison import (
     tolerance_of,
 )
 from groupsearch.engine.truth.draws import USUAL, Constants, alike
-from groupsearch.engine.truth.finding import described, first_difference
+from groupsearch.engine.truth.finding import described, first_difference, not_linear
 from groupsearch.engine.truth.gradients import Booked, Gradient, Loss, booked_pass, plain_pass
 from groupsearch.engine.truth.leftovers import Memory, left_as_it_was, same_values
 from groupsearch.engine.truth.poison import PoisonedIds, poisoned
@@ -72,26 +72,49 @@ class Subject:
         losses, gradient = plain_pass(self.model, example, self.loss)
         return Truth(float(losses), gradient)
 
-    def booked(self, batch: Any, examples: Sequence[int] | None = None, together: bool = True) -> Booked:
-        """A batch through the engine."""
+    def booked(self, batch: Any, examples: Sequence[int] | None = None, factor: float = 1.0) -> Booked:
+        """A batch through the engine; the sum of all unless some are asked for."""
         return booked_pass(
-            self.model, batch, self.loss, lambda r: self.attach(self.model, r), self.shared, examples, together
+            self.model, batch, self.loss, lambda r: self.attach(self.model, r), self.shared, examples, factor
         )
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of the check, by their number; the last may be the extreme one."""
+    """A batch of the check: rows by their number, of which the last may be changed, and how."""
 
     numbers: tuple[int, ...]
-    extreme: bool = False
-    shuffled: bool = False
+    last: str = ""
+    how: str = ""
 
     def __str__(self) -> str:
-        names = [str(i) for i in self.numbers]
-        if self.extreme:
-            names[-1] += " times 30"
-        return f"row{'s' if len(names) > 1 else ''} {', '.join(names)}{' with shuffled numbers' * self.shuffled}"
+        names = ", ".join(map(str, self.numbers))
+        return f"row{'s' if len(self.numbers) > 1 else ''} {names}{self.last}{self.how}"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A batch with its examples alone, by their number in it, and what plain autograd gives for each.
+
+    ``whole`` says that the sum of the batch is compared too, for which all of its examples are needed.
+    """
+
+    name: str
+    batch: Any
+    examples: Mapping[int, Any]
+    truths: Mapping[int, Truth]
+    whole: bool = True
+    factor: float = 1.0
+
+    def fault(self, subject: Subject, tolerance: float) -> tuple[float, Difference | None]:
+        """The largest difference of an example's gradient, and the worst of those that are not allowed."""
+        booked = subject.booked(self.batch, None if self.whole else sorted(self.truths), self.factor)
+        scaled = {i: Truth(t.loss, t.gradient.times(self.factor)) for i, t in self.truths.items()}
+        worst, fault = compare(booked, scaled, tolerance)
+        return worst, compare_losses(booked.losses, scaled, tolerance) or fault
+
+
+_FACTOR = 2.0**-6
 
 
 @dataclass
@@ -127,7 +150,8 @@ def check_truth(subject: Subject, tried: Tried, allow_state: Collection[str] = (
     """Hold the engine to plain autograd on rows of a batch.
 
     Model, buffers, gradients, modes and random generators are afterwards as they were. It costs about
-    twenty-five examples' forward and backward passes, and the memory of three.
+    thirty examples' forward and backward passes, and one of the batch as it was given (six examples at least, 64 at
+    most), whose activations are what it needs in memory.
 
     Args:
         subject: model, loss and how the engine reads them.
@@ -221,9 +245,13 @@ class _Check:
         self._look_back(rows)
         self._truths = tried.truths if known else tuple(self._alone(example) for example in rows.examples)
         for shape in self._shapes(rows):
-            self._compare(rows, shape)
+            self._compare(shape, [rows.examples[i] for i in shape.numbers], [self._truths[i] for i in shape.numbers])
+        self._compare_scaled(rows)
         self._compare_extreme(rows)
-        self._compare_shuffled(rows)
+        self._compare_blank(rows)
+        for examples in rows.shuffled:
+            self._compare_made(examples)
+        self._compare_whole(rows)
         self._poison(rows)
         self._refuse_buffers()
         self._tell_of_left()
@@ -265,44 +293,47 @@ class _Check:
         shapes = [_Batch((0,)), _Batch((middle, 0)), _Batch((0, middle, last)), _Batch((last, last, 0))]
         return list(dict.fromkeys(shapes))
 
-    def _compare(self, rows: Rows, shape: _Batch, examples: Sequence[Any] = (), truths: Sequence[Truth] = ()) -> None:
-        examples = examples or [rows.examples[i] for i in shape.numbers]
-        truths = truths or [self._truths[i] for i in shape.numbers]
-        fault, worst = self._fault(self._subject, examples, truths, self._tolerance)
+    def _compare(self, shape: _Batch, examples: Sequence[Any], truths: Sequence[Truth], factor: float = 1.0) -> None:
+        numbered, known = dict(enumerate(examples)), dict(enumerate(truths))
+        self._hold(_Comparison(str(shape), joined(examples), numbered, known, factor=factor))
+
+    def _hold(self, comparison: _Comparison) -> None:
+        """Refuse what differs by more than rounding."""
+        with self._fresh():
+            worst, fault = comparison.fault(self._subject, self._tolerance)
         if fault is not None:
-            wide = self._in_double(examples)
+            wide = self._in_double(comparison)
             if wide is None or wide[0] is not None:
-                raise TruthError(self._message((wide and wide[0]) or fault, shape, examples))
-            self._say(f"a difference of {fault.found:.1g} in a batch of {shape} is rounding: there is none in float64")
+                raise TruthError(self._message((wide and wide[0]) or fault, comparison))
+            name = comparison.name
+            self._say(f"a difference of {fault.found:.1g} in a batch of {name} is rounding: there is none in float64")
             worst = 0.0
         self._said.worst = max(self._said.worst, worst)
-        self._said.batches.append(str(shape))
+        self._said.batches.append(comparison.name)
 
-    def _fault(
-        self, subject: Subject, examples: Sequence[Any], truths: Sequence[Truth], tolerance: float
-    ) -> tuple[Difference | None, float]:
-        with self._fresh() if subject is self._subject else nullcontext():
-            booked = subject.booked(joined(examples))
-        by_number = dict(enumerate(truths))
-        worst, fault = compare(booked, by_number, tolerance)
-        return compare_losses(booked.losses, by_number, tolerance) or fault, worst
-
-    def _in_double(self, examples: Sequence[Any]) -> tuple[Difference | None] | None:
+    def _in_double(self, comparison: _Comparison) -> tuple[Difference | None] | None:
         self._memory.put_back()
 
         def again(subject: Subject, convert: Callable[[Any], Any]) -> Difference | None:
-            wide = [convert(example) for example in examples]
-            truths = [subject.alone(example) for example in wide]
+            examples = {i: convert(example) for i, example in comparison.examples.items()}
+            truths = {i: subject.alone(example) for i, example in examples.items()}
+            wide = replace(comparison, batch=convert(comparison.batch), examples=examples, truths=truths)
             # what computes in float32 whatever it is given rounds as that does
-            return self._fault(subject, wide, truths, self._tolerance / 10)[0]
+            return wide.fault(subject, self._tolerance / 10)[1]
 
         return in_double(self._subject, again)
 
-    def _message(self, fault: Difference, shape: _Batch, examples: Sequence[Any]) -> str:
-        subject = self._subject
+    def _message(self, fault: Difference, comparison: _Comparison) -> str:
+        subject, numbers = self._subject, list(comparison.examples)
+        examples = list(comparison.examples.values())
         self._memory.put_back()
-        begins = first_difference(lambda b: subject.loss(subject.model, b), subject.model, joined(examples), examples)
-        return described(fault, str(shape), begins, self._plain_agrees(examples))
+        begins = first_difference(
+            lambda b: subject.loss(subject.model, b), subject.model, comparison.batch, examples, numbers
+        )
+        if comparison.factor != 1:
+            return not_linear(fault, comparison.factor)
+        agrees = self._plain_agrees(examples) if comparison.whole else None
+        return described(fault, comparison.name, begins, agrees)
 
     def _plain_agrees(self, examples: Sequence[Any]) -> bool | None:
         subject = self._subject
@@ -330,17 +361,37 @@ class _Check:
         if not all(map(_is_finite, (truth.loss, truth.gradient.total()))):
             self._say("an extreme example: its gradient is not finite")
             return
+        self._compare_last(rows, rows.extreme, truth, " times 30")
+
+    def _compare_last(self, rows: Rows, example: Any, truth: Truth, what: str) -> None:
+        """The rows with another one for the last."""
         count = len(rows.examples)
         numbers = tuple(range(count - 1)) if count > 1 else (0,)
-        examples = [*(rows.examples[i] for i in numbers), rows.extreme]
+        examples = [*(rows.examples[i] for i in numbers), example]
         truths = [*(self._truths[i] for i in numbers), truth]
-        self._compare(rows, _Batch((*numbers, count - 1), extreme=True), examples, truths)
+        self._compare(_Batch((*numbers, count - 1), last=what), examples, truths)
 
-    def _compare_shuffled(self, rows: Rows) -> None:
-        for examples in rows.shuffled:
-            self._compare_made(rows, examples)
+    def _compare_scaled(self, rows: Rows) -> None:
+        """Gradients are as many times smaller as the loss is, which a mean over the batch makes of it."""
+        numbers = tuple(range(len(rows.examples)))
+        shape = _Batch(numbers, how=f", losses times {_FACTOR:g}")
+        self._compare(shape, rows.examples, self._truths, _FACTOR)
 
-    def _compare_made(self, rows: Rows, examples: Sequence[Any]) -> None:
+    def _compare_blank(self, rows: Rows) -> None:
+        """What a batch counts (positions that are not padding, classes that are weighed) is no matter of others."""
+        if rows.blank is None:
+            return
+        try:
+            truth = self._alone(rows.blank)
+        except Exception as error:
+            self._say(f"an example with zeros for half its whole numbers: the model does not take it ({short(error)})")
+            return
+        if not all(map(_is_finite, (truth.loss, truth.gradient.total()))):
+            self._say("an example with zeros for half its whole numbers: its gradient is not finite")
+            return
+        self._compare_last(rows, rows.blank, truth, " of row 1 with zeros for half its whole numbers")
+
+    def _compare_made(self, examples: Sequence[Any]) -> None:
         try:
             truths = [self._alone(example) for example in examples]
         except Exception as error:
@@ -349,8 +400,18 @@ class _Check:
         if not all(_is_finite(x) for truth in truths for x in (truth.loss, truth.gradient.total())):
             self._say("shuffled numbers: a gradient is not finite")
             return
-        numbers = tuple(range(len(truths)))
-        self._compare(rows, _Batch(numbers, shuffled=True), examples, truths)
+        self._compare(_Batch(tuple(range(len(truths))), how=" with shuffled numbers"), examples, truths)
+
+    def _compare_whole(self, rows: Rows) -> None:
+        """Its own rows in the batch as it was given: what depends on its size, or on who else is in it, shows."""
+        size = count_examples(rows.whole)
+        numbered = dict(zip(rows.places, rows.examples, strict=False))
+        truths = dict(zip(rows.places, self._truths, strict=False))
+        name = f"rows {', '.join(map(str, range(len(numbered))))} among {size}"
+        try:
+            self._hold(_Comparison(name, rows.whole, numbered, truths, whole=False))
+        except torch.OutOfMemoryError:
+            self._say(f"a batch of {size}: there is not enough memory for it")
 
     def _poison(self, rows: Rows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""
@@ -359,7 +420,7 @@ class _Check:
         ids = PoisonedIds(batch)
         try:
             with self._fresh(), ids:
-                booked = self._subject.booked(batch, examples=(0, 1), together=False)
+                booked = self._subject.booked(batch, examples=(0, 1))
         except GroupSearchError as error:
             self._say(f"NaN in one example: the engine does not take it ({short(error)})")
             return

@@ -82,7 +82,9 @@ def _rows(output: Any, size: int) -> list[Tensor]:
     return [sum((signature(x[i]) for x in leading), torch.zeros(())) for i in range(size)] if leading else []
 
 
-def described(fault: Difference, batch: str, begins: str | None, plain_agrees: bool | None) -> str:
+def described(
+    fault: Difference, batch: str, begins: str | None, plain_agrees: bool | None = None, told: bool = True
+) -> str:
     """The message of a difference.
 
     Args:
@@ -90,32 +92,34 @@ def described(fault: Difference, batch: str, begins: str | None, plain_agrees: b
         batch: which batch, in words.
         begins: see :func:`first_difference`.
         plain_agrees: whether plain autograd on the whole batch gives the sum of the examples' own gradients.
+        told: whether numbers may be told; those of an example in training are private.
     """
     place = "In the loss" if not fault.layer and not fault.parameter else f"At layer {fault.layer!r}"
+    place = f"{place} (parameter {fault.parameter!r})" if fault.parameter else place
+    by = f" by {_percent(fault.found)}" if told else ""
     if fault.what == "loss":
         where = (
             f", from module {begins!r} on" if begins else ", though no module's output does: it is the loss that mixes"
         )
         if begins == "":
             where = ", between the model's parts, in its own forward"
+        numbers = f": {fault.engine:.4g} in a batch of {batch}, {fault.truth:.4g} alone" if told else ""
         return (
-            f"The loss of an example depends on the other examples of its batch{where}: {fault.engine:.4g} in a batch "
-            f"of {batch}, {fault.truth:.4g} alone. A loss that is divided by what the batch counts does so too: divide "
-            f"by what the example counts. {MIXING}"
+            f"The loss of an example depends on the other examples of its batch{where}{numbers}. A loss that is "
+            f"divided by what the batch counts does so too: divide by what the example counts. {MIXING}"
         )
     if plain_agrees and fault.what != "norm":
         return (
-            f"{place} (parameter {fault.parameter!r}) the engine books another gradient than plain autograd on the "
-            f"example alone, by {_percent(fault.found)} of it, in a batch of {batch}, though the examples do not mix: "
-            "what the layer is given or returns is changed where the engine cannot see it, or examples change places. "
-            "Let the layer be called as a module and its output be used as it is, or freeze it with "
-            "requires_grad_(False)."
+            f"{place} the engine books another gradient than plain autograd on the example alone, different{by}, in a "
+            f"batch of {batch}, though the examples do not mix: what the layer is given or returns is changed where "
+            "the engine cannot see it, or examples change places. Let the layer be called as a module and its output "
+            "be used as it is, or freeze it with requires_grad_(False)."
         )
     if fault.what == "norm":
+        numbers = f"{fault.engine:.4g} for the norm of an example's gradient that is {fault.truth:.4g}"
         return (
-            f"{place} (parameter {fault.parameter!r}) the engine takes {fault.engine:.4g} for the norm of an example's "
-            f"gradient that is {fault.truth:.4g} by plain autograd, in a batch of {batch}. Freeze the layer with "
-            "requires_grad_(False), and report this."
+            f"{place} the engine takes {numbers if told else 'for the norm of an example another than it has'} by "
+            f"plain autograd, in a batch of {batch}. Freeze the layer with requires_grad_(False), and report this."
         )
     begun = (
         ""
@@ -125,9 +129,19 @@ def described(fault: Difference, batch: str, begins: str | None, plain_agrees: b
         else " It begins in the model's own forward."
     )
     return (
-        f"{place} (parameter {fault.parameter!r}) the gradient of an example depends on the other examples of its "
-        f"batch, or the examples are in another order there: it differs by {_percent(fault.found)} from that of the "
-        f"example alone, in a batch of {batch}, and clipping it protects nobody.{begun} {MIXING}"
+        f"{place} the gradient of an example depends on the other examples of its batch, or the examples are in "
+        f"another order there: it differs{by} from that of the example alone, in a batch of {batch}, and clipping it "
+        f"protects nobody.{begun} {MIXING}"
+    )
+
+
+def not_linear(fault: Difference, factor: float) -> str:
+    """The message where gradients are not as many times smaller as the losses are."""
+    return (
+        f"At layer {fault.layer!r} (parameter {fault.parameter!r}) the gradient of an example whose loss is multiplied "
+        f"by {factor:g} is not {factor:g} times its gradient, but differs by {_percent(fault.found)}: something clamps, "
+        "rounds or normalises gradients on their way (a hook, a function of your own), so that with a mean over the "
+        "batch they depend on how many examples it has. Clip nothing on the way; the engine clips what arrives."
     )
 
 

@@ -60,6 +60,13 @@ class Gradient:
         exact = float(self.sqnorms[name])
         return exact**0.5 if exact == exact else float(torch.linalg.vector_norm(self.signatures[name]))
 
+    def times(self, factor: float) -> Gradient:
+        """The gradient of the loss times a factor."""
+        return Gradient(
+            {name: sketch * factor for name, sketch in self.signatures.items()},
+            {name: sqnorm * factor**2 for name, sqnorm in self.sqnorms.items()},
+        )
+
     def total(self) -> float:
         """Norm of the whole gradient."""
         return sum(self.size(name) ** 2 for name in self.signatures) ** 0.5
@@ -128,7 +135,7 @@ def booked_pass(
     attached: Attached,
     shared: Collection[str],
     examples: Sequence[int] | None = None,
-    together: bool = True,
+    factor: float = 1.0,
 ) -> Booked:
     """One pass of a batch through the engine's capture.
 
@@ -138,14 +145,14 @@ def booked_pass(
         loss: one loss per example.
         attached: attaches a capture with a receiver to the model for a while.
         shared: parameters that several sites use; their entries are kept until all have come.
-        examples: whose gradients are asked for; all if None. What others hold may be NaN.
-        together: whether the sum of all is asked for too.
+        examples: whose gradients are asked for, and no sum; all and their sum if None. What others hold may be NaN.
+        factor: that every loss is multiplied by, as a mean over the batch does.
     """
     size = count_examples(batch)
-    receiver = _Receiver(size, shared, range(size) if examples is None else examples, together)
+    receiver = _Receiver(size, shared, range(size) if examples is None else examples, examples is None)
     with attached(receiver.receive):
         losses = check_loss(model, batch, loss)
-        losses.sum().backward()
+        (losses * factor).sum().backward()
     found = receiver.gradients
     return Booked(losses.detach(), found, receiver.together, receiver.sqnorms(), receiver.places)
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groupsearch.workloads.batches import count_examples, map_tensors, take_examples, tensors_of
+from groupsearch.workloads.batches import count_examples, first_examples, map_tensors, take_examples, tensors_of
 
 _LOOKED_AT = 64
 _EXTREME = 30.0
 _SHUFFLES = 3
+_AT_LEAST = 6
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,21 @@ class Rows:
         extreme: the last one with its numbers multiplied; None where it has none to multiply.
         shuffled: sets of as many with their numbers shuffled among all: data as it comes may hide what other data
             show (rows that are in order, as many positions for every expert). Empty without numbers to shuffle.
+        blank: one of them with zeros for the last half of its ids, labels and masks (padding, a class that does not
+            count); None where it has none but zeros.
+        whole: the batch as it was given, of up to 64 rows; one of fewer than six is repeated.
+        places: where in it the examples are that are its own.
         origin: where they came from, in words.
         derived: how many at the end are not the batch's own.
     """
 
     examples: tuple[Any, ...]
     extreme: Any
+    whole: Any
+    places: tuple[int, ...]
     origin: str
     shuffled: tuple[tuple[Any, ...], ...] = ()
+    blank: Any = None
     derived: int = 0
 
     def without_derived(self, refused: str) -> Rows:
@@ -68,7 +76,9 @@ def choose_rows(batch: Any) -> Rows:
             origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
     extreme = _scaled(batch, examples[-1], _EXTREME)
     shuffled = () if extreme is None else tuple(_shuffled(batch, examples, seed) for seed in range(_SHUFFLES))
-    return Rows(tuple(examples), extreme, origin, shuffled, derived)
+    whole = first_examples(batch, max(min(count_examples(batch), _LOOKED_AT), _AT_LEAST))
+    blank = _blanked(examples[min(1, len(examples) - 1)])
+    return Rows(tuple(examples), extreme, whole, tuple(chosen), origin, shuffled, blank, derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:
@@ -156,3 +166,18 @@ def _scaled(batch: Any, example: Any, factor: float) -> Any:
         return tensor if place is None else torch.where(place, tensor, tensor * factor)
 
     return map_tensors(scale, example)
+
+
+def _blanked(example: Any) -> Any:
+    """The example with zeros for the last half of its whole numbers; None where that changes nothing."""
+
+    def blank(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor
+        flat = tensor.flatten().clone()
+        flat[len(flat) // 2 :] = 0
+        return flat.view_as(tensor)
+
+    made = map_tensors(blank, example)
+    same = all(torch.equal(a, b) for a, b in zip(tensors_of(made), tensors_of(example), strict=True))
+    return None if same else made

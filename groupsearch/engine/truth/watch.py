@@ -113,7 +113,7 @@ class Watch:
     def _compared(
         self, subject: Subject, batch: Any, number: int, truth: Truth, tolerance: float
     ) -> tuple[float, Difference | None]:
-        booked = subject.booked(batch, examples=[number], together=False)
+        booked = subject.booked(batch, examples=[number])
         worst, fault = compare(booked, {number: truth}, tolerance)
         return worst, compare_losses(booked.losses, {number: truth}, tolerance) or fault
 
@@ -132,9 +132,8 @@ class Watch:
             return None
         fault = found[0] or fault if found is not None else fault
         examples = [take_examples(batch, (number,))]
-        size = count_examples(batch)
         begins = first_difference(lambda b: loss(model, b), model, batch, examples, [number])
-        message = described(fault, f"{size} examples", begins, None)
+        message = described(fault, "several examples", begins, told=False)
         return (
             f"The watch in training found that {message[0].lower()}{message[1:]} The step that would have released it "
             "is refused, and the model is that of the last step. Steps before this one may have been wrong too: do not "
