@@ -29,12 +29,14 @@ class Rows:
         dimension: of that tensor.
         count: K, how many rows there belong to one example (augmented views, a triplet).
         apart: whether they lie apart (K B, as ``torch.cat`` leaves them), or side by side (B K).
+        calls: how often a loss calls the model, each time with the same examples in the same order.
     """
 
     leaf: int = 0
     dimension: int = 0
     count: int = 1
     apart: bool = False
+    calls: int = 1
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Pass:
     Attributes:
         rows: how the model is called with them.
         shared: whether further forward passes of the same examples may belong to it.
+        calls: of the model, so far.
         begun: whether a gradient has come to an output of one of its sites.
         arrivals: sites that backward has reached.
         in_backward: whether backward has begun and not come to its end; stays true when it raised.
@@ -30,6 +31,7 @@ class Pass:
     batch_size: int
     rows: Rows = ONE_ROW
     shared: bool = False
+    calls: int = 1
     begun: bool = False
     arrivals: int = 0
     in_backward: bool = False
@@ -83,19 +85,23 @@ class Passes:
     def begin(self, batch_size: int, rows: Rows = ONE_ROW) -> bool:
         """A forward pass of so many examples; False where it goes on with the one before.
 
+        It does where passes of the same examples were announced, and as often as the loss was seen to call the model.
+
         Raises:
             UnsupportedModelError: when passes of the same examples have another number of them.
         """
         current = self.current
-        if self.policy == "same" and current is not None and not current.arrivals and not current.finished:
-            if current.batch_size != batch_size:
-                raise UnsupportedModelError(
-                    "Forward passes of the same examples were announced, but one had another number of them than the "
-                    "next. Give row i of every pass to example i."
-                )
-            return False
+        if current is not None and not current.arrivals and not current.finished:
+            if self.policy == "same" or current.calls < current.rows.calls:
+                if current.batch_size != batch_size:
+                    raise UnsupportedModelError(
+                        "Forward passes are of the same examples, as was announced or seen when the model was traced, "
+                        "but one had another number of them than the next. Give row i of every pass to example i."
+                    )
+                current.calls += 1
+                return False
         self.on_begin()
-        self.current = Pass(batch_size, rows, shared=self.policy == "same")
+        self.current = Pass(batch_size, rows, shared=self.policy == "same" or rows.calls > 1)
         self._open.add(self.current)
         return True
 

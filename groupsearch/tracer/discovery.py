@@ -86,7 +86,8 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     regrouping = two.regrouping | three.regrouping
     calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
     keeping = frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs)))
-    usage = Usage({}, keeping, _rows(calls[""]))
+    passes = two.passes if two.passes == three.passes else 1
+    usage = Usage({}, keeping, replace(_rows(calls[""]), calls=max(passes, 1)))
     for layer in layers:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
             continue  # knows by itself, or is taken care of
@@ -206,6 +207,7 @@ class _Watch(TorchFunctionMode):
     Attributes:
         calls: by module, in order.
         regrouping: modules, but not the model itself, that choose, sort or repeat rows.
+        passes: calls of the model itself that may take gradients.
     """
 
     def __init__(self, model: nn.Module, examples: int) -> None:
@@ -213,6 +215,7 @@ class _Watch(TorchFunctionMode):
         self._examples = examples
         self.calls: dict[str, list[Seen]] = {}
         self.regrouping: set[str] = set()
+        self.passes = 0
         self._model = model
         self._running: list[str] = []
         self._stack = ExitStack()
@@ -235,6 +238,7 @@ class _Watch(TorchFunctionMode):
     def _watch(self, name: str, module: nn.Module) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._running.append(name)
+            self.passes += not name and torch.is_grad_enabled()
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._running.pop()
