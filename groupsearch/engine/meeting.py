@@ -165,7 +165,8 @@ class Meeting(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SUBSTITUTES and self._running and any(self.from_batch(t) for t in _tensors(args, kwargs)):
             return SUBSTITUTES[func](self, *args, **kwargs)
-        if self._tracked and any(t in self._tracked for t in _tensors(args, kwargs)):
+        # without gradients (inside an autograd.Function, too) a parameter is a number like any other
+        if self._tracked and torch.is_grad_enabled() and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")

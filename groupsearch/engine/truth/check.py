@@ -410,8 +410,10 @@ class _Check:
         name = f"rows {', '.join(map(str, range(len(numbered))))} among {size}"
         try:
             self._hold(_Comparison(name, rows.whole, numbered, truths, whole=False))
-        except torch.OutOfMemoryError:
-            self._say(f"a batch of {size}: there is not enough memory for it")
+        except GroupSearchError:
+            raise
+        except Exception as error:  # not enough memory, or constants for fewer examples
+            self._say(f"a batch of {size}: the model does not take it ({short(error)})")
 
     def _poison(self, rows: Rows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""
