@@ -171,7 +171,7 @@ class Meeting(TorchFunctionMode):
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         # most results ask for gradients or are no tensors, and need no mark
-        if name == "__get__" or (isinstance(out, Tensor) and out.requires_grad):
+        if out.requires_grad if isinstance(out, Tensor) else name == "__get__":
             return out
         # a tensor cast like another one, or expanded to its size, takes no values from it
         tensors = _tensors(args, kwargs)
@@ -180,10 +180,14 @@ class Meeting(TorchFunctionMode):
             self.mark(out, self._kept(name, args))
         elif name in _FILLING or name in _EXPANDING:
             along = name in _EXPANDING and isinstance(args[0], Tensor) and args[0].shape[1:2] == (1,)
-            self.mark(out, ("first", "second") if along else ("first",))
+            self.mark(out, (*self._filled(), "second") if along else self._filled())
             if name in _FILLING:
                 setattr(out, _FILLED, True)
         return out
+
+    def _filled(self) -> tuple[str, ...]:
+        """The layouts of what is made for as many examples, or rows of them, as the model was called with."""
+        return ("first",) if self.running().rows.count == 1 else ("first", "folded")
 
     def _kept(self, name: str, args: Sequence[Any]) -> tuple[str, ...]:
         """The layouts that the result of an operation on something of the batch may have."""
