@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,11 +48,13 @@ class Usage:
         layouts: of the layers that own trainable parameters, by name.
         keeping: modules that are given and return whole examples, batch first.
         rows: how the model is called with the examples; several of one example are taken to lie side by side.
+        lent: layers whose parameters are used outside of their own forward, too.
     """
 
     layouts: dict[str, str]
     keeping: frozenset[str]
     rows: Rows = ONE_ROW
+    lent: set[str] = field(default_factory=set)
 
     @property
     def orders(self) -> tuple[Rows, ...]:
@@ -62,6 +64,11 @@ class Usage:
     def is_inside_whole(self, layer: str) -> bool:
         """Whether a layer is, or lies in, a module that is differentiated as one."""
         return any(layout == "whole" and (layer + ".").startswith(name + ".") for name, layout in self.layouts.items())
+
+    def lend(self, layer: str) -> bool:
+        """Have the parameters of a layer followed outside of its forward, too."""
+        self.lent.add(layer)
+        return True
 
     def make_whole(self, layer: str) -> bool:
         """Have the smallest module around a layer differentiated as one; False where there is none but the model."""
