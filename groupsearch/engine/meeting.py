@@ -165,12 +165,13 @@ class Meeting(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SUBSTITUTES and self._running and any(self.from_batch(t) for t in _tensors(args, kwargs)):
             return SUBSTITUTES[func](self, *args, **kwargs)
-        if self._tracked and any(t in self._tracked for t in _tensors(args, kwargs)):
+        used = self._tracked and torch.is_grad_enabled()  # without, nothing can be asked of it
+        if used and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        # most results ask for gradients or are no tensors, and need no mark
-        if name == "__get__" or (isinstance(out, Tensor) and out.requires_grad):
+        # most results ask for gradients or are no tensors (but x.mT is), and need no mark
+        if out.requires_grad if isinstance(out, Tensor) else name == "__get__":
             return out
         # a tensor cast like another one, or expanded to its size, takes no values from it
         tensors = _tensors(args, kwargs)
