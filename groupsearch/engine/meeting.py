@@ -301,9 +301,12 @@ class Meeting(TorchFunctionMode):
         return func(x, index, met.expand_as(x)[index])
 
     def _is_matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        own = self._tracked.of([x for x in (weight, bias) if x is not None])
-        return self._is_row(input, layout) and all(
-            x.sources[0].leaf is x.tensor and x.sources[0].parameter is not None for x in own
+        asking = [x for x in (weight, bias) if x is not None and x.requires_grad]
+        own = self._tracked.of(asking)  # others would lose their gradient
+        return (
+            self._is_row(input, layout)
+            and len(own) == len(asking)
+            and all(x.sources[0].leaf is x.tensor and x.sources[0].parameter is not None for x in own)
         )
 
     def _matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -239,12 +239,14 @@ def settle(
         )
     rows = replace(usage.rows, apart=bool(apart) and usage.rows.count > 1)
     while True:
-        reading = Reading(options, Layouts(dict(usage.layouts), rows, frozenset(usage.lent)))
+        reading = Reading(options, Layouts(dict(usage.layouts), rows, usage.lent))
         try:
             return reading, observe_pass(model, three, loss, reading)
         except UnsupportedModelError as error:
-            outside = isinstance(error, OutsideUseError) and error.layer not in usage.lent
-            if error.layer is None or not (usage.lend if outside else usage.make_whole)(error.layer):
+            if error.layer is None:
+                raise
+            outside = (error.layer,) if isinstance(error, OutsideUseError) else ()
+            if not usage.lend(*outside) and not usage.make_whole(error.layer):
                 raise
 
 
