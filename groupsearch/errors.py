@@ -26,6 +26,10 @@ class UnsupportedModelError(GroupSearchError):
         self.layer = layer
 
 
+class OutsideUseError(UnsupportedModelError):
+    """A parameter that is used outside of the forward of its layer, where nothing follows it."""
+
+
 class BudgetError(GroupSearchError):
     """A memory budget that no grouping can meet."""
 

@@ -64,6 +64,7 @@ class Site:
             formed, without any clipped sum.
         groups: channel groups of a convolution; 1 elsewhere. d counts the inputs of one, p the outputs of all.
         rows: how examples are counted in what the model is called with; the same at every site.
+        lent: whether parameters of its layer are used outside of the layer's own forward, too.
     """
 
     name: str
@@ -82,12 +83,15 @@ class Site:
     close_live_bytes: int = 0
     groups: int = 1
     rows: Rows = field(default_factory=Rows)
+    lent: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure; :meth:`from_json` is its inverse."""
         data = {**asdict(self), "parameters": list(self.parameters)}
         if self.rows == Rows():
             del data["rows"]
+        if not self.lent:
+            del data["lent"]
         return data
 
     @classmethod

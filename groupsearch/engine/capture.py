@@ -8,7 +8,7 @@ anywhere else betrays itself by receiving one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -72,12 +72,14 @@ class Capture:
         self._meeting = Meeting(lambda: self.passes.running(), self._site_arrival, options)  # another's in turned_to
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
+        self._lent = _slots_of_lent(model, self.layers)
+        self._lending: list[list[tuple[dict[str, Any], str, Any]]] = []
         self._inside: list[CheckpointedForward] = []
         self._before_calls: list[tuple[Randomness, Left]] = []
         self._aside = False
         self._given_as = ("second",) if self._rows.dimension else ("first",) if self._rows.count == 1 else ("folded",)
         self._watch_outputs = any(
-            x.rule is None or x.rule.kind == "embedding" or x.layout != "first" for x in self.layers
+            x.lent or x.rule is None or x.rule.kind == "embedding" or x.layout != "first" for x in self.layers
         )
         self._handles: list[RemovableHandle] = []
         _WATCHED.add(model)
@@ -126,6 +128,7 @@ class Capture:
     # -- passes ------------------------------------------------------------------------------
 
     def _begin_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._lending.append([])
         if not self._is_on():
             return
         if not in_backward() and self.passes.begin(_count_examples((args, kwargs), self._rows), self._rows):
@@ -135,8 +138,22 @@ class Capture:
         if self._watch_outputs:
             self._meeting.mark(pytree.tree_leaves((args, kwargs)), self._given_as)
             self._meeting.enter()
+            self._lend()
+
+    def _lend(self) -> None:
+        """While the model runs, parameters of lent layers are followed wherever they are used."""
+        for layer, name, slots in self._lent:
+            leaf = self._meeting.track(self._bare_source(layer, name))
+            for parameters, local in slots:
+                self._lending[-1].append((parameters, local, parameters[local]))
+                parameters[local] = leaf
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        for parameters, local, original in self._lending.pop() if self._lending else ():
+            parameters[local] = original
+        for layer in self.layers:
+            if layer.lent and isinstance(layer.module, nn.RNNBase):
+                layer.module._update_flat_weights()
         while self._meeting.watching:
             self._meeting.leave()
         if output is None and not in_backward() and not self._aside:
@@ -288,14 +305,20 @@ class Capture:
 
     def _before_bare(self, layer: Layer) -> None:
         self._meeting.enter(layer)
-        self._swap(layer, {name: self._meeting.track(self._bare_source(layer, name)) for name in layer.trainable})
+        own = {name: self._bare_source(layer, name) for name in layer.trainable if not self._is_lent(layer, name)}
+        self._swap(layer, {name: self._meeting.track(source) for name, source in own.items()})
+
+    def _is_lent(self, layer: Layer, name: str) -> bool:
+        """Whether a parameter has been replaced for the whole forward of the model."""
+        return self._meeting.is_tracked(layer.module.get_parameter(name))
 
     def _bare_source(self, layer: Layer, name: str) -> Source:
         canonical = layer.trainable[name]
-        leaf = layer.module.get_parameter(name).detach().requires_grad_()
+        leaf = nn.Parameter(layer.module.get_parameter(name).detach())  # may stand where a parameter is asked for
         dims = Dimensions(1, leaf.numel(), leaf.numel(), "direct")
         key = f"{layer.name}.{name}" if layer.name else name
-        return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims), layer, canonical)
+        seen = replace(layer, layout="folded") if layer.layout == "whole" else layer  # by who uses it outside
+        return Source(key, leaf, lambda instance: InstanceEntry({canonical: instance}, dims), seen, canonical)
 
     def _after_bare(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
         self._meeting.leave(layer)
@@ -333,6 +356,19 @@ class Capture:
 
     def _keys(self, layer: Layer) -> set[str]:
         return {f"{layer.name}.{name}" if layer.name else name for name in layer.trainable}
+
+
+Slots = tuple[tuple[dict[str, Any], str], ...]
+
+
+def _slots_of_lent(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[Layer, str, Slots]]:
+    """Every parameter of a lent layer once, as the layer has it, and all places of the model where it lies."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for local, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module._parameters, local))
+    own = {canonical: (layer, name) for layer in layers if layer.lent for name, canonical in layer.trainable.items()}
+    return [(layer, name, tuple(places[id(layer.module.get_parameter(name))])) for layer, name in own.values()]
 
 
 def _count_examples(arguments: tuple[Any, Any], rows: Rows) -> int:

@@ -7,7 +7,7 @@ output gradient g. Layers without a rule are handled operation by operation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class Layer:
         trainable: canonical name of every trainable parameter it owns, by its own name for it.
         rule: how its gradients are formed; None where it is handled operation by operation.
         layout: where it keeps the examples of a batch, see :mod:`groupsearch.engine.layout`.
+        lent: whether its parameters are used outside of its own forward, too.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layer:
     trainable: Mapping[str, str]
     rule: Rule | None
     layout: str = "first"
+    lent: bool = False
 
     @property
     def folded(self) -> bool:
@@ -68,8 +70,10 @@ class Rule:
     check: Callable[[str, nn.Module], None] = lambda name, module: None
 
 
-def rule_for(name: str, module: nn.Module) -> Rule | None:
+def rule_for(name: str, module: nn.Module, trainable: Collection[str] = ()) -> Rule | None:
     """The rule of a module, by its class or the class whose forward it inherits unchanged.
+
+    None where it trains others than a weight and a bias: these are made of what it trains (the old weight_norm).
 
     Raises:
         UnsupportedModelError: when the class has a rule but this instance's settings break it.
@@ -80,7 +84,7 @@ def rule_for(name: str, module: nn.Module) -> Rule | None:
             unchanged = all(
                 getattr(type(module), m, None) is getattr(cls, m, None) for m in ("forward", "_conv_forward")
             )
-            if not unchanged or "forward" in vars(module):
+            if not unchanged or "forward" in vars(module) or not {"weight", "bias"}.issuperset(trainable):
                 return None
             rule.check(name, module)
             return rule

@@ -165,12 +165,12 @@ class Meeting(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SUBSTITUTES and self._running and any(self.from_batch(t) for t in _tensors(args, kwargs)):
             return SUBSTITUTES[func](self, *args, **kwargs)
-        # without gradients (inside an autograd.Function, too) a parameter is a number like any other
-        if self._tracked and torch.is_grad_enabled() and any(t in self._tracked for t in _tensors(args, kwargs)):
+        used = self._tracked and torch.is_grad_enabled()  # without, nothing can be asked of it
+        if used and any(t in self._tracked for t in _tensors(args, kwargs)):
             return self._follow(func, args, kwargs)
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        # most results ask for gradients or are no tensors, and need no mark
+        # most results ask for gradients or are no tensors (but x.mT is), and need no mark
         if out.requires_grad if isinstance(out, Tensor) else name == "__get__":
             return out
         # a tensor cast like another one, or expanded to its size, takes no values from it
@@ -305,9 +305,12 @@ class Meeting(TorchFunctionMode):
         return func(x, index, met.expand_as(x)[index])
 
     def _is_matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        own = self._tracked.of([x for x in (weight, bias) if x is not None])
-        return self._is_row(input, layout) and all(
-            x.sources[0].leaf is x.tensor and x.sources[0].parameter is not None for x in own
+        asking = [x for x in (weight, bias) if x is not None and x.requires_grad]
+        own = self._tracked.of(asking)  # others would lose their gradient
+        return (
+            self._is_row(input, layout)
+            and len(own) == len(asking)
+            and all(x.sources[0].leaf is x.tensor and x.sources[0].parameter is not None for x in own)
         )
 
     def _matrix_site(self, layout: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

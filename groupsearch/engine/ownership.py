@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.layers import Layer, rule_for
 from groupsearch.engine.layout import Layouts
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import OutsideUseError, UnsupportedModelError
 
 
 def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Layer, ...]:
@@ -17,13 +17,15 @@ def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Laye
 
     Args:
         model: the model.
-        layouts: where layers keep the examples; a module with layout ``whole`` owns every parameter inside.
+        layouts: where layers keep the examples, and which are lent; a module with layout ``whole`` owns every
+            parameter inside.
 
     Raises:
         UnsupportedModelError: for a layer that mixes examples or whose settings break its rule, for a
             parameter that is complex or has hooks, and when nothing is trainable.
     """
-    found = (layouts or Layouts()).of
+    layouts = layouts or Layouts()
+    found = layouts.of
     _refuse_parameters(model)
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers: list[Layer] = []
@@ -39,8 +41,8 @@ def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Laye
         if owner:
             inside.append(name)
         if trainable:
-            rule = None if owner else rule_for(name, module)
-            layers.append(Layer(name, module, trainable, rule, found.get(name, "first")))
+            rule = None if owner else rule_for(name, module, trainable)
+            layers.append(Layer(name, module, trainable, rule, found.get(name, "first"), name in layouts.lent))
             if rule is None:
                 _refuse_own_checkpoint(name, module, whole)
     if not layers:
@@ -121,7 +123,7 @@ def refuse_gradient(layer: Layer, name: str, unless: Callable[[], bool] = lambda
         if unless():
             return
         parameter.grad = None
-        raise UnsupportedModelError(
+        raise OutsideUseError(
             f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the "
             f"forward of its layer {layer.name!r} (a penalty in the loss, functional use of another's weight, or a "
             "layer torch.nn calls without its forward). Call the layer itself, or freeze the parameter.",

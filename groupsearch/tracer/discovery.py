@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import ONE_ROW
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Rows
 from groupsearch.tracer.fake import NEEDS_VALUES
+from groupsearch.tracer.outside import Owners
 from groupsearch.workloads.batches import count_examples, first_examples
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -48,11 +50,15 @@ class Usage:
         layouts: of the layers that own trainable parameters, by name.
         keeping: modules that are given and return whole examples, batch first.
         rows: how the model is called with the examples; several of one example are taken to lie side by side.
+        outside: layers with parameters that an operation outside of their own forward was given.
+        lent: those whose parameters are to be followed there, too.
     """
 
     layouts: dict[str, str]
     keeping: frozenset[str]
     rows: Rows = ONE_ROW
+    outside: frozenset[str] = frozenset()
+    lent: frozenset[str] = frozenset()
 
     @property
     def orders(self) -> tuple[Rows, ...]:
@@ -62,6 +68,11 @@ class Usage:
     def is_inside_whole(self, layer: str) -> bool:
         """Whether a layer is, or lies in, a module that is differentiated as one."""
         return any(layout == "whole" and (layer + ".").startswith(name + ".") for name, layout in self.layouts.items())
+
+    def lend(self, *layers: str) -> bool:
+        """Have these layers' parameters, and all used outside, followed there; False where they are already."""
+        before, self.lent = self.lent, self.lent.union(self.outside, layers)
+        return self.lent != before
 
     def make_whole(self, layer: str) -> bool:
         """Have the smallest module around a layer differentiated as one; False where there is none but the model."""
@@ -81,13 +92,14 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
             when the model's path depends on values that fake tensors do not have.
     """
     layers = owned_layers(model)
-    runs = [_watched_run(model, first_examples(batch, examples), loss) for examples in (2, 3)]
+    runs = [_watched_run(model, layers, first_examples(batch, examples), loss) for examples in (2, 3)]
     two, three = runs
     regrouping = two.regrouping | three.regrouping
     calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
     keeping = frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs)))
     passes = two.passes if two.passes == three.passes else 1
-    usage = Usage({}, keeping, replace(_rows(calls[""]), calls=max(passes, 1)))
+    rows = replace(_rows(calls[""]), calls=max(passes, 1))
+    usage = Usage({}, keeping, rows, two.outside | three.outside)
     for layer in layers:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
             continue  # knows by itself, or is taken care of
@@ -109,8 +121,8 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     return usage
 
 
-def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
-    watch = _Watch(model, count_examples(examples))
+def _watched_run(model: nn.Module, layers: Sequence[Layer], examples: Any, loss: Loss) -> _Watch:
+    watch = _Watch(model, layers, count_examples(examples))
     try:
         with watch:
             loss(model, examples)
@@ -208,14 +220,17 @@ class _Watch(TorchFunctionMode):
         calls: by module, in order.
         regrouping: modules, but not the model itself, that choose, sort or repeat rows.
         passes: calls of the model itself that may take gradients.
+        outside: layers with parameters that an operation outside of their own forward was given.
     """
 
-    def __init__(self, model: nn.Module, examples: int) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], examples: int) -> None:
         super().__init__()
         self._examples = examples
         self.calls: dict[str, list[Seen]] = {}
         self.regrouping: set[str] = set()
         self.passes = 0
+        self.outside: frozenset[str] = frozenset()
+        self._owners = Owners(layers)
         self._model = model
         self._running: list[str] = []
         self._stack = ExitStack()
@@ -233,6 +248,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._running and self._running[-1] and _regroups(func, args, kwargs, self._examples):
             self.regrouping.add(self._running[-1])
+        self.outside |= self._owners.outside(func, (args, kwargs), self._running)
         return func(*args, **(kwargs or {}))
 
     def _watch(self, name: str, module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import joined
 from groupsearch.engine.whole import WholeEntry
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import OutsideUseError, UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Rows, Site, shared_parameters
 from groupsearch.tracer.discovery import Loss, find_layouts
@@ -44,6 +44,7 @@ class Observed:
     parameters: tuple[str, ...]
     parameter_count: int
     dimensions: Dimensions
+    lent: bool
 
 
 def as_sites(arrivals: Sequence[Observed], model: nn.Module, rows: Rows) -> tuple[Site, ...]:
@@ -70,6 +71,7 @@ def as_sites(arrivals: Sequence[Observed], model: nn.Module, rows: Rows) -> tupl
                 parameter_count=seen.parameter_count,
                 layout=seen.layout,
                 rows=rows,
+                lent=seen.lent,
             )
         )
     return tuple(sites)
@@ -220,8 +222,9 @@ def settle(
 ) -> tuple[Reading, list[Observed]]:
     """How the engine can read a model, and what arrives in a pass over three examples, see :func:`observe_pass`.
 
-    A layer that cannot be followed inside is differentiated as one, together with as few modules
-    around it as keep the examples together. Several rows of an example lie ``apart`` or side by side; None: not known.
+    A layer whose parameters are used elsewhere is lent. One that cannot be followed inside is differentiated as one,
+    together with as few modules around it as keep the examples together. Several rows of an example lie ``apart`` or
+    side by side; None: not known.
 
     Raises:
         UnsupportedModelError: when that is the whole model, or something else cannot be covered; and when nobody
@@ -236,11 +239,14 @@ def settle(
         )
     rows = replace(usage.rows, apart=bool(apart) and usage.rows.count > 1)
     while True:
-        reading = Reading(options, Layouts(dict(usage.layouts), rows))
+        reading = Reading(options, Layouts(dict(usage.layouts), rows, usage.lent))
         try:
             return reading, observe_pass(model, three, loss, reading)
         except UnsupportedModelError as error:
-            if error.layer is None or not usage.make_whole(error.layer):
+            if error.layer is None:
+                raise
+            outside = (error.layer,) if isinstance(error, OutsideUseError) else ()
+            if not usage.lend(*outside) and not usage.make_whole(error.layer):
                 raise
 
 
@@ -300,7 +306,7 @@ def observed(arrival: Arrival, parameters: tuple[str, ...], dims: Dimensions, si
     """What an arrival says about its site."""
     count = sum(sizes[name] for name in parameters)
     layer = arrival.layer
-    return Observed(arrival.key, layer.name, arrival.kind, layer.layout, parameters, count, dims)
+    return Observed(arrival.key, layer.name, arrival.kind, layer.layout, parameters, count, dims, layer.lent)
 
 
 def unseen(model: nn.Module, arrivals: Sequence[Observed]) -> list[str]:

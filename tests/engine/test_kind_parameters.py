@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import groupsearch as gs
 from groupsearch.clipping import ClipPlan
@@ -64,6 +65,10 @@ class OwnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, w = ctx.saved_tensors
         return grad @ w, grad.t() @ x
+
+
+def mean_entropy(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]).mean(1), batch["y"], reduction="none")
 
 
 def complex_layer(m: Any, x: Tensor) -> Tensor:
@@ -157,6 +162,153 @@ PARAMETERS = [
         cross_entropy,
         "(?i)buffer|state|spectral|weight",
     ),
+]
+
+
+def lent(forward: Callable[[Any, Tensor], Tensor], **layers: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """A model whose forward uses parameters of its layers; a head if there is none."""
+    layers.setdefault("h", lambda: nn.Linear(4, 3))
+    return lambda: Wrap(forward, **{name: make() for name, make in layers.items()})
+
+
+def linear(bias: bool = True) -> nn.Module:
+    return nn.Linear(4, 4, bias=bias)
+
+
+class OfAnother(nn.Module):
+    """Multiplies by the weight of a layer that it does not own."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.other, self.scale = [other], parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.other[0].weight) * self.scale
+
+
+def of_another() -> nn.Module:
+    one = linear()
+    return Wrap(lambda m, x: m.h(m.o(torch.tanh(m.a(x)))), a=one, o=OfAnother(one), h=nn.Linear(4, 3))
+
+
+def normalised_by_hand(m: Any, x: Tensor) -> Tensor:
+    weight = m.a.weight
+    return m.h(torch.tanh(F.linear(x, weight / weight.norm(dim=1, keepdim=True), m.a.bias)))
+
+
+def distance(m: Any, x: Tensor) -> Tensor:
+    """Of every example from the weights, as learning vector quantisation and radial layers have it."""
+    return m.h(torch.exp(-(x[:, None] - m.a.weight).square().sum(-1)))
+
+
+def tied_head(m: Any, x: Tensor) -> Tensor:
+    return F.linear(torch.tanh(m.a(m.e(x))).mean(1), m.e.weight)[:, :3]
+
+
+def tied_modules() -> nn.Module:
+    model = Wrap(
+        lambda m, x: m.h(F.linear(torch.tanh(m.b(x) + m.a(x)), m.b.weight)), a=linear(), b=linear(), h=linear()
+    )
+    model.b.weight = model.a.weight
+    return model
+
+
+def affine(m: Any, x: Tensor) -> Tensor:
+    return m.h(torch.tanh(m.n(x)) * m.n.weight + m.n.bias)
+
+
+def convolved_again(m: Any, x: Tensor) -> Tensor:
+    x = torch.tanh(m.c(x.mT))
+    return m.h(F.conv1d(x, m.c.weight, m.c.bias, padding=1).mean(2))
+
+
+def gates(m: Any, x: Tensor) -> Tensor:
+    return m.h(torch.tanh(F.linear(m.r(x)[0][:, -1], m.r.weight_hh_l0[:4], m.r.bias_hh_l0[:4])))
+
+
+def attended(m: Any, x: Tensor) -> Tensor:
+    return m.h(torch.tanh(F.linear(m.t(x, x, x)[0], m.t.out_proj.weight.t())).mean(1))
+
+
+def folded(m: Any, x: Tensor) -> Tensor:
+    rows = F.linear(m.a(x.flatten(0, 1)), m.a.weight.t())
+    return m.h(torch.tanh(rows).view(x.shape).mean(1))
+
+
+def checkpointed(reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        z = checkpoint(lambda z: torch.tanh(F.linear(z, m.b.weight) * z).exp(), m.a(x), use_reentrant=reentrant)
+        return m.h(m.b(z))
+
+    return forward
+
+
+def scaled(model: Any, batch: Any) -> Tensor:
+    return cross_entropy(model, batch) + model.a.weight.square().sum()
+
+
+class Within(nn.Module):
+    """A module that is differentiated as one and uses a layer of its own both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = x.reshape(-1, 4)
+        out, positive = torch.zeros_like(s), s[:, 0] > 0
+        out[positive] = self.a(s[positive])
+        out[~positive] = F.linear(s[~positive], self.a.weight.t())
+        return out.view(x.shape)
+
+
+LENT = [
+    Input("another's weight", of_another, VECTORS, cross_entropy),
+    Input(
+        "only its weight",
+        lent(lambda m, x: m.h(torch.tanh(F.linear(x, m.a.weight, m.a.bias))), a=linear),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input("transposed", lent(lambda m, x: m.h(torch.tanh(m.a(x)) @ m.a.weight.t()), a=linear), SERIES, mean_entropy),
+    Input(
+        "slices",
+        lent(lambda m, x: m.h(torch.tanh(x @ m.a.weight[:2].mT) @ m.a.weight[2:]), a=lambda: linear(bias=False)),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input("weight norm by hand", lent(normalised_by_hand, a=linear), VECTORS, cross_entropy),
+    Input(
+        "a penalty per example",
+        lent(lambda m, x: m.h(m.a(x)) * m.a.weight.square().mean(), a=linear),
+        VECTORS,
+        cross_entropy,
+    ),
+    Input("distances from the weights", lent(distance, a=lambda: linear(bias=False)), VECTORS, cross_entropy),
+    Input("a tied head", lent(tied_head, e=lambda: nn.Embedding(9, 4), a=linear, h=nn.Identity), TOKENS, cross_entropy),
+    Input("tied modules", tied_modules, VECTORS, cross_entropy),
+    Input("of a norm", lent(affine, n=lambda: nn.LayerNorm(4)), VECTORS, cross_entropy),
+    Input("of a convolution", lent(convolved_again, c=lambda: nn.Conv1d(4, 4, 3, padding=1)), SERIES, cross_entropy),
+    Input("of a recurrent layer", lent(gates, r=lambda: nn.GRU(4, 4, batch_first=True)), SERIES, cross_entropy),
+    Input(
+        "of attention", lent(attended, t=lambda: nn.MultiheadAttention(4, 2, batch_first=True)), SERIES, cross_entropy
+    ),
+    Input("rows folded", lent(folded, a=linear), SERIES, cross_entropy),
+    Input(
+        "inside of what is differentiated as one",
+        lent(lambda m, x: m.h(m.w(m.b(x)).mean(1)), w=Within, b=linear),
+        SERIES,
+        cross_entropy,
+    ),
+    either("checkpointed", lent(checkpointed(False), a=linear, b=linear), VECTORS, cross_entropy, "checkpoint"),
+    either(
+        "checkpointed, reentrant",
+        lent(checkpointed(True), a=linear, b=linear),
+        VECTORS,
+        cross_entropy,
+        "use_reentrant|outside the forward",
+    ),
+    refused("a penalty in the loss", lent(lambda m, x: m.h(m.a(x)), a=linear), VECTORS, scaled, "penalty in the loss"),
 ]
 
 
@@ -370,6 +522,11 @@ EXPERTS = [
 
 @inputs(PARAMETERS)
 def test_parameters_without_layers(case: Input) -> None:
+    assert_right(case)
+
+
+@inputs(LENT)
+def test_parameters_outside_of_their_layers(case: Input) -> None:
     assert_right(case)
 
 
