@@ -91,15 +91,15 @@ class Passes:
             UnsupportedModelError: when passes of the same examples have another number of them.
         """
         current = self.current
-        if current is not None and not current.arrivals and not current.finished:
-            if self.policy == "same" or current.calls < current.rows.calls:
-                if current.batch_size != batch_size:
-                    raise UnsupportedModelError(
-                        "Forward passes are of the same examples, as was announced or seen when the model was traced, "
-                        "but one had another number of them than the next. Give row i of every pass to example i."
-                    )
-                current.calls += 1
-                return False
+        waits = current is not None and not current.arrivals and not current.finished
+        if current is not None and waits and (self.policy == "same" or current.calls < current.rows.calls):
+            if current.batch_size != batch_size:
+                raise UnsupportedModelError(
+                    "Forward passes are of the same examples, as was announced or seen when the model was traced, but "
+                    "one had another number of them than the next. Give row i of every pass to example i."
+                )
+            current.calls += 1
+            return False
         self.on_begin()
         self.current = Pass(batch_size, rows, shared=self.policy == "same" or rows.calls > 1)
         self._open.add(self.current)

@@ -139,9 +139,10 @@ def not_linear(fault: Difference, factor: float) -> str:
     """The message where gradients are not as many times smaller as the losses are."""
     return (
         f"At layer {fault.layer!r} (parameter {fault.parameter!r}) the gradient of an example whose loss is multiplied "
-        f"by {factor:g} is not {factor:g} times its gradient, but differs by {_percent(fault.found)}: something clamps, "
-        "rounds or normalises gradients on their way (a hook, a function of your own), so that with a mean over the "
-        "batch they depend on how many examples it has. Clip nothing on the way; the engine clips what arrives."
+        f"by {factor:g} is not {factor:g} times its gradient, but differs by {_percent(fault.found)}: something "
+        "clamps, rounds or normalises gradients on their way (a hook, a function of your own), so that with a mean "
+        "over the batch they depend on how many examples it has. Clip nothing on the way; the engine clips what "
+        "arrives."
     )
 
 
