@@ -3,7 +3,8 @@
 ``factor_B`` is the clipping factor of every example. A factor is folded into the smaller
 operand, a few examples at a time, so that no second copy of a large operand is ever made.
 Half-precision operands are widened (:mod:`~groupsearch.engine.widening`): sums and per-example
-gradients come in float32 or float64.
+gradients come in float32 or float64. Sums are of IEEE float32, as the norms that bound them; an instance is not, since
+its norm and its sum are both taken of the instance itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from groupsearch.engine.ieee import in_ieee
 from groupsearch.engine.widening import accumulator, example_slices, is_half, widened, widening
 
 
@@ -20,6 +22,7 @@ def matrix_instance(a_BGTd: Tensor, g_BGTp: Tensor) -> Tensor:
     return g_BGTp.mT @ a_BGTd
 
 
+@in_ieee
 def matrix_clipped_sum(a_BGTd: Tensor, g_BGTp: Tensor, factor_B: Tensor) -> Tensor:
     """Sum over examples of factor * g^T a, (G, p, d), as one matrix product per slice of examples."""
     scale_a = a_BGTd.shape[3] <= g_BGTp.shape[3]
@@ -57,6 +60,7 @@ def embedding_instance(ids_BT: Tensor, g_BTd: Tensor, rows: int) -> Tensor:
     return instance.scatter_add_(1, ids_BT.clamp(min=0).unsqueeze(2).expand(g_BTd.shape), g_BTd)
 
 
+@in_ieee
 def instance_clipped_sum(instance: Tensor, factor_B: Tensor) -> Tensor:
     """Sum over examples of factor times the per-example gradient (B, ...), of shape (...)."""
     flat = instance.unsqueeze(1).flatten(1)

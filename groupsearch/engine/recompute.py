@@ -13,6 +13,7 @@ from torch import Tensor
 
 from groupsearch.engine import grads, norms
 from groupsearch.engine.entries import MatrixEntry
+from groupsearch.engine.ieee import in_ieee
 from groupsearch.engine.widening import SLICE_BYTES, accumulator, widened
 
 
@@ -36,6 +37,7 @@ def sliced_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     )
 
 
+@in_ieee
 def _sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     total_B = norms.instance_sqnorm(grads.matrix_instance(a_BGTd, g_BGTp))
     if bias:

@@ -5,6 +5,9 @@ be followed. What goes in and comes out still belongs to examples, so each examp
 that of the module run again on this example's rows; the clipped sum is that of one run on all of
 them. Nothing is kept but inputs and output gradients. A module that draws random numbers is run
 again on the whole batch, with the same draws, and differentiated for one example after the other.
+
+A run on one example and a run on all take kernels chosen for their sizes, which round otherwise. Both are of IEEE
+float32 (convolutions of CUDA are not by default), and norms are made ``APART`` units of rounding longer for the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.entries import Dimensions, InstanceEntry
+from groupsearch.engine.ieee import ieee
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import fold_rows
 from groupsearch.engine.norms import instance_sqnorm
@@ -30,6 +34,8 @@ from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Rows
 
 ByLeaf = Mapping[int, Tensor]
+APART = 64
+"""Units of rounding that a norm is made longer by."""
 
 
 class Randomness:
@@ -101,17 +107,18 @@ class Call:
         for index, x in rows.items():
             leaves[index] = fold_rows(x.detach(), self.order)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with torch.enable_grad(), _fresh(self.module, self.trainable) as fresh:
+        with torch.enable_grad(), ieee(), _fresh(self.module, self.trainable) as fresh:
             outputs = pytree.tree_leaves(self._run(args, kwargs))
         for wanted in grads:
             reached = [i for i in wanted if outputs[i].requires_grad]
-            found = torch.autograd.grad(
-                [outputs[i] for i in reached],
-                list(fresh.values()),
-                [fold_rows(wanted[i], self.order) for i in reached],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with ieee():
+                found = torch.autograd.grad(
+                    [outputs[i] for i in reached],
+                    list(fresh.values()),
+                    [fold_rows(wanted[i], self.order) for i in reached],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             yield {
                 name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(fresh.items(), found, strict=True)
             }
@@ -151,9 +158,10 @@ class WholeEntry:
         return (*self.rows.values(), *self.grads.values())
 
     def sqnorm(self) -> Tensor:
-        """Squared gradient norm per example, (B,), one example at a time."""
+        """Squared gradient norm per example, (B,), one example at a time, rounded up."""
         squares = [[instance_sqnorm(g[None]) for g in gradient.values()] for gradient in self._examples()]
-        return torch.stack([torch.cat(parts).sum() for parts in squares])
+        sqnorm_B = torch.stack([torch.cat(parts).sum() for parts in squares])
+        return sqnorm_B.mul_((1 + APART * torch.finfo(sqnorm_B.dtype).eps) ** 2)
 
     def instance(self, name: str) -> Tensor:
         """Per-example gradient of one parameter, (B, *shape)."""

@@ -2,8 +2,8 @@
 
 A norm that is rounded to eight bits clips to something else than the threshold, and Gram
 matrices of scaled float16 gradients overflow. So nothing is summed in half precision; what is
-kept in the book stays as it came. With ``torch.set_float32_matmul_precision("high")`` the
-products run on tensor cores, and a product of two half-precision numbers is still exact.
+kept in the book stays as it came. A product of two half-precision numbers is exact in float32, and
+rounded up by no more than what adding such products up may lose.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Every example's gradient as the engine books it, in batches of one, two and three, with a duplicate
 and with an extreme example, is compared with plain autograd on that example alone. NaN in one
 example must reach no other, and no pass may leave behind what depends on the data. The model runs
-in the mode it is in; random draws are made alike for all examples meanwhile.
+in the mode it is in; random draws are made alike for all examples meanwhile, and products are of IEEE
+float32: TF32, which a GPU's convolutions take by default, differs by as much as a fault may.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from groupsearch.checked import Checked
 from groupsearch.engine.arrival import Receiver
+from groupsearch.engine.ieee import ieee
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.truth.comparison import (
     TOLERANCES,
@@ -118,7 +120,7 @@ def try_rows(model: nn.Module, batch: Any, loss: Loss, draws: Constants = USUAL)
         UnsupportedModelError: for sizes of batch that do not run, and a loss that is not one per example.
         Exception: what the model or the loss raises on the batch as it is given, with a note.
     """
-    with left_as_it_was(model) as memory, alike(draws):
+    with left_as_it_was(model) as memory, alike(draws), ieee():
         rows, truths = _Runs(model, loss, memory).on(batch, choose_rows(batch))
     return Tried(rows, truths, draws)
 
@@ -138,7 +140,7 @@ def check_truth(subject: Subject, tried: Tried, allow_state: Collection[str] = (
         TruthError: where the engine is not right, or examples mix.
         UnsupportedModelError: for state that depends on the data.
     """
-    with left_as_it_was(subject.model) as memory, alike(subject.draws):
+    with left_as_it_was(subject.model) as memory, alike(subject.draws), ieee():
         return _Check(subject, memory, frozenset(allow_state)).run(tried)
 
 

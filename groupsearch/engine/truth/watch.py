@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from groupsearch.checked import Watched
+from groupsearch.engine.ieee import ieee
 from groupsearch.engine.truth.check import Subject, in_double, mode_of
 from groupsearch.engine.truth.comparison import Difference, Truth, compare, compare_losses, tolerance_of
 from groupsearch.engine.truth.draws import alike
@@ -97,7 +98,13 @@ class Watch:
         if not size:
             return
         number = self._entropy.randrange(size)
-        with left_as_it_was(model) as memory, alike(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            left_as_it_was(model) as memory,
+            alike(),
+            ieee(),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             example = take_examples(batch, (number,))
             with self._aside():
                 truth = self._subject.alone(example)
