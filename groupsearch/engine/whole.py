@@ -30,7 +30,7 @@ from groupsearch.engine.norms import instance_sqnorm
 from groupsearch.engine.passes import Pass
 from groupsearch.engine.taps import Autocast, Take, with_gradients
 from groupsearch.engine.widening import is_half
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
 
 ByLeaf = Mapping[int, Tensor]
@@ -131,6 +131,8 @@ class Call:
             try:
                 return self.module.forward(*args, **kwargs)
             except (RuntimeError, IndexError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise UnsupportedModelError(
                     f"Module {self.name!r} is differentiated as one, and does not run on part of its batch: {error}. "
                     "Make everything that grows with the batch inside the module.",

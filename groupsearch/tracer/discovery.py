@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from groupsearch.engine.layout import ONE_ROW
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples
@@ -116,6 +116,8 @@ def _watched_run(model: nn.Module, examples: Any, loss: Loss) -> _Watch:
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on "
             "batches of any size."

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.optimizers import make_optimizer, warm_state
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.trace import StaticBytes, weights_with_choice
@@ -246,6 +246,8 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
         moved = own.to(device)
         return moved, map_tensors(lambda t: t.to(device), batch)
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error
 
 

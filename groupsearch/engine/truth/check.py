@@ -38,7 +38,7 @@ from groupsearch.engine.truth.leftovers import Memory, left_as_it_was, same_valu
 from groupsearch.engine.truth.poison import PoisonedIds, poisoned
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import Rows, choose_rows, joined
-from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError
+from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors
 
 Attach = Callable[[nn.Module, Receiver], AbstractContextManager[Any]]
@@ -174,6 +174,8 @@ class _Runs:
         except GroupSearchError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             if rows.derived:
                 return self.on(batch, rows.without_derived(short(error)))
             raise self._of_size(batch, rows, error) from error
@@ -182,6 +184,8 @@ class _Runs:
             try:
                 losses, gradient = self._try(example)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 if i >= len(rows.examples) - rows.derived:
                     return self.on(batch, rows.without_derived(short(error)))
                 raise _of_one(error) from error
@@ -327,6 +331,8 @@ class _Check:
         try:
             truth = self._alone(rows.extreme)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._say(f"an extreme example: the model does not take it alone ({short(error)})")
             return
         if not all(map(_is_finite, (truth.loss, truth.gradient.total()))):
@@ -346,6 +352,8 @@ class _Check:
         try:
             truths = [self._alone(example) for example in examples]
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._say(f"shuffled numbers: the model does not take them alone ({short(error)})")
             return
         if not all(_is_finite(x) for truth in truths for x in (truth.loss, truth.gradient.total())):
@@ -366,6 +374,8 @@ class _Check:
             self._say(f"NaN in one example: the engine does not take it ({short(error)})")
             return
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._say(f"NaN in one example: the model does not take it ({short(error)})")
             return
         if not (changed or ids.reached):
@@ -456,7 +466,9 @@ def in_double(
     try:
         wide = replace(subject, model=copy.deepcopy(subject.model).double())
         return (again(wide, lambda b: map_tensors(lambda t: t.double() if t.is_floating_point() else t, b)),)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
 
 

@@ -25,7 +25,7 @@ from groupsearch.engine.truth.draws import alike
 from groupsearch.engine.truth.finding import described, first_difference
 from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.reading import Reading
-from groupsearch.errors import GroupSearchError, TruthError
+from groupsearch.errors import GroupSearchError, TruthError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 RATE = 0.01
@@ -69,7 +69,9 @@ class Watch:
         begin = time.perf_counter()
         try:
             self._look(batch)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.watched = replace(self.watched, skipped=self.watched.skipped + 1)
         seconds = self.watched.seconds + time.perf_counter() - begin
         self.watched = replace(self.watched, seconds=seconds)
