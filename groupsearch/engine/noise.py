@@ -14,7 +14,7 @@ itself, and the sums that noise is added to are rounded like all floating point 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,20 +48,21 @@ class Gaussians:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._chunk = CHUNK if source.device.type == "cpu" else CUDA_CHUNK
+        self.chunk = CHUNK if source.device.type == "cpu" else CUDA_CHUNK
         self._pool = self._empty = torch.empty(0, dtype=torch.float64, device=source.device)
 
-    def like(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of a tensor, and as many numbers in the shape of each, which the caller may overwrite.
-
-        Which number an element gets depends on the tensor's shape alone, not on its strides.
-        """
-        if tensor.numel() > self._chunk:
-            rows = self._chunk // tensor[0].numel()
+    def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
+        """A tensor in pieces of no more than ``chunk`` numbers; how it is cut depends on its shape alone."""
+        if tensor.numel() > self.chunk:
+            rows = self.chunk // tensor[0].numel()
             for piece in tensor.split(rows) if rows else tensor:
-                yield from self.like(piece)
+                yield from self.pieces(piece)
         elif tensor.numel():
-            yield tensor, self._take(tensor.numel()).view(tensor.shape)
+            yield tensor
+
+    def like(self, piece: Tensor) -> Tensor:
+        """Numbers in the shape of a piece, which the caller may overwrite; not its strides decide which goes where."""
+        return self._take(piece.numel()).view(piece.shape)
 
     def forget(self) -> None:
         """Let go of what was drawn and not used."""
@@ -94,35 +95,59 @@ def _draw(count: int, source: Source) -> Tensor:
 
 
 def add_noise_(tensor: Tensor, std: float, gaussians: Gaussians) -> Tensor:
-    """Adds independent N(0, std^2) noise to every element, in place, and returns the tensor.
+    """Adds noise to one tensor, in place, and returns it; see :func:`add_noises_`."""
+    add_noises_([tensor], [std], gaussians)
+    return tensor
+
+
+@torch.no_grad()
+def add_noises_(tensors: Sequence[Tensor], stds: Sequence[float], gaussians: Gaussians) -> None:
+    """Adds independent N(0, std^2) noise to every element of every tensor, in place.
 
     Drawn and added in float64, then rounded to a multiple of 2^-20 deviations or less, and once to the
-    tensor's dtype. A standard deviation of 0 draws nothing and leaves the source where it was.
+    tensor's dtype. A standard deviation of 0 draws nothing and leaves the source where it was. Numbers are drawn
+    for one tensor after the other, and added to as many tensors at a time as a draw has numbers for.
 
-    Transient memory: that of a draw, see :class:`Gaussians`; it does not grow with the tensor.
+    Transient memory: that of a draw, see :class:`Gaussians`; it does not grow with the tensors.
 
     Args:
-        tensor: floating point, any shape, on the source's device.
-        std: standard deviation, finite and not negative.
+        tensors: floating point, any shapes, on the source's device.
+        stds: standard deviation of each, finite and not negative.
         gaussians: source of the noise.
 
     Raises:
-        GroupSearchError: when the standard deviation is negative or not finite, or the tensor is
-            not floating point.
+        GroupSearchError: when a standard deviation is negative or not finite, or a tensor is not floating
+            point; nothing has been added then.
     """
-    if not (math.isfinite(std) and std >= 0):
-        raise GroupSearchError(f"Expected a finite standard deviation >= 0 of the noise, found {std}.")
-    if not tensor.is_floating_point():
-        raise GroupSearchError(f"Expected a floating point tensor to add noise to, found {tensor.dtype}.")
-    if std == 0:
-        return tensor
+    for tensor, std in zip(tensors, stds, strict=True):
+        if not (math.isfinite(std) and std >= 0):
+            raise GroupSearchError(f"Expected a finite standard deviation >= 0 of the noise, found {std}.")
+        if not tensor.is_floating_point():
+            raise GroupSearchError(f"Expected a floating point tensor to add noise to, found {tensor.dtype}.")
+    together: list[tuple[Tensor, Tensor, float]] = []
+    held = 0
+    for tensor, std in zip(tensors, stds, strict=True):
+        for piece in gaussians.pieces(tensor) if std else ():
+            if held + piece.numel() > gaussians.chunk:
+                _add(together)
+                together, held = [], 0
+            together.append((piece, gaussians.like(piece), std))
+            held += piece.numel()
+    _add(together)
+
+
+def _add(together: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """Adds (piece, standard normal numbers, deviation) of several tensors in a few launches."""
+    if not together:
+        return
+    pieces, noises, stds = (list(each) for each in zip(*together, strict=True))
     # Adding and subtracting it leaves a multiple of the grid; a power of two, so that nothing else is rounded.
-    shift = 1.5 * 2.0 ** (52 + math.frexp(std)[1] - 1 - _GRID_BITS)
-    with torch.no_grad():
-        for piece, noise in gaussians.like(tensor):
-            piece.copy_(noise.mul_(std).add_(piece).add_(shift).sub_(shift))
-            del piece, noise  # before the next ones are drawn
-    return tensor
+    shifts = [1.5 * 2.0 ** (52 + math.frexp(std)[1] - 1 - _GRID_BITS) for std in stds]
+    torch._foreach_mul_(noises, stds)
+    torch._foreach_add_(noises, pieces)
+    torch._foreach_add_(noises, shifts)
+    torch._foreach_sub_(noises, shifts)
+    torch._foreach_copy_(pieces, noises)
 
 
 def added_delta(numbers: int, noise_multiplier: float, steps: int = 1) -> float:

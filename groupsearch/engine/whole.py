@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.entries import Dimensions, InstanceEntry
+from groupsearch.engine.habits import habits_of
 from groupsearch.engine.ieee import ieee
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import fold_rows
@@ -176,8 +177,17 @@ class WholeEntry:
         """
         if is_half(*self.grads.values(), *(self.call.module.get_parameter(n) for n in self.call.trainable)):
             return self.alone(slice(None)).clipped_sums(factor_B)
-        scaled = {i: g * factor_B.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for i, g in self.grads.items()}
-        return next(self.call.gradients(self.rows, [scaled]))
+        scaled = {i: g * _by_example(factor_B.to(g.dtype), g) for i, g in self.grads.items()}
+        if habits_of(factor_B).looks:
+            return next(self.call.gradients(self.rows, [scaled]))
+        # Without a look: an example with a factor of zero runs with the rows of one that has another, if there is one.
+        kept_B = factor_B != 0
+        places = torch.arange(len(kept_B), device=kept_B.device)
+        places = torch.where(kept_B, places, kept_B.to(torch.uint8).argmax())
+        for g in scaled.values():
+            g.masked_fill_(_by_example(~kept_B, g), 0)
+        sums = next(self.call.gradients({i: x[places] for i, x in self.rows.items()}, [scaled]))
+        return {name: total.masked_fill(~kept_B.any(), 0) for name, total in sums.items()}
 
     def alone(self, kept_B: Tensor | slice) -> InstanceEntry:
         """The gradients of some examples, (B, *shape) each, as they come from the runs that the norms were taken of."""
@@ -198,6 +208,10 @@ class WholeEntry:
         for i, g in self.grads.items():
             alone[i][example] = g[example]
         return alone
+
+
+def _by_example(numbers_B: Tensor, like: Tensor) -> Tensor:
+    return numbers_B.view(-1, *[1] * (like.dim() - 1))
 
 
 Deliver = Callable[[Callable[[], WholeEntry]], None]

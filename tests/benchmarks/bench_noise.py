@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -56,6 +56,12 @@ def four_float32(tensor: Tensor, std: float, gaussians: Gaussians) -> Tensor:
     return tensor.add_(noise)
 
 
+def float32_noises(tensors: Sequence[Tensor], stds: Sequence[float], gaussians: Gaussians) -> None:
+    """The same for several tensors."""
+    for tensor, std in zip(tensors, stds, strict=True):
+        float32_noise(tensor, std, gaussians)
+
+
 def step_of(workload: Workload, batch: Mapping[str, Tensor], secure: bool) -> Step:
     """An all-layer private step."""
     model = workload.build().to(next(iter(batch.values())).device).train()
@@ -76,7 +82,7 @@ def as_before(step: Step) -> Step:
     """The step with float32 noise."""
 
     def run() -> None:
-        with patch.object(mechanism, "add_noise_", float32_noise):
+        with patch.object(mechanism, "add_noises_", float32_noises):
             step()
 
     return run
