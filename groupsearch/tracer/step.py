@@ -178,8 +178,9 @@ def real_stage(
     settings: StepSettings,
     device: torch.device,
     scratch: Scratch | None = None,
+    copy_model: bool = True,
 ) -> Stage:
-    """A stage on copies of a model and a batch on a device, counted as the device's allocator does.
+    """A stage on a copy of a model (or the model itself) and of a batch on a device, counted as its allocator does.
 
     A CUDA device has taken one step: its libraries are loaded, and their workspaces are among the static bytes.
     Its operations are watched as they run, those of the CPU are probed by ``scratch``.
@@ -187,7 +188,7 @@ def real_stage(
     Raises:
         GroupSearchError: when the device is not there.
     """
-    moved = real_copy(model, batch, device)
+    moved = real_copy(model, batch, device, copy_model)
     workspaces = workspace_bytes(device)
     stage = make_stage(*moved, loss, settings, LiveBytes(scratch, Allocator.of(device)), workspaces)
     if device.type == "cuda":

@@ -30,7 +30,14 @@ from groupsearch.randomness import SecureStream, secret_generator
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
-from tests.benchmarks.bench_step import LEARNING_RATE, MAX_GRAD_NORM, MODELS, NOISE_MULTIPLIER, Step, _environment
+from tests.benchmarks.bench_step import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    MODELS,
+    NOISE_MULTIPLIER,
+    Step,
+    _environment,
+)
 
 LIMIT = 1.05
 NUMBERS = 2**18
@@ -153,7 +160,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_noise", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--rounds", type=int, default=25, help="measured steps of every side")
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=list(SMALL), default=list(SMALL))
     parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     synchronize = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None

@@ -25,14 +25,14 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes
 from tests.benchmarks.accuracy import CHOICE_LIMIT, choice_of, environment, errors_of, summarise
 from tests.benchmarks.architectures import WITHOUT_BLOCKS, small_workload
-from tests.benchmarks.evidence import MODELS
+from tests.benchmarks.realistic import MODELS
 from tests.gpu.grid_part import NON_PRIVATE, Part, request_of
 
 REALISTIC = (
     *("GPT-2 small", "RoBERTa base", "ViT-B/16", "T5 base", "Llama 3.2 1B"),
     *("ResNet-50 with GroupNorm", "Whisper small encoder"),
 )
-"""Names in :data:`tests.benchmarks.evidence.MODELS`, which has their batch and sequence lengths."""
+"""Names in :data:`tests.benchmarks.realistic.MODELS`, which has their batch and sequence lengths."""
 SMALL = ("gpt2", "roberta", "vit", "t5", "llama", "digits-cnn")
 """Names in :data:`tests.benchmarks.architectures.ARCHITECTURES`."""
 COMPARISONS = {
@@ -50,7 +50,7 @@ Runner = Callable[[Part], Iterator[dict[str, Any]]]
 def realistic_part(name: str, device: str, **how: Any) -> Part:
     """A model at the size it is trained at."""
     setup = MODELS[name].setup("none", "none")
-    return Part(name, setup.workload, setup.settings, device, CHECKPOINTS, **how)
+    return Part(labelled(name, how), setup.workload, setup.settings, device, CHECKPOINTS, **how)
 
 
 def small_part(name: str, folder: Path, device: str, **how: Any) -> Part:
@@ -60,7 +60,12 @@ def small_part(name: str, folder: Path, device: str, **how: Any) -> Part:
     settings = {key: workload.settings[key] for key in known if workload.settings.get(key) is not None}
     settings["batch_size"] = workload.batch_size
     checkpoints = CHECKPOINTS[:1] if name in WITHOUT_BLOCKS else CHECKPOINTS
-    return Part(name, workload.name, settings, device, checkpoints, **how)
+    return Part(labelled(name, how), workload.name, settings, device, checkpoints, **how)
+
+
+def labelled(name: str, how: Mapping[str, Any]) -> str:
+    """A model's name in the document, with what it is cast to."""
+    return name if how.get("autocast", "none") == "none" else f"{name}, {how['autocast']}"
 
 
 def in_a_process(part: Part) -> Iterator[dict[str, Any]]:
@@ -190,9 +195,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no row begins that may end later")
     parser.add_argument("--small", action="store_true", help="small models of the same kinds")
     parser.add_argument("--fresh", action="store_true", help="plain all-layer in a process of its own as well")
+    parser.add_argument("--autocast", default="none", choices=("none", "bfloat16"), help="what forward is cast to")
     options = parser.parse_args(arguments)
     known = SMALL if options.small else REALISTIC
-    how = {"randoms": options.random, "fresh": options.fresh}
+    how = {"randoms": options.random, "fresh": options.fresh, "autocast": options.autocast}
     grid = Grid(options.output, options.device)
     with tempfile.TemporaryDirectory() as folder:
         names = [name for name in options.models or known if name in known]
