@@ -35,6 +35,7 @@ from tests.benchmarks.bench_step import (
     MAX_GRAD_NORM,
     MODELS,
     NOISE_MULTIPLIER,
+    SMALL,
     Step,
     _environment,
 )

@@ -5,7 +5,7 @@ One process per model; the document is written after every row, and a run that f
 grid may be taken in parts. Errors are signed: estimate / measurement - 1, an under-estimate is negative. What the
 allocator reserved stands beside what it had allocated, and is part of no error.
 
-``--small`` takes small models of the same kinds: the same path from end to end on a CPU, in a minute.
+``--small`` takes small models of the same kinds, all in this process: the same path on a CPU, in a minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from groupsearch.units import format_bytes
 from tests.benchmarks.accuracy import CHOICE_LIMIT, choice_of, environment, errors_of, summarise
 from tests.benchmarks.architectures import WITHOUT_BLOCKS, small_workload
 from tests.benchmarks.realistic import MODELS
-from tests.gpu.grid_part import NON_PRIVATE, Part, request_of
+from tests.gpu.grid_part import NON_PRIVATE, Part, request_of, rows_of
 
 REALISTIC = (
     *("GPT-2 small", "RoBERTa base", "ViT-B/16", "T5 base", "Llama 3.2 1B"),
@@ -164,7 +164,7 @@ def allocator_settings() -> str:
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
-def run(grid: Grid, parts: Sequence[Part], seconds: float, rows_of: Runner = in_a_process) -> None:
+def run(grid: Grid, parts: Sequence[Part], seconds: float, measured: Runner = in_a_process) -> None:
     """Add the rows that are missing, part after part, until the time is over."""
     end = time.monotonic() + seconds
     for part in parts:
@@ -172,7 +172,7 @@ def run(grid: Grid, parts: Sequence[Part], seconds: float, rows_of: Runner = in_
         if left <= 0:
             return
         given = {**vars(part), "seconds": left, "done": grid.done(part.model)}
-        for row in rows_of(Part(**given)):
+        for row in measured(Part(**given)):
             grid.add(row)
             print(_line(grid.rows[-1]) if "failed" not in row else f"{part.model} failed: {row['failed']}", flush=True)
 
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
             else realistic_part(name, options.device, **how)
             for name in names
         ]
-        run(grid, parts, options.seconds)
+        run(grid, parts, options.seconds, rows_of if options.small else in_a_process)
     for sentence in grid.missed() or ["within every limit"]:
         print(sentence)
     return 1 if grid.failures or grid.missed() or not grid.rows else 0
