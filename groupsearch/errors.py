@@ -14,6 +14,23 @@ class GroupSearchError(Exception):
     exit_code = 2
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or a library on it, had no memory left.
+
+    torch raises ``torch.OutOfMemoryError`` for its own allocator on a GPU, and a plain RuntimeError for that of the CPU
+    and for libraries. It tells nothing of the model: whoever turns errors into a refusal lets it through.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
 class UnsupportedModelError(GroupSearchError):
     """A trainable parameter, layer or loss that the engine cannot make private.
 

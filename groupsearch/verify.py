@@ -26,6 +26,7 @@ from groupsearch.simulate import simulate_peak
 from groupsearch.trace import Trace
 from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.fake import ValuesNeededError
+from groupsearch.tracer.step import real_copy
 from groupsearch.workloads import Workload, load_workload
 
 
@@ -123,11 +124,14 @@ class Setup:
                 return self._trace(self.empty_model(), None)
             except ValuesNeededError:
                 pass
-        return self._trace(self.loaded.build(), self.device)
+        model = self.loaded.build()
+        if self.device != "cpu":  # looked at where it is fast
+            model, _ = real_copy(model, (), torch.device(self.device), copy_model=False)
+        return self._trace(model, self.device)
 
     def _trace(self, model: torch.nn.Module, device: str | None) -> Trace:
         batch = self.loaded.make_batch(self.loaded.batch_size)
-        return trace_model(model, batch, self.loaded.loss, **_how(self.step), device=device)
+        return trace_model(model, batch, self.loaded.loss, **_how(self.step), device=device, copy_model=False)
 
     def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
         """One simulated row of a document: the engine itself, on fake tensors or, for a CUDA device, on real ones."""

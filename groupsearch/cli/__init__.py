@@ -19,7 +19,7 @@ import click
 from groupsearch import __version__
 from groupsearch.cli.console import print_error
 from groupsearch.cli.interrupts import no_interrupt_lost
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, is_out_of_memory
 
 COMMANDS = ("models", "profile", "fit", "optimize", "verify", "train", "compare", "export", "report")
 INTERRUPTED = 130
@@ -61,6 +61,14 @@ class Program(click.Group):
         except GroupSearchError as error:
             print_error(f"Error: {error}")
             return error.exit_code
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print_error(
+                f"Error: There was no memory left: {str(error).splitlines()[0].rstrip('.')}. Take a smaller "
+                "--batch-size or --checkpoint blocks; `groupsearch fit` finds what fits."
+            )
+            return GroupSearchError.exit_code
         except click.ClickException as error:
             error.show()
             return GroupSearchError.exit_code

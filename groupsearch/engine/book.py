@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from groupsearch.engine.entries import Entry, inner, of_examples
+from groupsearch.engine.habits import habits_of
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Site
 
@@ -85,7 +86,7 @@ class Book:
     Attributes:
         sums: as given; in float32 at least, whatever the model's precision.
         norms: of every closed group, (B,); infinite where an example's gradient was not finite.
-        overflowed: whether the gradient of an example was not finite.
+        overflowed: on the device, whether the gradient of an example was not finite; None before a group is closed.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Book:
     ) -> None:
         self.sums: dict[str, Tensor] = {} if sums is None else sums
         self.norms: dict[int, Tensor] = {}
-        self.overflowed = False
+        self.overflowed: Tensor | None = None
         self._clip = clip
         self._observer = observer
         self._entries: dict[int, list[Entry]] = defaultdict(list)
@@ -120,7 +121,7 @@ class Book:
         if self._observer is not None:
             self._observer.entered(entry)
 
-    def close(self, group: int, scale: float) -> None:
+    def close(self, group: int, scale: float | Tensor) -> None:
         """Form the group's clipped sums, dropping each entry as it is consumed.
 
         An example whose gradient in this group is not finite adds nothing at all: there is no
@@ -129,11 +130,15 @@ class Book:
         Args:
             group: the group.
             scale: what a booked gradient must be multiplied by to be the example's own
-                (B for a mean over the micro-batch, 1 for a sum; over the loss scale).
+                (B for a mean over the micro-batch, 1 for a sum; over the loss scale), a number or of shape ().
         """
+        if isinstance(scale, Tensor):
+            scale = scale.to(self._sqnorms[group].device, non_blocking=True)
         norm_B = self._sqnorms.pop(group).clamp_(min=0).sqrt_().mul_(scale).nan_to_num_(nan=math.inf, posinf=math.inf)
         factor_B = self._clip(group, norm_B).mul_(scale)
-        kept_B = _finite_examples(norm_B)
+        finite_B = norm_B.isfinite()
+        kept_B = _if_not_all(finite_B)
+        self.overflowed = either(self.overflowed, finite_B.all().logical_not_())
         self.norms[group] = norm_B
         del self._users[group]
         entries = self._entries.pop(group)
@@ -141,7 +146,7 @@ class Book:
         if self._observer is not None:
             self._observer.closing(group)
         if kept_B is not None:
-            self.overflowed, factor_B = True, factor_B[kept_B]
+            factor_B = factor_B[kept_B]
         while entries:
             entry = entries.pop()
             if kept_B is None:
@@ -168,9 +173,18 @@ class Book:
                 self.sums[name] = total
 
 
-def _finite_examples(norm_B: Tensor) -> Tensor | None:
-    """Which norms are finite, or None where all are: the usual case must not copy the book."""
-    if isinstance(norm_B, FakeTensor):  # no values to look at
+def either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Whether one or the other flag is set, on the device of one; None is not set."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other.to(one.device, non_blocking=True)
+
+
+def _if_not_all(finite_B: Tensor) -> Tensor | None:
+    """Which examples are finite, or None where all are: the usual case must not copy the book.
+
+    Also None where the engine does not look: the others have a factor of zero.
+    """
+    if isinstance(finite_B, FakeTensor) or not habits_of(finite_B).looks:
         return None
-    finite_B = norm_B.isfinite()
     return None if finite_B.all() else finite_B

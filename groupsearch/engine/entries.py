@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groupsearch.engine import grads, norms
+from groupsearch.engine.ieee import in_ieee
 from groupsearch.engine.widening import accumulator
 
 Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -78,6 +79,7 @@ class MatrixEntry:
     def sqnorm(self) -> Tensor:
         return norms.matrix_sqnorm(*self.operands(self.a, self.g), bias=self.bias is not None)
 
+    @in_ieee  # beside sums that are
     def instance(self, name: str) -> Tensor:
         return matrix_instances(self)[name]
 

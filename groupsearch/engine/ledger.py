@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groupsearch.engine.arrival import Arrival
-from groupsearch.engine.book import Book, Groups, Progress
+from groupsearch.engine.book import Book, Groups, Progress, either
 from groupsearch.engine.passes import Pass
 
 
@@ -20,7 +20,7 @@ class _Page:
 
     progress: Progress
     book: Book
-    scale: float
+    scale: float | Tensor
 
 
 class Ledger:
@@ -48,7 +48,7 @@ class Ledger:
         self,
         groups: Groups,
         clip: Callable[[int, Tensor], Tensor],
-        scale_of: Callable[[int], float],
+        scale_of: Callable[[int], float | Tensor],
         newest: Callable[[], Pass | None],
         abandoned: Callable[[], None],
     ) -> None:
@@ -62,7 +62,7 @@ class Ledger:
         self._abandoned = abandoned
         self._pages: dict[Pass, _Page] = {}
         self._shown: Pass | None = None
-        self._overflowed = False
+        self._overflowed: Tensor | None = None
 
     @property
     def empty(self) -> bool:
@@ -105,12 +105,12 @@ class Ledger:
         self._pages.clear()
         self.sums.clear()
         self.examples = 0
-        self._overflowed = False
+        self._overflowed = None
         self._abandoned()
 
-    def take_overflow(self) -> bool:
-        """Whether the gradient of an example was not finite since this was last asked."""
-        overflowed, self._overflowed = self._overflowed, False
+    def take_overflow(self) -> Tensor | None:
+        """On the device, whether an example's gradient was not finite since this was last asked; None: none was."""
+        overflowed, self._overflowed = self._overflowed, None
         return overflowed
 
     def _open(self, source: Pass) -> _Page:
@@ -122,7 +122,7 @@ class Ledger:
 
     def _close(self, page: _Page, group: int) -> None:
         page.book.close(group, page.scale)
-        self._overflowed |= page.book.overflowed
+        self._overflowed = either(self._overflowed, page.book.overflowed)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:

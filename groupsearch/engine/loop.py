@@ -311,11 +311,11 @@ class PrivateEngine:
                 "of it. Do it after optimizer.step(), or give the batch up with optimizer.zero_grad()."
             )
 
-    def _scale_of(self, batch_size: int) -> float:
+    def _scale_of(self, batch_size: int) -> float | Tensor:
         if self.settings.batches is not None:
             self.settings.batches.check_handed_out(self._ledger.examples)
         divisor = self.settings.loss_divisor or 1.0
-        return (batch_size if self.settings.loss_reduction == "mean" else 1.0) * divisor / self._loss_scale.value()
+        return self._loss_scale.over((batch_size if self.settings.loss_reduction == "mean" else 1.0) * divisor)
 
     def _population(self) -> tuple[str, int, float]:
         """How batches are drawn, from how many examples, at which rate."""

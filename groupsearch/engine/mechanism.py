@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan, gradient_noise_multiplier
-from groupsearch.engine.noise import Gaussians, add_noise_
+from groupsearch.engine.noise import Gaussians, add_noises_
 from groupsearch.engine.thresholds import QuantileCounts
 from groupsearch.errors import GroupSearchError
 from groupsearch.randomness import SecureStream, Source, make_secret
@@ -92,16 +92,22 @@ class Mechanism:
             self._counts.add(group, norm_B, threshold)
         return clip_factors(self.plan.rule, norm_B, threshold)
 
-    def add_noise_(self, name: str, total: Tensor) -> Tensor:
-        """Add to the clipped sum of a parameter the noise of one logical batch, in place.
+    def add_noises_(self, sums: Mapping[str, Tensor]) -> None:
+        """Add to the clipped sums of parameters, by name, the noise of one logical batch, in place.
 
         Raises:
-            GroupSearchError: when the plan has no such parameter.
+            GroupSearchError: when the plan has no such parameter; nothing has been added then.
         """
-        scale = self.in_force.noise_scales.get(name)
-        if scale is None:
-            raise GroupSearchError(f"Expected a parameter of the clip plan to add noise to, found {name!r}.")
-        return add_noise_(total, self.gradient_noise_multiplier * scale, self._gaussians)
+        scales = self.in_force.noise_scales
+        for name in sums:
+            if name not in scales:
+                raise GroupSearchError(f"Expected a parameter of the clip plan to add noise to, found {name!r}.")
+        add_noises_(list(sums.values()), [self.gradient_noise_multiplier * scales[n] for n in sums], self._gaussians)
+
+    def add_noise_(self, name: str, total: Tensor) -> Tensor:
+        """Add its noise to one parameter's clipped sum, in place, and return it; see :meth:`add_noises_`."""
+        self.add_noises_({name: total})
+        return total
 
     def abandon(self) -> None:
         """The clipped sums of the logical batch so far were dropped, and so are its counts."""

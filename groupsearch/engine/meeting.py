@@ -31,7 +31,7 @@ from groupsearch.engine.passes import Pass
 from groupsearch.engine.sources import Arrive, Source, Sources, Tracked
 from groupsearch.engine.substitutes import SUBSTITUTES
 from groupsearch.engine.taps import Autocast, Take, with_gradient
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
 
 _ELEMENTWISE = {
@@ -383,7 +383,9 @@ def _of_each(example: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor])
     """Results of a function of every example's rows, stacked."""
     try:
         return torch.func.vmap(example)(*rows)
-    except RuntimeError:  # an operation that vmap does not know
+    except RuntimeError as error:  # an operation that vmap does not know
+        if is_out_of_memory(error):
+            raise
         return tuple(torch.stack(found) for found in zip(*[example(*x) for x in zip(*rows, strict=True)], strict=True))
 
 
@@ -392,6 +394,8 @@ def _one_by_one(source: Source) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"Parameter {source.key!r} meets the batch in an operation that does not run on one example alone: {error}",
             source.layer.name,

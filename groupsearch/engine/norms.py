@@ -8,7 +8,8 @@ Inner products are rounded up. Where the gradients of positions (or of two uses 
 what is left of their sum may be smaller than the rounding of its terms, and a norm that is too short
 clips too little. So each inner product is enlarged by ``ROUNDING`` units of rounding of the sizes that
 were added, S = sum over positions of |a_t| |g_t|: the largest error seen, over random, cancelling and
-aligned operands up to 768 x 3072 and 512 positions, was 1.1 of these units.
+aligned operands up to 768 x 3072 and 512 positions, was 1.1 of these units. Products are of IEEE float32
+(:mod:`~groupsearch.engine.ieee`), whatever matrix units are allowed elsewhere.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from groupsearch.engine.ieee import in_ieee
 from groupsearch.engine.widening import accumulator, widening
 
 ROUNDING = 3
 
-# torch.set_float32_matmul_precision lets matrix units of any device cut operands to 10 or 7 bits. If they cut and do
-# not round, each of the four operands of two inner products loses up to one unit; a fifth covers the squares of that.
-_CUT = {"highest": 0.0, "high": 5 * 2.0**-10, "medium": 5 * 2.0**-7}
 
-
+@in_ieee
 @widening
 def matrix_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     """Ghost norm: squared norm per example of the weight gradient g^T a, without forming it.
@@ -47,6 +46,7 @@ def matrix_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     return total_B.add_(size_BG.square().sum(1), alpha=rounding_unit(g_BGTp))
 
 
+@in_ieee
 @widening
 def matrix_inner(a_BGTd: Tensor, g_BGTp: Tensor, b_BGSd: Tensor, h_BGSp: Tensor, bias: bool) -> Tensor:
     """Inner product per example of the gradients g^T a and h^T b of one shared weight (and bias).
@@ -64,6 +64,7 @@ def matrix_inner(a_BGTd: Tensor, g_BGTp: Tensor, b_BGSd: Tensor, h_BGSp: Tensor,
     return total_B.add_(size_BG.sum(1), alpha=rounding_unit(g_BGTp))
 
 
+@in_ieee
 @widening
 def embedding_inner(ids_BT: Tensor, g_BTd: Tensor, ids_BS: Tensor, h_BSd: Tensor) -> Tensor:
     """Inner product per example of two embedding gradients: pairs of positions with the same row.
@@ -82,6 +83,7 @@ def embedding_inner(ids_BT: Tensor, g_BTd: Tensor, ids_BS: Tensor, h_BSd: Tensor
     return total_B.add_(gram_BTS.sum((1, 2)), alpha=rounding_unit(g_BTd))
 
 
+@in_ieee
 @widening
 def embedding_matrix_inner(ids_BT: Tensor, g_BTd: Tensor, b_BSd: Tensor, h_BSV: Tensor) -> Tensor:
     """Inner product per example of an embedding gradient and the gradient h^T b of a tied output layer.
@@ -133,9 +135,7 @@ def _lengths(x: Tensor) -> Tensor:
 
 def rounding_unit(x: Tensor) -> float:
     """What an inner product of such numbers is enlarged by, per unit of size."""
-    dtype = accumulator(x.dtype)
-    cut = _CUT[torch.get_float32_matmul_precision()] if dtype == torch.float32 else 0.0
-    return max(cut, ROUNDING * torch.finfo(dtype).eps)
+    return ROUNDING * torch.finfo(accumulator(x.dtype)).eps
 
 
 def _squares(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from groupsearch.engine import grads, norms
 from groupsearch.engine.entries import MatrixEntry
-from groupsearch.engine.widening import SLICE_BYTES, accumulator, widened
+from groupsearch.engine.habits import habits_of
+from groupsearch.engine.ieee import in_ieee
+from groupsearch.engine.widening import accumulator, widened
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RecomputeEntry(MatrixEntry):
 def sliced_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     """Squared norm per example of the weight gradient g^T a, and of the bias gradient with ``bias``, (B,).
 
-    As many instances are alive at once as fit into ``SLICE_BYTES``, one at least. Rounded up as the
+    As many instances are alive at once as fit into a slice of the device, one at least. Rounded up as the
     ghost norm is: the clipped sum comes from another product, whose rounding is not that of the instance.
     """
     return torch.cat(
@@ -36,6 +38,7 @@ def sliced_sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     )
 
 
+@in_ieee
 def _sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
     total_B = norms.instance_sqnorm(grads.matrix_instance(a_BGTd, g_BGTp))
     if bias:
@@ -47,5 +50,5 @@ def _sqnorm(a_BGTd: Tensor, g_BGTp: Tensor, bias: bool) -> Tensor:
 def _instance_slices(a_BGTd: Tensor, g_BGTp: Tensor) -> list[slice]:
     examples, groups = a_BGTd.shape[:2]
     example_bytes = groups * a_BGTd.shape[3] * g_BGTp.shape[3] * accumulator(g_BGTp.dtype).itemsize
-    width = max(1, SLICE_BYTES // max(1, example_bytes))
+    width = max(1, habits_of(g_BGTp).slice_bytes // max(1, example_bytes))
     return [slice(start, start + width) for start in range(0, examples, width)] or [slice(0, 0)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -32,9 +33,10 @@ class LossScale:
             # made when the first loss is scaled; but the first batch may be empty
             self._scaler._lazy_init_scale_growth_tracker(self._device)
 
-    def value(self) -> float:
-        """What the loss is multiplied by now."""
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+    def over(self, number: float) -> float | Tensor:
+        """A number over what the loss is multiplied by now, which stays on its device: float64, of shape ()."""
+        scale = None if self._scaler is None else self._scaler._get_scale_async()
+        return number if scale is None else number / scale.double()
 
     def check(self) -> None:
         """Check that the optimizer steps the way its gradients were made.
@@ -54,11 +56,13 @@ class LossScale:
                 "grad_scaler.step(optimizer) with the scaler that scaled the loss, or disable it."
             )
 
-    def report(self, overflowed: bool) -> None:
+    def report(self, overflowed: Tensor | None) -> None:
         """Tell the scaler, for its next update, what the engine found; the optimizer has nothing left to unscale."""
         if self._scaler is None:
             return
-        found = torch.tensor(float(overflowed), device=self._device)
+        found = torch.zeros((), device=self._device)
+        if overflowed is not None:
+            found.copy_(overflowed, non_blocking=True)
         state: Any = self._scaler._per_optimizer_states[id(self._optimizer)]
         state["found_inf_per_device"] = {found.device: found}
         for name in ("grad_scale", "found_inf"):

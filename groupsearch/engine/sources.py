@@ -11,7 +11,7 @@ from torch import Tensor
 
 from groupsearch.engine.entries import Entry
 from groupsearch.engine.layers import Layer
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 
 Arrive = Callable[[str, Callable[[], Entry]], None]
 
@@ -112,6 +112,8 @@ def _chained(tensor: Tensor, leaf: Tensor, instance: Tensor) -> Tensor:
     """The gradient (B, *leaf.shape) of a leaf from that of a function of it (B, *tensor.shape)."""
     try:
         return torch.autograd.grad(tensor, leaf, instance, is_grads_batched=True, retain_graph=True)[0]
-    except RuntimeError:  # an operation that knows no batches of gradients (sparse tensors)
+    except RuntimeError as error:  # an operation that knows no batches of gradients (sparse tensors)
+        if is_out_of_memory(error):
+            raise
         each = [torch.autograd.grad(tensor, leaf, g, retain_graph=True)[0] for g in instance]
         return torch.stack(each) if each else leaf.new_zeros(0, *leaf.shape)

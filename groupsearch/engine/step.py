@@ -113,10 +113,15 @@ class PrivateStep:
     def _release(self) -> None:
         """Hand the optimizer the noisy sums; from here on they are out, whatever the optimizer does with them."""
         self._stepping = True
+        sums = {}
         for name, parameter in self.parameters.items():
             total = self._ledger.sums.pop(name, None)
-            total = self._mechanism.add_noise_(name, nothing_yet(parameter) if total is None else total)
-            parameter.grad = total.div_(self._divisor).to(parameter.dtype)  # rounded once, with its noise
+            sums[name] = nothing_yet(parameter) if total is None else total
+        del total
+        self._mechanism.add_noises_(sums)
+        torch._foreach_div_(list(sums.values()), self._divisor)
+        for name, parameter in self.parameters.items():
+            parameter.grad = sums.pop(name).to(parameter.dtype)  # rounded once, with its noise
             self._given[name] = weakref.ref(parameter.grad)
         self._ledger.examples = 0
         self._mechanism.end_step()

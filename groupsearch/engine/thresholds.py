@@ -52,7 +52,15 @@ class QuantileCounts:
 
         Draws one number per group, also where the batch is empty.
         """
-        centred = [within - seen / 2 for within, seen in zip(*self.counts, strict=True)]
-        noisy = torch.tensor(centred, dtype=torch.float64, device=gaussians.source.device)
+        device = gaussians.source.device
+        none = torch.zeros((), dtype=torch.long, device=device)
+        within = torch.stack([none if count is None else count.to(device) for count in self._within])
+        noisy = within - torch.tensor(self._seen, dtype=torch.float64).to(device, non_blocking=True) / 2
         add_noise_(noisy, self._allocation.count_noise_for(self._expected), gaussians)
-        return self._allocation.updated(thresholds, [count / self._expected + 0.5 for count in noisy.tolist()])
+        return self._allocation.updated(thresholds, [count / self._expected + 0.5 for count in _read(noisy)])
+
+
+def _read(noisy: Tensor) -> list[float]:
+    """What a step of adaptive thresholds reads of a device: once, at its end."""
+    numbers: list[float] = noisy.tolist()
+    return numbers

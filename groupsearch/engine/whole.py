@@ -5,6 +5,9 @@ be followed. What goes in and comes out still belongs to examples, so each examp
 that of the module run again on this example's rows; the clipped sum is that of one run on all of
 them. Nothing is kept but inputs and output gradients. A module that draws random numbers is run
 again on the whole batch, with the same draws, and differentiated for one example after the other.
+
+A run on one example and a run on all take kernels chosen for their sizes, which round otherwise. Both are of IEEE
+float32 (convolutions of CUDA are not by default), and norms are made ``APART`` units of rounding longer for the rest.
 """
 
 from __future__ import annotations
@@ -20,16 +23,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from groupsearch.engine.entries import Dimensions, InstanceEntry
+from groupsearch.engine.habits import habits_of
+from groupsearch.engine.ieee import ieee
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import fold_rows
 from groupsearch.engine.norms import instance_sqnorm
 from groupsearch.engine.passes import Pass
 from groupsearch.engine.taps import Autocast, Take, with_gradients
 from groupsearch.engine.widening import is_half
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
 
 ByLeaf = Mapping[int, Tensor]
+APART = 64
+"""Units of rounding that a norm is made longer by."""
 
 
 class Randomness:
@@ -101,17 +108,18 @@ class Call:
         for index, x in rows.items():
             leaves[index] = fold_rows(x.detach(), self.order)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with torch.enable_grad(), _fresh(self.module, self.trainable) as fresh:
+        with torch.enable_grad(), ieee(), _fresh(self.module, self.trainable) as fresh:
             outputs = pytree.tree_leaves(self._run(args, kwargs))
         for wanted in grads:
             reached = [i for i in wanted if outputs[i].requires_grad]
-            found = torch.autograd.grad(
-                [outputs[i] for i in reached],
-                list(fresh.values()),
-                [fold_rows(wanted[i], self.order) for i in reached],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with ieee():
+                found = torch.autograd.grad(
+                    [outputs[i] for i in reached],
+                    list(fresh.values()),
+                    [fold_rows(wanted[i], self.order) for i in reached],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             yield {
                 name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(fresh.items(), found, strict=True)
             }
@@ -124,6 +132,8 @@ class Call:
             try:
                 return self.module.forward(*args, **kwargs)
             except (RuntimeError, IndexError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise UnsupportedModelError(
                     f"Module {self.name!r} is differentiated as one, and does not run on part of its batch: {error}. "
                     "Make everything that grows with the batch inside the module.",
@@ -151,9 +161,10 @@ class WholeEntry:
         return (*self.rows.values(), *self.grads.values())
 
     def sqnorm(self) -> Tensor:
-        """Squared gradient norm per example, (B,), one example at a time."""
+        """Squared gradient norm per example, (B,), one example at a time, rounded up."""
         squares = [[instance_sqnorm(g[None]) for g in gradient.values()] for gradient in self._examples()]
-        return torch.stack([torch.cat(parts).sum() for parts in squares])
+        sqnorm_B = torch.stack([torch.cat(parts).sum() for parts in squares])
+        return sqnorm_B.mul_((1 + APART * torch.finfo(sqnorm_B.dtype).eps) ** 2)
 
     def instance(self, name: str) -> Tensor:
         """Per-example gradient of one parameter, (B, *shape)."""
@@ -166,8 +177,17 @@ class WholeEntry:
         """
         if is_half(*self.grads.values(), *(self.call.module.get_parameter(n) for n in self.call.trainable)):
             return self.alone(slice(None)).clipped_sums(factor_B)
-        scaled = {i: g * factor_B.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for i, g in self.grads.items()}
-        return next(self.call.gradients(self.rows, [scaled]))
+        scaled = {i: g * _by_example(factor_B.to(g.dtype), g) for i, g in self.grads.items()}
+        if habits_of(factor_B).looks:
+            return next(self.call.gradients(self.rows, [scaled]))
+        # Without a look: an example with a factor of zero runs with the rows of one that has another, if there is one.
+        kept_B = factor_B != 0
+        places = torch.arange(len(kept_B), device=kept_B.device)
+        places = torch.where(kept_B, places, kept_B.to(torch.uint8).argmax())
+        for g in scaled.values():
+            g.masked_fill_(_by_example(~kept_B, g), 0)
+        sums = next(self.call.gradients({i: x[places] for i, x in self.rows.items()}, [scaled]))
+        return {name: total.masked_fill(~kept_B.any(), 0) for name, total in sums.items()}
 
     def alone(self, kept_B: Tensor | slice) -> InstanceEntry:
         """The gradients of some examples, (B, *shape) each, as they come from the runs that the norms were taken of."""
@@ -188,6 +208,10 @@ class WholeEntry:
         for i, g in self.grads.items():
             alone[i][example] = g[example]
         return alone
+
+
+def _by_example(numbers_B: Tensor, like: Tensor) -> Tensor:
+    return numbers_B.view(-1, *[1] * (like.dim() - 1))
 
 
 Deliver = Callable[[Callable[[], WholeEntry]], None]

@@ -2,8 +2,8 @@
 
 A norm that is rounded to eight bits clips to something else than the threshold, and Gram
 matrices of scaled float16 gradients overflow. So nothing is summed in half precision; what is
-kept in the book stays as it came. With ``torch.set_float32_matmul_precision("high")`` the
-products run on tensor cores, and a product of two half-precision numbers is still exact.
+kept in the book stays as it came. A product of two half-precision numbers is exact in float32, and
+rounded up by no more than what adding such products up may lose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLICE_BYTES = 8 * 2**20
+from groupsearch.engine.habits import habits_of
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -35,10 +36,10 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def example_slices(*operands: Tensor) -> list[slice]:
-    """Slices of examples in which no operand is larger than ``SLICE_BYTES`` once widened (one example at least)."""
+    """Slices of examples in which no operand once widened is larger than the device's slices (one example at least)."""
     examples = operands[0].shape[0]
     size = max(x.numel() * (4 if x.dtype in HALF else x.element_size()) for x in operands)
-    width = max(1, SLICE_BYTES // max(1, size // max(1, examples)))
+    width = max(1, habits_of(operands[0]).slice_bytes // max(1, size // max(1, examples)))
     return [slice(start, start + width) for start in range(0, examples, width)] or [slice(0, 0)]
 
 

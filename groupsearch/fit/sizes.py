@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.partition import floor_bytes
@@ -137,9 +137,11 @@ class Sizes:
             return setup.trace()
         except GroupSearchError:
             raise
-        except torch.OutOfMemoryError as error:
-            raise _Refusal(f"{setup.device} has no room to trace {setup.workload} at {self.vary} {size}.") from error
         except Exception as error:  # whatever a model raises on a batch that it was not written for
+            if is_out_of_memory(error):
+                raise _Refusal(
+                    f"{setup.device} has no room to trace {setup.workload} at {self.vary} {size}."
+                ) from error
             raise _Refusal(
                 f"{setup.workload} takes no step at {self.vary} {size} (where every model is also tried with 3 "
                 f"examples): {type(error).__name__}: {error}. Let it take batches of any size."

@@ -35,6 +35,7 @@ def trace_model(
     autocast: str = "none",
     device: str | None = None,
     allow_state: Collection[str] = (),
+    copy_model: bool = True,
 ) -> Trace:
     """Trace one training step: sites in order, who is alive when, and the non-private peak.
 
@@ -59,6 +60,7 @@ def trace_model(
             the caching allocator hands out for it, a multiple of 512 bytes, an operation as the most it allocates
             inside, and the workspaces of cuBLAS as alive throughout.
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
+        copy_model: whether a device traces a copy; else the model itself takes the steps there.
 
     Raises:
         UnsupportedModelError: for a layer, a parameter or a loss that cannot be made private.
@@ -74,7 +76,7 @@ def trace_model(
         except ValuesNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-    stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch)
+    stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch, copy_model)
     keys |= {"fake": False, **stage.live.allocator.to_json()}
     return record_step(stage, settings, count_examples(batch), keys, examined)
 

@@ -21,7 +21,7 @@ from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import ONE_ROW
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.tracer.outside import Owners
@@ -129,6 +129,8 @@ def _watched_run(model: nn.Module, layers: Sequence[Layer], examples: Any, loss:
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"A step on {count_examples(examples)} examples failed: {error}. Make the model and the loss run on "
             "batches of any size."

@@ -36,6 +36,7 @@ def allocated_peak(work: Callable[[], Result], device: torch.device) -> tuple[Re
     The peak statistics of the device start anew. Bytes are those asked for of the caching allocator, before it
     rounds them: how much larger a block it finds for them depends on what was there before.
     """
+    torch.cuda.init()  # there are no statistics before
     torch.cuda.reset_peak_memory_stats(device)
     before = _requested(device)["current"]
     result = work()

@@ -12,9 +12,9 @@ import torch
 from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry
-from groupsearch.engine.noise import Gaussians, add_noise_
+from groupsearch.engine.noise import Gaussians, add_noises_
 from groupsearch.engine.truth.draws import USUAL, alike
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
 from groupsearch.tracer.fake import NEEDS_VALUES
@@ -93,13 +93,17 @@ class StepRecorder:
 
     def finish(self) -> None:
         """Noise and the optimizer's step, as the engine takes them."""
-        noise: dict[torch.device, Gaussians] = {}
-        for name, parameter in self.stage.model.named_parameters():
-            if name in self._book.sums:
-                gaussians = noise.setdefault(parameter.device, Gaussians(torch.Generator(parameter.device)))
-                total = self._book.sums.pop(name).to(parameter.dtype)
-                parameter.grad = add_noise_(total, self.settings.noise_multiplier, gaussians).div_(1.5)
-        for gaussians in noise.values():
+        parameters = {n: p for n, p in self.stage.model.named_parameters() if n in self._book.sums}
+        sums = {name: self._book.sums.pop(name) for name in parameters}
+        noise = [Gaussians(torch.Generator(device)) for device in {total.device for total in sums.values()}]
+        for gaussians in noise:
+            there = [total for total in sums.values() if total.device == gaussians.source.device]
+            add_noises_(there, [self.settings.noise_multiplier] * len(there), gaussians)
+            torch._foreach_div_(there, 1.5)
+            del there
+        for name, parameter in parameters.items():
+            parameter.grad = sums.pop(name).to(parameter.dtype)
+        for gaussians in noise:
             gaussians.forget()
         self.stage.optimizer.step()
         self.stage.optimizer.zero_grad(set_to_none=True)
@@ -177,7 +181,7 @@ def _nonprivate_step(stage: Stage, examined: Examined | None) -> int:
     try:
         return stage.counted_step()
     except (RuntimeError, NotImplementedError) as error:
-        if examined is None or isinstance(error, (torch.OutOfMemoryError, *NEEDS_VALUES)):
+        if examined is None or isinstance(error, NEEDS_VALUES) or is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
             "The model runs, but not on tensors without values, on which its memory is traced: "

@@ -24,7 +24,7 @@ from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import joined
 from groupsearch.engine.whole import WholeEntry
-from groupsearch.errors import OutsideUseError, UnsupportedModelError
+from groupsearch.errors import OutsideUseError, UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Rows, Site, shared_parameters
 from groupsearch.tracer.discovery import Loss, find_layouts
@@ -267,6 +267,8 @@ def observe_pass(model: nn.Module, batch: Any, loss: Loss, reading: Reading) -> 
     except NEEDS_VALUES:
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"A step on {count_examples(batch)} examples with the engine failed: {error}. Make the model and the loss "
             "run on batches of any size."

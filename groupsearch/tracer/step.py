@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.optimizers import make_optimizer, warm_state
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.trace import StaticBytes, weights_with_choice
@@ -178,8 +178,9 @@ def real_stage(
     settings: StepSettings,
     device: torch.device,
     scratch: Scratch | None = None,
+    copy_model: bool = True,
 ) -> Stage:
-    """A stage on copies of a model and a batch on a device, counted as the device's allocator does.
+    """A stage on a copy of a model (or the model itself) and of a batch on a device, counted as its allocator does.
 
     A CUDA device has taken one step: its libraries are loaded, and their workspaces are among the static bytes.
     Its operations are watched as they run, those of the CPU are probed by ``scratch``.
@@ -187,7 +188,7 @@ def real_stage(
     Raises:
         GroupSearchError: when the device is not there.
     """
-    moved = real_copy(model, batch, device)
+    moved = real_copy(model, batch, device, copy_model)
     workspaces = workspace_bytes(device)
     stage = make_stage(*moved, loss, settings, LiveBytes(scratch, Allocator.of(device)), workspaces)
     if device.type == "cuda":
@@ -246,6 +247,8 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
         moved = own.to(device)
         return moved, map_tensors(lambda t: t.to(device), batch)
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -187,7 +187,7 @@ class _Run:
         begin = time.perf_counter()
         for batch in logical:
             with self._casting():
-                loss = self.workload.loss(self.model, {name: t.to(self.device) for name, t in batch.items()}).sum()
+                loss = self.workload.loss(self.model, _moved(batch, self.device)).sum()
             # The engine divides by the expected batch size itself.
             share = loss if self.grouping is not None else loss / self.batches.expected_batch_size
             torch.autograd.backward(self.scaler.scale(share))
@@ -236,13 +236,21 @@ class _Run:
         return self.engine.mechanism.thresholds
 
     def _select(self, examples: Batch, indices: Tensor) -> dict[str, Tensor]:
-        return {name: tensor[indices].to(self.device) for name, tensor in examples.items()}
+        return _moved({name: tensor[indices] for name, tensor in examples.items()}, self.device)
 
     def _check_weights(self, step: int) -> None:
         """Raise when a weight is not finite: of what a step lets out, which is private, nothing more is asked."""
         finite = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
         if not torch.stack(finite).all():
             raise DivergedError(step, self.settings.learning_rate)
+
+
+def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device; the program does not wait for its way to a GPU, which takes pinned memory."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    pinned = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()}
 
 
 @contextmanager

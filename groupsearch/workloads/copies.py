@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 
 _MACHINERY = ("_parameters", "_buffers", "_modules")
 
@@ -49,6 +49,8 @@ def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) ->
         try:
             duplicated: nn.Module = copy.deepcopy(model, memo)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _refusal(model, error) from error
     return duplicated
 

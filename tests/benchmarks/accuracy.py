@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +216,20 @@ def missed(summary: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> 
     return found
 
 
+def version_of(package: str) -> str:
+    """The version of a package; in words that it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Where the numbers are from; a GPU by its name."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": version_of("transformers"),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
         "cpus": os.cpu_count(),

@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +30,15 @@ from groupsearch.randomness import SecureStream, secret_generator
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
-from tests.benchmarks.bench_step import LEARNING_RATE, MAX_GRAD_NORM, MODELS, NOISE_MULTIPLIER, Step, _environment
+from tests.benchmarks.bench_step import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    MODELS,
+    NOISE_MULTIPLIER,
+    SMALL,
+    Step,
+    _environment,
+)
 
 LIMIT = 1.05
 NUMBERS = 2**18
@@ -56,6 +64,12 @@ def four_float32(tensor: Tensor, std: float, gaussians: Gaussians) -> Tensor:
     return tensor.add_(noise)
 
 
+def float32_noises(tensors: Sequence[Tensor], stds: Sequence[float], gaussians: Gaussians) -> None:
+    """The same for several tensors."""
+    for tensor, std in zip(tensors, stds, strict=True):
+        float32_noise(tensor, std, gaussians)
+
+
 def step_of(workload: Workload, batch: Mapping[str, Tensor], secure: bool) -> Step:
     """An all-layer private step."""
     model = workload.build().to(next(iter(batch.values())).device).train()
@@ -76,7 +90,7 @@ def as_before(step: Step) -> Step:
     """The step with float32 noise."""
 
     def run() -> None:
-        with patch.object(mechanism, "add_noise_", float32_noise):
+        with patch.object(mechanism, "add_noises_", float32_noises):
             step()
 
     return run
@@ -147,7 +161,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_noise", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--rounds", type=int, default=25, help="measured steps of every side")
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=list(SMALL), default=list(SMALL))
     parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     synchronize = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None

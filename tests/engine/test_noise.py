@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from scipy.stats import binom, kstest, norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupsearch.engine.noise as noise_module
-from groupsearch.engine.noise import CHUNK, POOL, REACH, Gaussians, add_noise_, added_delta
+from groupsearch.engine.noise import CHUNK, POOL, REACH, Gaussians, add_noise_, add_noises_, added_delta
 from groupsearch.errors import GroupSearchError
 
 
@@ -223,3 +225,33 @@ def test_the_bound_holds_for_every_way_to_spread_an_example(numbers, sigma):
             assert even + (passed(math.sqrt(1 - share) / sigma) if share < 1 else 0.0) <= bound
     assert added_delta(numbers, sigma, 7) == pytest.approx(min(1.0, 7 * bound))
     assert added_delta(numbers, sigma) >= added_delta(max(1, numbers // 3), sigma)
+
+
+def test_many_tensors_get_the_noise_that_each_would_get_in_a_few_launches() -> None:
+    """Bits are those of one after the other; what is launched does not grow with how many there are."""
+    shapes = [(3,), (), (70, 70), (5000,), (2, 3, 4), (300, 200), (7,)] * 4
+    stds = [0.5 + k for k in range(len(shapes))]
+    stds[4] = 0.0
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(shapes)]
+    one, other = gaussians(), gaussians()
+    expected = [add_noise_(x.clone(), std, one) for x, std in zip(start, stds, strict=True)]
+    found = [x.clone() for x in start]
+    add_noises_(found, stds, other)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found[4], start[4])
+    small = [torch.zeros(8) for _ in range(200)]
+    add_noises_(small[:1], [1.0], other)  # what is drawn together is there
+    with Launched() as launched:
+        add_noises_(small, [1.0] * 200, other)
+    assert sum(name.startswith("_foreach") for name in launched.names) == 5
+    assert {name for name in launched.names if not name.startswith("_foreach")} <= {"slice", "view", "detach"}
+
+
+class Launched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

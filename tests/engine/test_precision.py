@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.mechanism import Mechanism, clip_factors
-from groupsearch.engine.norms import matrix_sqnorm
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
@@ -434,22 +433,3 @@ def test_detach_gives_the_optimizer_back_to_the_scaler(fused: bool) -> None:
     _, engine = attach(model, plan_of(MATRIX[1], ()), optimizer, grad_scaler=scaler_of())
     engine.detach()
     assert dict(vars(optimizer)) == before
-
-
-@pytest.mark.parametrize(("precision", "bits"), [("high", 13), ("medium", 16)])
-@pytest.mark.parametrize("positions", [2, 17])
-def test_norms_are_long_enough_where_matrix_units_cut_their_operands(
-    precision: str, bits: int, positions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Operands cut to TF32 or bfloat16, the worst that the setting allows, on any device."""
-
-    def cut(x: torch.Tensor) -> torch.Tensor:
-        return (x.view(torch.int32) & ~((1 << bits) - 1)).view(torch.float32)
-
-    generator = torch.Generator().manual_seed(0)
-    a = torch.rand(64, 1, 1, 5, generator=generator).expand(64, 1, positions, 5).contiguous()
-    g = torch.rand(64, 1, 1, 3, generator=generator).expand(64, 1, positions, 3).contiguous()
-    exact = ((a.double() @ a.double().mT) * (g.double() @ g.double().mT)).sum((1, 2, 3))
-    assert (matrix_sqnorm(cut(a), cut(g), bias=False) < exact).all(), "aligned operands that are cut are too short"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    assert (matrix_sqnorm(cut(a), cut(g), bias=False) >= exact).all()

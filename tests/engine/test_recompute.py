@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from groupsearch.clipping import ClipPlan
-from groupsearch.engine import grads, make_private, norms
-from groupsearch.engine import recompute as recompute_module
+from groupsearch.engine import grads, habits, make_private, norms
 from groupsearch.engine.recompute import sliced_sqnorm
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
@@ -29,6 +28,10 @@ BATCH_SIZE = 4
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 Shape = tuple[int, int, int, int, int]
 """B, G, T, d, p."""
+
+
+def slices_of(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(habits, "_KNOWN", {"cpu": habits.Habits(size_bytes, looks=True)})
 
 
 def operands(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,7 +61,7 @@ def test_norms_are_those_of_the_gradients_in_slices_of_any_size(
 ) -> None:
     B, G, _, d, p = shape
     itemsize = 8 if dtype == torch.float64 else 4
-    monkeypatch.setattr(recompute_module, "SLICE_BYTES", examples * G * d * p * itemsize)
+    slices_of(examples * G * d * p * itemsize, monkeypatch)
     a, g = operands(shape, dtype)
     found = sliced_sqnorm(a, g, bias)
     assert found.shape == (B,)
@@ -84,7 +87,7 @@ def test_no_more_instances_are_alive_than_a_slice_holds(monkeypatch: pytest.Monk
     a, g = operands((32, 1, 4, 64, 64), torch.float32)
     instance_bytes, peaks = 64 * 64 * 4, {}
     for examples in (1, 8, 32):
-        monkeypatch.setattr(recompute_module, "SLICE_BYTES", examples * instance_bytes)
+        slices_of(examples * instance_bytes, monkeypatch)
         live = LiveBytes()
         live.ignore((a, g))
         with live:

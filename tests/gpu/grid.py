@@ -5,7 +5,7 @@ One process per model; the document is written after every row, and a run that f
 grid may be taken in parts. Errors are signed: estimate / measurement - 1, an under-estimate is negative. What the
 allocator reserved stands beside what it had allocated, and is part of no error.
 
-``--small`` takes small models of the same kinds: the same path from end to end on a CPU, in a minute.
+``--small`` takes small models of the same kinds, all in this process: the same path on a CPU, in a minute.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes
 from tests.benchmarks.accuracy import CHOICE_LIMIT, choice_of, environment, errors_of, summarise
 from tests.benchmarks.architectures import WITHOUT_BLOCKS, small_workload
-from tests.benchmarks.evidence import MODELS
-from tests.gpu.grid_part import NON_PRIVATE, Part, request_of
+from tests.benchmarks.realistic import MODELS
+from tests.gpu.grid_part import NON_PRIVATE, Part, request_of, rows_of
 
 REALISTIC = (
     *("GPT-2 small", "RoBERTa base", "ViT-B/16", "T5 base", "Llama 3.2 1B"),
     *("ResNet-50 with GroupNorm", "Whisper small encoder"),
 )
-"""Names in :data:`tests.benchmarks.evidence.MODELS`, which has their batch and sequence lengths."""
+"""Names in :data:`tests.benchmarks.realistic.MODELS`, which has their batch and sequence lengths."""
 SMALL = ("gpt2", "roberta", "vit", "t5", "llama", "digits-cnn")
 """Names in :data:`tests.benchmarks.architectures.ARCHITECTURES`."""
 COMPARISONS = {
@@ -50,7 +50,7 @@ Runner = Callable[[Part], Iterator[dict[str, Any]]]
 def realistic_part(name: str, device: str, **how: Any) -> Part:
     """A model at the size it is trained at."""
     setup = MODELS[name].setup("none", "none")
-    return Part(name, setup.workload, setup.settings, device, CHECKPOINTS, **how)
+    return Part(labelled(name, how), setup.workload, setup.settings, device, CHECKPOINTS, **how)
 
 
 def small_part(name: str, folder: Path, device: str, **how: Any) -> Part:
@@ -60,7 +60,12 @@ def small_part(name: str, folder: Path, device: str, **how: Any) -> Part:
     settings = {key: workload.settings[key] for key in known if workload.settings.get(key) is not None}
     settings["batch_size"] = workload.batch_size
     checkpoints = CHECKPOINTS[:1] if name in WITHOUT_BLOCKS else CHECKPOINTS
-    return Part(name, workload.name, settings, device, checkpoints, **how)
+    return Part(labelled(name, how), workload.name, settings, device, checkpoints, **how)
+
+
+def labelled(name: str, how: Mapping[str, Any]) -> str:
+    """A model's name in the document, with what it is cast to."""
+    return name if how.get("autocast", "none") == "none" else f"{name}, {how['autocast']}"
 
 
 def in_a_process(part: Part) -> Iterator[dict[str, Any]]:
@@ -159,7 +164,7 @@ def allocator_settings() -> str:
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
-def run(grid: Grid, parts: Sequence[Part], seconds: float, rows_of: Runner = in_a_process) -> None:
+def run(grid: Grid, parts: Sequence[Part], seconds: float, measured: Runner = in_a_process) -> None:
     """Add the rows that are missing, part after part, until the time is over."""
     end = time.monotonic() + seconds
     for part in parts:
@@ -167,7 +172,7 @@ def run(grid: Grid, parts: Sequence[Part], seconds: float, rows_of: Runner = in_
         if left <= 0:
             return
         given = {**vars(part), "seconds": left, "done": grid.done(part.model)}
-        for row in rows_of(Part(**given)):
+        for row in measured(Part(**given)):
             grid.add(row)
             print(_line(grid.rows[-1]) if "failed" not in row else f"{part.model} failed: {row['failed']}", flush=True)
 
@@ -190,9 +195,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no row begins that may end later")
     parser.add_argument("--small", action="store_true", help="small models of the same kinds")
     parser.add_argument("--fresh", action="store_true", help="plain all-layer in a process of its own as well")
+    parser.add_argument("--autocast", default="none", choices=("none", "bfloat16"), help="what forward is cast to")
     options = parser.parse_args(arguments)
     known = SMALL if options.small else REALISTIC
-    how = {"randoms": options.random, "fresh": options.fresh}
+    how = {"randoms": options.random, "fresh": options.fresh, "autocast": options.autocast}
     grid = Grid(options.output, options.device)
     with tempfile.TemporaryDirectory() as folder:
         names = [name for name in options.models or known if name in known]
@@ -202,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
             else realistic_part(name, options.device, **how)
             for name in names
         ]
-        run(grid, parts, options.seconds)
+        run(grid, parts, options.seconds, rows_of if options.small else in_a_process)
     for sentence in grid.missed() or ["within every limit"]:
         print(sentence)
     return 1 if grid.failures or grid.missed() or not grid.rows else 0

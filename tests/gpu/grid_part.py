@@ -26,9 +26,11 @@ from groupsearch.measure import measure_peak, measure_step
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
 from groupsearch.trace import Trace
+from groupsearch.tracer import trace_model
 from groupsearch.tracer.step import Stage, made_private, make_stage, real_copy
 from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.verify import Setup
+from groupsearch.workloads import Workload
 
 NON_PRIVATE = "non-private"
 NAMED = ("all-layer", "best:2", "best:4", "layer-wise")
@@ -50,6 +52,7 @@ class Part:
         randoms: how many random groupings.
         seconds: no row begins when it could end later than that.
         fresh: whether plain all-layer is also measured in a process of its own.
+        autocast: what forward and loss are cast to.
         done: (checkpoint, grouping) of rows that are there already.
     """
 
@@ -61,6 +64,7 @@ class Part:
     randoms: int = 4
     seconds: float = float("inf")
     fresh: bool = False
+    autocast: str = "none"
     done: Sequence[Sequence[str]] = field(default_factory=tuple)
 
 
@@ -68,7 +72,7 @@ def rows_of(part: Part) -> Iterator[dict[str, Any]]:
     """Rows of all checkpointing settings; of one that fails, a row with the reason under ``failed``."""
     begin, longest = time.monotonic(), 0.0
     for checkpoint in part.checkpoints:
-        setup = Setup(part.workload, part.settings, checkpoint=checkpoint, device=part.device)
+        setup = Setup(part.workload, part.settings, checkpoint=checkpoint, device=part.device, autocast=part.autocast)
         shared = {"model": part.model, "checkpoint": checkpoint, "batch_size": part.settings["batch_size"]}
         done = {grouping for where, grouping in part.done if where == checkpoint}
         try:
@@ -86,7 +90,7 @@ def _rows(setup: Setup, part: Part, done: set[str]) -> Iterator[dict[str, Any]]:
     setup.loaded.make_batch(setup.loaded.batch_size)
     workspace_bytes(device)  # they stay, once they have been probed
     before = held_bytes(device)
-    trace = setup.trace()
+    trace = traced(setup, device)
     check_held(device, before, "the trace")
     stage = stage_of(setup, device)
     baseline = held_bytes(device)
@@ -101,10 +105,26 @@ def _rows(setup: Setup, part: Part, done: set[str]) -> Iterator[dict[str, Any]]:
         begin = time.monotonic()
 
 
+def built_on(workload: Workload, device: torch.device) -> nn.Module:
+    """The model, its weights drawn on the device: on a CPU that takes longer than a row."""
+    with device:
+        return workload.build().to(device)
+
+
+def traced(setup: Setup, device: torch.device) -> Trace:
+    """The trace that :meth:`Setup.trace` makes, of a model built on the device."""
+    if device.type == "cpu":
+        return setup.trace()
+    workload, step = setup.loaded, setup.step
+    model, batch = built_on(workload, device), workload.make_batch(workload.batch_size)
+    how = {name: getattr(step, name) for name in ("options", "optimizer", "checkpoint", "micro_batches", "autocast")}
+    return trace_model(model, batch, workload.loss, **how, device=str(device), copy_model=False)
+
+
 def stage_of(setup: Setup, device: torch.device) -> Stage:
     """The workload's own model on a device, with one step taken, so that whatever libraries keep is kept."""
     workload = setup.loaded
-    moved = real_copy(workload.build(), workload.make_batch(workload.batch_size), device, copy_model=False)
+    moved = real_copy(built_on(workload, device), workload.make_batch(workload.batch_size), device, copy_model=False)
     stage = replace(make_stage(*moved, workload.loss, setup.step), micro_batches=setup.micro_batches)
     stage.step()
     return stage
@@ -145,7 +165,7 @@ def _row(setup: Setup, stage: Stage, trace: Trace, name: str, grouping: Grouping
 
 def _in_a_fresh_process(setup: Setup, grouping: Grouping | None) -> int:
     """The same number as the tool itself takes it."""
-    how = {"checkpoint": setup.checkpoint, "device": setup.device, "steps": 1}
+    how = {"checkpoint": setup.checkpoint, "autocast": setup.autocast, "device": setup.device, "steps": 1}
     return measure_peak(setup.workload, grouping, settings=setup.settings, **how).peak_bytes
 
 

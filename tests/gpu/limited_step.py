@@ -16,10 +16,13 @@ import torch
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
+from groupsearch.errors import is_out_of_memory
 from groupsearch.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from groupsearch.tracer.step import StepSettings, make_stage, real_copy
 from groupsearch.workloads import load_workload
+from groupsearch.workloads.batches import map_tensors
+from tests.gpu.grid_part import built_on
 
 RAN, FAILED = "ran", "out of memory"
 
@@ -32,7 +35,8 @@ def step_under_limit(limit_bytes: int, workload: str, settings: dict[str, Any], 
             held without being used is small.
         workload: text of a workload.
         settings: of the workload, ``batch_size`` among them.
-        **how: ``boundaries`` (None without privacy), ``optimizer`` and ``checkpoint``.
+        **how: ``boundaries`` (None without privacy), ``optimizer``, ``checkpoint`` and ``device``. On the CPU there
+            is no limit: a step only shows that it can be taken.
     """
     request = json.dumps({"limit_bytes": limit_bytes, "workload": workload, "settings": settings, **how})
     finished = subprocess.run(
@@ -52,14 +56,17 @@ def step_under_limit(limit_bytes: int, workload: str, settings: dict[str, Any], 
 def main() -> None:
     """Take the steps that the request on standard input asks for."""
     request = json.load(sys.stdin)
-    device = torch.device("cuda")
+    device = torch.device(request.get("device", "cuda"))
     workload = load_workload(request["workload"], **request["settings"])
     sites = None
     if request["boundaries"] is not None:
-        sites = observe_sites(workload.build(), workload.make_batch(2), workload.loss)
-    torch.cuda.set_per_process_memory_fraction(request["limit_bytes"] / torch.cuda.mem_get_info()[1])
+        few = map_tensors(lambda t: t.to(device), workload.make_batch(2))
+        sites = observe_sites(built_on(workload, device), few, workload.loss)
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(request["limit_bytes"] / torch.cuda.mem_get_info()[1])
     try:
-        model, batch = real_copy(workload.build(), workload.make_batch(workload.batch_size), device, copy_model=False)
+        batch = workload.make_batch(workload.batch_size)
+        model, batch = real_copy(built_on(workload, device), batch, device, copy_model=False)
         settings = StepSettings(optimizer=request["optimizer"], checkpoint=request["checkpoint"])
         stage = make_stage(model, batch, workload.loss, settings)
         if sites is not None:
@@ -73,8 +80,11 @@ def main() -> None:
             )
         for _ in range(2):
             stage.step()
-        torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(FAILED)
     else:
         print(RAN)

@@ -1,93 +1,115 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device: tests, what fits, the verification grid, seconds per step, profiles.
+# Everything that a CUDA device has to answer, in parts of known length; see README.md beside this file.
 # Run from the repository root: tests/gpu/run.sh [--dry-run] [FOLDER [PART...]]
-# FOLDER is profiles/ if not given. Parts: tests fits grid seconds profiles; all but profiles if none is named.
-# --dry-run takes small models on the CPU through grid and profiles, in a minute or two.
-# A part that fails or runs out of time does not stop the others; the exit code says whether one did. The grid goes
-# on where it ended when it is run again; of it, what is missing is measured.
+# FOLDER is profiles/ if not given. All parts in this order if none is named, but for profiles:
+#   checks grid expandable half seconds slack more profiles
+# Every part writes as it goes and goes on where it ended when it is run again. One that fails or runs out of time
+# does not stop the others; the exit code says whether one failed. --dry-run takes small models on the CPU through the
+# whole order, in a minute or two. PYTHON names the interpreter, python3 if not set.
 set -u
 
 dry=
 [ "${1:-}" = --dry-run ] && dry=1 && shift
 out=${1:-profiles}
 [ $# -gt 0 ] && shift
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" KINETO_LOG_LEVEL=9 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 failed=()
 mkdir -p "$out"
 
 if [ -n "$dry" ]; then
     device=cpu kind=cpu
-    parts=(grid profiles)
 else
+    kind=cuda
     device=$("$python" -c '
 import re, torch
 print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))') || {
-        echo "No CUDA device can be used." >&2
+        echo "No CUDA device can be used by $python." >&2
         exit 2
     }
-    kind=cuda
-    parts=(tests fits grid seconds)
 fi
+parts=(checks grid expandable half seconds slack more)
 [ $# -gt 0 ] && parts=("$@")
-echo "Device: $device"
+echo "Device: $device; documents go to $out."
 
-part() { # part NAME SECONDS COMMAND...: an interrupted profile or grid still has written what it has
-    local name=$1 limit=$2 begin=$SECONDS
-    shift 2
-    echo "== $name"
-    timeout --signal=INT --kill-after=5 "$limit" "$@" || failed+=("$name")
-    echo "== $name: $((SECONDS - begin)) s"
+part() { # part NAME SECONDS MODULE OUTPUT ARGUMENTS...
+    local name=$1 limit=$2 module=$3 file=$out/$4 begin=$SECONDS
+    shift 4
+    echo "== $name, $limit s at most"
+    timeout --signal=INT --kill-after=5 "$limit" "$python" -W default -m "$module" "$file" --device "$kind" "$@" ||
+        failed+=("$name")
+    echo "== $name: $((SECONDS - begin)) s, $file"
 }
 
-profile() { # profile NAME SECONDS CHECKPOINT MODEL OPTIONS...
-    local name=$1 limit=$2 checkpoint=$3 model=$4 groupings=(--grouping all-layer --grouping best:4)
-    shift 4
-    [ "$checkpoint" = blocks ] && groupings+=(--grouping layer-wise)
-    part "$name, checkpoint $checkpoint" "$limit" "$python" -m groupsearch profile "$model" "$@" \
-        "${groupings[@]}" --device "$kind" --verify measure --checkpoint "$checkpoint" \
-        --output "$out/$name-$device-checkpoint-$checkpoint.json" --force
+timed() { # timed NAME SECONDS AUTOCAST MODELS...: the benchmark takes its document by name
+    local name=$1 limit=$2 autocast=$3 begin=$SECONDS
+    shift 3
+    echo "== $name, $limit s at most"
+    timeout --signal=INT --kill-after=5 "$limit" "$python" -W default -m tests.benchmarks.bench_step \
+        --output "$out/step-$device.json" --device "$kind" --autocast "$autocast" --models "$@" \
+        --rounds "$([ -n "$dry" ] && echo 1 || echo 10)" || failed+=("$name")
+    echo "== $name: $((SECONDS - begin)) s, $out/step-$device.json"
 }
 
 profiles() {
-    if [ -n "$dry" ]; then
-        profile digits-vit 120 none digits-vit --batch-size 16 --setting blocks=2
-        return
-    fi
-    for checkpoint in blocks none; do
-        limit=$([ "$checkpoint" = blocks ] && echo 60 || echo 40)
-        profile hf-gpt2-b16-t512 "$limit" "$checkpoint" hf:gpt2 --batch-size 16 --setting sequence_length=512
-        profile hf-roberta-base-b32-t256 "$limit" "$checkpoint" hf:roberta-base --batch-size 32 \
-            --setting sequence_length=256
-        profile hf-vit-base-b64 "$limit" "$checkpoint" hf:google/vit-base-patch16-224 --batch-size 64
+    local model
+    for model in hf:gpt2 hf:google/vit-base-patch16-224; do
+        echo "== profile of $model, 60 s at most"
+        timeout --signal=INT --kill-after=5 60 "$python" -m groupsearch profile "$model" --batch-size 16 \
+            --grouping all-layer --grouping best:4 --device "$kind" --verify measure --checkpoint blocks \
+            --output "$out/$(basename "$model")-$device-checkpoint-blocks.json" --force || failed+=("profile of $model")
     done
 }
 
-grid() { # of several parts it has what the others leave of nine and a half minutes; alone, nine minutes
-    local limit=290 options=(--device cuda --fresh) file=grid-$device
-    case "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" in
-    *expandable_segments:True*) file+=-expandable ;; # other blocks, other numbers
+run() { # the parts on a card
+    case $1 in
+    checks) part checks 90 tests.gpu.checks "checks-$device.jsonl" --seconds 75 ;;
+    grid) part grid 240 tests.gpu.grid "grid-$device.json" --seconds 220 --fresh --random 2 \
+        --models "GPT-2 small" "ViT-B/16" "ResNet-50 with GroupNorm" ;;
+    expandable) PYTORCH_ALLOC_CONF=expandable_segments:True PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True part \
+        expandable 200 tests.gpu.grid "grid-$device-expandable.json" --seconds 180 --random 2 \
+        --models "GPT-2 small" "ViT-B/16" "ResNet-50 with GroupNorm" ;;
+    half) part half 90 tests.gpu.grid "grid-$device.json" --seconds 75 --random 0 --autocast bfloat16 \
+        --models "GPT-2 small" "ViT-B/16" ;;
+    seconds)
+        timed "seconds, float32" 75 none hf:gpt2 hf:google/vit-base-patch16-224
+        timed "seconds, bfloat16" 75 bfloat16 hf:gpt2 hf:google/vit-base-patch16-224
+        ;;
+    slack) part slack 200 tests.gpu.slack "slack-$device.jsonl" --seconds 180 ;;
+    more) part more 300 tests.gpu.grid "grid-$device.json" --seconds 280 --random 2 \
+        --models "Llama 3.2 1B" "T5 base" "Whisper small encoder" "RoBERTa base" ;;
+    profiles) profiles ;;
     esac
-    [ ${#parts[@]} -eq 1 ] && limit=540
-    [ -n "$dry" ] && limit=540 && options=(--device cpu --small --models gpt2 digits-cnn --random 1)
-    part grid "$limit" "$python" -m tests.gpu.grid "$out/$file.json" "${options[@]}" --seconds $((limit - 20))
+}
+
+rehearse() { # the same order with small models on the CPU
+    case $1 in
+    checks) part checks 60 tests.gpu.checks "checks-$device.jsonl" \
+        --only noise deviation precision storages "sums of tied" "one step of training, checkpoint n" ;;
+    grid) part grid 60 tests.gpu.grid "grid-$device.json" --small --random 0 --models digits-cnn --seconds 4 ;;
+    expandable) PYTORCH_ALLOC_CONF=expandable_segments:True part \
+        expandable 60 tests.gpu.grid "grid-$device-expandable.json" --small --random 0 --models gpt2 --seconds 1 ;;
+    half) part half 60 tests.gpu.grid "grid-$device.json" --small --random 0 --autocast bfloat16 --models vit \
+        --seconds 1 ;;
+    seconds) timed seconds 60 none digits-vit ;;
+    slack) part slack 60 tests.gpu.slack "slack-$device.jsonl" --small --memory 3MiB ;;
+    more) part more 60 tests.gpu.grid "grid-$device.json" --small --random 0 --models vit --seconds 1 ;;
+    profiles) profiles ;;
+    esac
 }
 
 for name in "${parts[@]}"; do
     case $name in
-    tests) part tests 170 "$python" -m pytest tests/gpu -m gpu --ignore=tests/gpu/test_fit.py -q -rA \
-        --durations=10 -p no:cacheprovider ;;
-    fits) part "what fits" 50 "$python" -m pytest tests/gpu/test_fit.py -m gpu -n 0 -q -rA --durations=10 \
-        -p no:cacheprovider ;;
-    grid) grid ;;
-    seconds) part "seconds per step" 45 "$python" -m tests.benchmarks.bench_step --device cuda \
-        --output "$out/step-$device.json" ;;
-    profiles) profiles ;;
+    checks | grid | expandable | half | seconds | slack | more | profiles) ;;
     *)
-        echo "Expected parts among tests, fits, grid, seconds and profiles, found $name." >&2
+        echo "Expected parts among checks, grid, expandable, half, seconds, slack, more and profiles, found $name." >&2
         exit 2
         ;;
     esac
+done
+for name in "${parts[@]}"; do
+    if [ -n "$dry" ]; then rehearse "$name"; else run "$name"; fi
 done
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from groupsearch.workloads import load_workload
 from tests.gpu import grid, grid_part
 from tests.gpu.grid_part import FRESH, NON_PRIVATE, Part, check_held, held_bytes, rows_of
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 PART = Part("digits-cnn", "digits-cnn", {"batch_size": 16, "width": 8}, "cpu", ("none",), randoms=1)
 
@@ -123,18 +119,6 @@ def test_the_realistic_models_are_loaded_by_name_and_have_a_small_one_of_their_k
     part = grid.realistic_part(name, "cuda")
     assert load_workload(part.workload, **part.settings).batch_size == part.settings["batch_size"]
     assert part.checkpoints == ("none", "blocks")
-
-
-@pytest.mark.slow
-def test_the_dry_run_passes(tmp_path: Path) -> None:
-    """The script from end to end, in processes of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["bash", "tests/gpu/run.sh", "--dry-run", str(tmp_path)]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    document = json.loads((tmp_path / "grid-cpu.json").read_text())
-    assert {row["model"] for row in document["rows"]} >= {"gpt2", "digits-cnn"}
-    assert not document["failures"]
 
 
 def test_a_stage_of_the_grid_takes_every_micro_batch() -> None:

@@ -70,8 +70,8 @@ def silent(names: Collection[str]) -> Damage:
     """The parameters of one group get no noise."""
 
     class Silent(Mechanism):
-        def add_noise_(self, name: str, total: Tensor) -> Tensor:
-            return total if name in names else super().add_noise_(name, total)
+        def add_noises_(self, sums: Mapping[str, Tensor]) -> None:
+            super().add_noises_({name: total for name, total in sums.items() if name not in names})
 
     return _with_mechanism(Silent)
 
@@ -82,11 +82,12 @@ def noise_kept_for_two_steps(engine: PrivateEngine) -> None:
     class Kept(Mechanism):
         steps = 0
 
-        def add_noise_(self, name: str, total: Tensor) -> Tensor:
-            drawn = self.__dict__.setdefault("drawn", {})
+        def add_noises_(self, sums: Mapping[str, Tensor]) -> None:
             if self.steps % 2 == 0:
-                drawn[name] = super().add_noise_(name, torch.zeros_like(total))
-            return total.add_(drawn[name])
+                self.drawn = {name: torch.zeros_like(total) for name, total in sums.items()}
+                super().add_noises_(self.drawn)
+            for name, total in sums.items():
+                total.add_(self.drawn[name])
 
         def end_step(self) -> None:
             super().end_step()

@@ -93,7 +93,14 @@ def test_the_peak_inside_is_what_was_asked_for_above_what_was_there(monkeypatch:
         take(-200)
         return "done"
 
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, held[0]))
+    begun: list[bool] = []
+
+    def reset(device: torch.device) -> None:
+        assert begun, "torch raises where CUDA has not been initialised"
+        peak[0] = held[0]
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: begun.append(True))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     statistics = lambda device: {"requested_bytes": {"all": {"current": held[0], "peak": peak[0]}}}  # noqa: E731
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", statistics)
     assert allocated_peak(work, torch.device("cuda")) == ("done", 300)

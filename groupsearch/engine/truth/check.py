@@ -3,7 +3,8 @@
 Every example's gradient as the engine books it, in batches of one, two and three, with a duplicate
 and with an extreme example, is compared with plain autograd on that example alone. NaN in one
 example must reach no other, and no pass may leave behind what depends on the data. The model runs
-in the mode it is in; random draws are made alike for all examples meanwhile.
+in the mode it is in; random draws are made alike for all examples meanwhile, and products are of IEEE
+float32: TF32, which a GPU's convolutions take by default, differs by as much as a fault may.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from groupsearch.checked import Checked
 from groupsearch.engine.arrival import Receiver
+from groupsearch.engine.ieee import ieee
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.truth.comparison import (
     TOLERANCES,
@@ -36,7 +38,7 @@ from groupsearch.engine.truth.leftovers import Memory, left_as_it_was, same_valu
 from groupsearch.engine.truth.poison import PoisonedIds, poisoned
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import Rows, choose_rows, joined
-from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError
+from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors
 
 Attach = Callable[[nn.Module, Receiver], AbstractContextManager[Any]]
@@ -141,7 +143,7 @@ def try_rows(model: nn.Module, batch: Any, loss: Loss, draws: Constants = USUAL)
         UnsupportedModelError: for sizes of batch that do not run, and a loss that is not one per example.
         Exception: what the model or the loss raises on the batch as it is given, with a note.
     """
-    with left_as_it_was(model) as memory, alike(draws):
+    with left_as_it_was(model) as memory, alike(draws), ieee():
         rows, truths = _Runs(model, loss, memory).on(batch, choose_rows(batch))
     return Tried(rows, truths, draws)
 
@@ -162,7 +164,7 @@ def check_truth(subject: Subject, tried: Tried, allow_state: Collection[str] = (
         TruthError: where the engine is not right, or examples mix.
         UnsupportedModelError: for state that depends on the data.
     """
-    with left_as_it_was(subject.model) as memory, alike(subject.draws):
+    with left_as_it_was(subject.model) as memory, alike(subject.draws), ieee():
         return _Check(subject, memory, frozenset(allow_state)).run(tried)
 
 
@@ -196,6 +198,8 @@ class _Runs:
         except GroupSearchError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             if rows.derived:
                 return self.on(batch, rows.without_derived(short(error)))
             raise self._of_size(batch, rows, error) from error
@@ -204,6 +208,8 @@ class _Runs:
             try:
                 losses, gradient = self._try(example)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 if i >= len(rows.examples) - rows.derived:
                     return self.on(batch, rows.without_derived(short(error)))
                 raise _of_one(error) from error
@@ -356,6 +362,8 @@ class _Check:
         try:
             truth = self._alone(rows.extreme)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._say(f"an extreme example: the model does not take it alone ({short(error)})")
             return
         if not all(map(_is_finite, (truth.loss, truth.gradient.total()))):
@@ -395,6 +403,8 @@ class _Check:
         try:
             truths = [self._alone(example) for example in examples]
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._say(f"shuffled numbers: the model does not take them alone ({short(error)})")
             return
         if not all(_is_finite(x) for truth in truths for x in (truth.loss, truth.gradient.total())):
@@ -427,6 +437,8 @@ class _Check:
             self._say(f"NaN in one example: the engine does not take it ({short(error)})")
             return
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._say(f"NaN in one example: the model does not take it ({short(error)})")
             return
         if not (changed or ids.reached):
@@ -517,7 +529,9 @@ def in_double(
     try:
         wide = replace(subject, model=copy.deepcopy(subject.model).double())
         return (again(wide, lambda b: map_tensors(lambda t: t.double() if t.is_floating_point() else t, b)),)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
 
 

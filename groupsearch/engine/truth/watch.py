@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from groupsearch.checked import Watched
+from groupsearch.engine.ieee import ieee
 from groupsearch.engine.truth.check import Subject, in_double, mode_of
 from groupsearch.engine.truth.comparison import Difference, Truth, compare, compare_losses, tolerance_of
 from groupsearch.engine.truth.draws import alike
 from groupsearch.engine.truth.finding import described, first_difference
 from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.reading import Reading
-from groupsearch.errors import GroupSearchError, TruthError
+from groupsearch.errors import GroupSearchError, TruthError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 RATE = 0.01
@@ -68,7 +69,9 @@ class Watch:
         begin = time.perf_counter()
         try:
             self._look(batch)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.watched = replace(self.watched, skipped=self.watched.skipped + 1)
         seconds = self.watched.seconds + time.perf_counter() - begin
         self.watched = replace(self.watched, seconds=seconds)
@@ -97,7 +100,13 @@ class Watch:
         if not size:
             return
         number = self._entropy.randrange(size)
-        with left_as_it_was(model) as memory, alike(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            left_as_it_was(model) as memory,
+            alike(),
+            ieee(),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             example = take_examples(batch, (number,))
             with self._aside():
                 truth = self._subject.alone(example)
