@@ -53,7 +53,13 @@ SEQUENCES = [
     ("one byte above 1 MiB is rounded up and large: 20 MiB", PLAIN, [("a", MIB + 1)], MIB + 512, 20 * MIB),
     ("9.5 MiB come from a segment of 20 MiB", PLAIN, [("a", 9.5 * MIB)], int(9.5 * MIB), 20 * MIB),
     ("10 MiB have a segment of their own", PLAIN, [("a", 10 * MIB)], 10 * MIB, 10 * MIB),
-    ("11 MiB: a segment of 12, 1 MiB left is not more than 1 MiB: unsplit", PLAIN, [("a", 11 * MIB)], 12 * MIB, 12 * MIB),
+    (
+        "11 MiB: a segment of 12, 1 MiB left is not more than 1 MiB: unsplit",
+        PLAIN,
+        [("a", 11 * MIB)],
+        12 * MIB,
+        12 * MIB,
+    ),
     (
         "10.5 MiB: a segment of 12, 1.5 MiB left are split off, and serve a request of 1.25 MiB whole",
         PLAIN,
@@ -61,9 +67,21 @@ SEQUENCES = [
         12 * MIB,
         12 * MIB,
     ),
-    ("two of 9.5 MiB leave 1 MiB in 20: the second block keeps it", PLAIN, [("a", 9.5 * MIB), ("b", 9.5 * MIB)], 20 * MIB, 20 * MIB),
+    (
+        "two of 9.5 MiB leave 1 MiB in 20: the second block keeps it",
+        PLAIN,
+        [("a", 9.5 * MIB), ("b", 9.5 * MIB)],
+        20 * MIB,
+        20 * MIB,
+    ),
     ("a freed block stays reserved", PLAIN, [("a", 30 * MIB), "a"], 0, 30 * MIB),
-    ("and is taken again by a smaller request, split", PLAIN, [("a", 30 * MIB), "a", ("b", 20 * MIB)], 20 * MIB, 30 * MIB),
+    (
+        "and is taken again by a smaller request, split",
+        PLAIN,
+        [("a", 30 * MIB), "a", ("b", 20 * MIB)],
+        20 * MIB,
+        30 * MIB,
+    ),
     (
         "the smallest block that fits is taken: of 30 and 24 the 24, so that 30 still find room",
         PLAIN,
@@ -167,7 +185,13 @@ SEQUENCES = [
     ("2048 bytes and less are rounded to 512 with 4 steps", Rules(divisions=4), [("a", 1100)], 1536, 2 * MIB),
     ("expandable: the large arena grows by 20 MiB", EXPANDABLE, [("a", 24 * MIB)], 24 * MIB, 40 * MIB),
     ("and 16 MiB left of the last page serve 16", EXPANDABLE, [("a", 24 * MIB), ("b", 16 * MIB)], 40 * MIB, 40 * MIB),
-    ("even 512 bytes are split off a large block", EXPANDABLE, [("a", 20 * MIB - 512), ("b", MIB + 512)], 21 * MIB, 40 * MIB),
+    (
+        "even 512 bytes are split off a large block",
+        EXPANDABLE,
+        [("a", 20 * MIB - 512), ("b", MIB + 512)],
+        21 * MIB,
+        40 * MIB,
+    ),
     (
         "a free end grows by what lacks: 20 MiB freed at the end of 40 and 10 more pages' worth for 30",
         EXPANDABLE,
@@ -200,14 +224,26 @@ SEQUENCES = [
     (
         "pages given back are mapped again where they lie: 18 of the hole's 20 MiB",
         of_card(80, expandable=True),
-        [("a", 20 * MIB), ("b", 20 * MIB), ("c", 20 * MIB), "b", ("d", 30 * MIB), "d", ("e", 38 * MIB), "c", ("f", 18 * MIB)],
+        [
+            ("a", 20 * MIB),
+            ("b", 20 * MIB),
+            ("c", 20 * MIB),
+            "b",
+            ("d", 30 * MIB),
+            "d",
+            ("e", 38 * MIB),
+            "c",
+            ("f", 18 * MIB),
+        ],
         76 * MIB,
         80 * MIB,
     ),
 ]
 
 
-@pytest.mark.parametrize(("reasoning", "rules", "steps", "allocated", "reserved"), SEQUENCES, ids=[s[0] for s in SEQUENCES])
+@pytest.mark.parametrize(
+    ("reasoning", "rules", "steps", "allocated", "reserved"), SEQUENCES, ids=[s[0] for s in SEQUENCES]
+)
 def test_a_sequence_holds_what_the_rules_say(reasoning, rules, steps, allocated, reserved):
     assert Run(rules, *steps).held == (allocated, reserved)
 
