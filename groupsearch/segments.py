@@ -1,10 +1,10 @@
-"""What PyTorch's caching allocator for CUDA makes of a sequence of requests: a model of it, without torch and a card.
+"""What PyTorch's caching allocator for CUDA makes of a sequence of requests: a model of it, without torch.
 
-Sizes are rounded up to multiples of 512 bytes. Blocks of at most 1 MiB come from segments of 2 MiB (the small pool), larger
-ones from segments of 20 MiB, or of their own size in multiples of 2 MiB from 10 MiB on (the large pool). The smallest
-free block that is large enough is taken, of equals the one at the lowest address; what is left of it becomes a free
-block where it is worth it, else the whole of it counts as allocated. A freed block is merged with free neighbours of its
-segment. Segments stay reserved until the card has no room for a new one. The rules are those of
+Sizes are rounded up to multiples of 512 bytes. Blocks of at most 1 MiB come from segments of 2 MiB (the small pool),
+larger ones from segments of 20 MiB, or of their own size in multiples of 2 MiB from 10 MiB on (the large pool). The
+smallest free block that is large enough is taken, of equals the one at the lowest address; what is left of it becomes
+a free block where it is worth it, else the whole of it counts as allocated. A freed block is merged with free
+neighbours of its segment. Segments stay reserved until the card has no room for a new one. The rules are those of
 ``c10/cuda/CUDACachingAllocator.cpp``, for one stream.
 """
 

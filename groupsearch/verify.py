@@ -7,7 +7,7 @@ measurement runs it on the device, in a fresh process per number. Errors are sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from groupsearch.memory import peak_memory
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.partition import front
 from groupsearch.records import COMMANDS
+from groupsearch.reserved import holding
 from groupsearch.simulate import simulate_peak
 from groupsearch.trace import Trace
 from groupsearch.tracer import StepSettings, trace_model
@@ -161,7 +162,10 @@ class Setup:
 
 
 def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[str, Any]]:
-    """One estimated row of a document per grouping, by name, with what is alive at its peak and where that is."""
+    """One estimated row of a document per grouping, by name, with what is alive at its peak and where that is.
+
+    On a CUDA device with what its allocator hands out and holds at most, ``allocated_bytes`` and ``reserved_bytes``.
+    """
     rows = []
     for name, grouping in groupings.items():
         estimate = peak_memory(trace, grouping)
@@ -171,9 +175,16 @@ def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[
                 "breakdown": asdict(estimate.breakdown),
                 "site": estimate.site,
                 "where": estimate.where,
+                **held_bytes(trace, grouping.boundaries),
             }
         )
     return rows
+
+
+def held_bytes(trace: Trace, boundaries: Sequence[int] | None) -> dict[str, int]:
+    """``allocated_bytes`` and ``reserved_bytes`` of a grouping's step (None: without privacy); empty on the CPU."""
+    found = holding(trace, boundaries)
+    return {} if found is None else {name: getattr(found, name) for name in ("allocated_bytes", "reserved_bytes")}
 
 
 def front_rows(trace: Trace, max_groups: int | None = None) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from groupsearch.cli.parameters import (
     output_options,
     step_options,
 )
-from groupsearch.units import format_bytes, format_number, format_percent, format_ratio
+from groupsearch.units import format_bytes, format_number, format_ratio
 
 if TYPE_CHECKING:
     from groupsearch.fit import Room, Sizes
@@ -40,7 +40,12 @@ if TYPE_CHECKING:
     "[default: layer-wise, block-wise, uniform:4, best:2, best:3, ... until nothing more is gained]",
 )
 @click.option("--max-groups", type=click.IntRange(min=1), default=8, help="Where best:2, best:3, ... end.")
-@click.option("--margin", type=Share(), default="0.5%", help="Share of the memory that is held back.")
+@click.option(
+    "--margin",
+    type=Share(),
+    help="Share of the memory that is held back. [default: 0.5%; 4% on a CUDA device, of which 0.7 GiB for its "
+    "context are held back too]",
+)
 @click.option("--limit", type=click.IntRange(min=1), default=65536, help="The largest batch or length that is tried.")
 @click.option("--dataset-size", type=click.IntRange(min=1), help="Training examples. [default: the model's data]")
 @click.option(
@@ -73,8 +78,8 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     from groupsearch.cli.stages import add_estimates, say_tracing, start_document
 
     sizes, room = _plan(model, given)
-    kept = ("groupings", "max_groups", "margin", "limit", "measure")
-    document = start_document("profile", sizes.setup, device=sizes.setup.device, **{key: given[key] for key in kept})
+    kept = {key: given[key] for key in ("groupings", "max_groups", "limit", "measure")}
+    document = start_document("profile", sizes.setup, device=sizes.setup.device, margin=room.margin, **kept)
     fit = document["fit"] = _start_fit(sizes, room)
     planned = Output.plan(document, output, force, as_json)
     say_tracing(document)
@@ -95,7 +100,8 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Sizes, Room]:
     """What to trace at which sizes, and the room there is."""
     from groupsearch.cli.stages import make_setup
     from groupsearch.errors import GroupSearchError
-    from groupsearch.fit import BATCH, Room, Sizes, length_setting
+    from groupsearch.fit import BATCH, MARGIN, Room, Sizes, length_setting
+    from groupsearch.reserved import CARD_MARGIN, CONTEXT_BYTES
 
     length = None
     if given["sequence_length"] is not None or given["find"] == "sequence-length":
@@ -113,7 +119,9 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Sizes, Room]:
     population = given["dataset_size"]
     if population is None and setup.loaded.data is not None:
         population = setup.loaded.data.train_size
-    room = Room(given["memory"], given["margin"], given["limit"], population, given["sampling_rate"])
+    margin, context = (MARGIN, 0) if setup.device == "cpu" else (CARD_MARGIN, CONTEXT_BYTES)
+    margin = margin if given["margin"] is None else given["margin"]
+    room = Room(given["memory"], margin, given["limit"], population, given["sampling_rate"], context)
     return Sizes(setup, str(length) if given["find"] == "sequence-length" else BATCH), room
 
 
@@ -123,6 +131,8 @@ def _start_fit(sizes: Sizes, room: Room) -> dict[str, Any]:
     return {
         "memory_bytes": room.memory_bytes,
         "margin": room.margin,
+        "context_bytes": room.context_bytes,
+        "held_back": room.held_back,
         "usable_bytes": room.usable_bytes,
         "varies": sizes.vary,
         "limit": sizes.limit(room.limit),
@@ -175,7 +185,8 @@ def print_fit(document: Mapping[str, Any]) -> None:
     rated = any("examples_per_second" in row for row in fit["rows"])
     columns = ["grouping ", "groups", "batch" if batch else "length", "of non-private", "expected batch"]
     columns += ["pieces"] if fit["poisson"]["sampling_rate"] else []
-    columns += ["peak", "with one more", *(["examples per second"] if rated else [])]
+    held = any("reserved_bytes" in row for row in fit["rows"])
+    columns += ["peak", "with one more", *(["to hold"] if held else []), *(["examples per second"] if rated else [])]
     reference, rows = fit["rows"][0]["size"], []
     for row in fit["rows"]:
         rate, peaks = row.get("examples_per_second"), (row["peak_bytes"], row["next_peak_bytes"])
@@ -183,11 +194,11 @@ def print_fit(document: Mapping[str, Any]) -> None:
         cells += [format_ratio(row["size"] / reference) if reference else "", str(row["expected_batch_size"] or "")]
         cells += ["-".join(map(str, dict.fromkeys(row["pieces"] or ())))] if "pieces" in columns else []
         cells += ["" if peak is None else format_bytes(peak) for peak in peaks]
+        cells += [format_bytes(row["reserved_bytes"]) if "reserved_bytes" in row else ""] if held else []
         cells += [f"{format_number(rate['value'], 4)} {rate['source']}" if rate else ""] if rated else []
         rows.append(cells)
-    held = f"{format_bytes(fit['memory_bytes'])}, {format_percent(fit['margin'])} of it held back"
     fixed = "" if batch else f", batch {document['model']['batch_size']}"
-    print_table(columns, rows, title=f"{document['model']['name']}{fixed}: {held}")
+    print_table(columns, rows, title=f"{document['model']['name']}{fixed}: {fit['held_back']}")
 
 
 LIMITED = {"memory": "", "limit": "+", "model": " (all it takes)"}

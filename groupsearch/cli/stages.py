@@ -18,12 +18,13 @@ from groupsearch.records import environment, new_document
 from groupsearch.report.finding import finding, joint_finding
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes, format_percent, format_ratio, format_seconds, format_signed_percent
-from groupsearch.verify import Setup, estimate_rows, front_rows
+from groupsearch.verify import Setup, estimate_rows, front_rows, held_bytes
 from groupsearch.workloads import load_workload
 
 DEFAULT_GROUPINGS = ("all-layer", "layer-wise", "block-wise", "uniform:4", "best:2..8")
 LEVELS = {"none": (), "simulate": ("simulations",), "measure": ("measurements",)}
 RESERVED = ("reserved", "fragmented")
+HELD, HELD_PARTS = ["to allocate", "to hold"], ("allocated_bytes", "reserved_bytes")
 LEVELS["all"] = LEVELS["simulate"] + LEVELS["measure"]
 
 
@@ -99,6 +100,8 @@ def add_estimates(
         "measurements": [],
         "summary": finding(trace) if joint is None else joint_finding(trace, joint),
     }
+    if held := held_bytes(trace, None):
+        document["nonprivate_held"] = held
     return trace
 
 
@@ -138,6 +141,8 @@ def print_peaks(document: Mapping[str, Any]) -> None:
     simulated = {tuple(row["boundaries"]): row for row in document["simulations"]}
     measured = {tuple(row["boundaries"]): row for row in document["measurements"]}
     columns = ["grouping ", "groups", "estimate", "of non-private"]
+    held = any("reserved_bytes" in row for row in document["estimates"])
+    columns += HELD if held else []
     columns += ["simulated", "error"] if simulated else []
     reserved = any("reserved_bytes" in row for row in measured.values())
     columns += ["measured", "error", *(RESERVED if reserved else ()), "step"] if measured else []
@@ -145,6 +150,7 @@ def print_peaks(document: Mapping[str, Any]) -> None:
     for row in document["estimates"]:
         cuts, peak = tuple(row["boundaries"]), row["peak_bytes"]
         cells = [row["grouping"], str(row["groups"]), format_bytes(peak), format_ratio(peak / reference)]
+        cells += [format_bytes(row[part]) if part in row else "" for part in HELD_PARTS] if held else []
         cells += _checked(simulated.get(cuts)) if simulated else []
         cells += _checked(measured.get(cuts)) if measured else []
         cells += reserved_cells(measured.get(cuts, {})) if reserved else []
@@ -153,6 +159,8 @@ def print_peaks(document: Mapping[str, Any]) -> None:
         rows.append(cells)
     model = document["model"]
     title = f"{model['name']}, batch {model['batch_size']}: non-private {format_bytes(reference)}"
+    if "nonprivate_held" in document:
+        title += f", {format_bytes(document['nonprivate_held']['reserved_bytes'])} held"
     print_table(columns, rows, title=title)
     say(document["summary"])
 
