@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from groupsearch.errors import DocumentError
+from groupsearch.cards import card_of
+from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.joint import JOINT, Alternatives
 from groupsearch.measure import measure_peak
@@ -42,7 +43,8 @@ class Setup:
         checkpoint: ``none``, ``blocks`` or ``every:K``.
         micro_batches: how many batches are accumulated before the optimizer's step.
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
-        device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is.
+        device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is. A card that is not
+            there (``cuda:h100``) is traced and simulated on fake tensors, and not measured.
     """
 
     workload: str
@@ -119,6 +121,8 @@ class Setup:
 
         A model whose path depends on values is traced with its weights on the CPU, too.
         """
+        if card_of(self.device) is not None:
+            return self._trace(self.empty_model(), self.device)
         if self.device == "cpu":
             try:
                 return self._trace(self.empty_model(), None)
@@ -144,7 +148,12 @@ class Setup:
         return {**_row(name, grouping, peak_bytes), "relative_error": estimate_bytes / peak_bytes - 1}
 
     def measure(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
-        """One measured row of a document: the engine on the device, in a fresh process."""
+        """One measured row of a document: the engine on the device, in a fresh process.
+
+        Raises:
+            GroupSearchError: for a card that is not there, or when the process failed.
+        """
+        check_measurable(self.device)
         measured = measure_peak(
             self.workload,
             grouping,
@@ -159,6 +168,17 @@ class Setup:
             "metric": measured.metric,
             **measured.beside(),
         }
+
+
+def check_measurable(device: str) -> None:
+    """Raise a GroupSearchError for a card that is not there: nothing can be run on it."""
+    card = card_of(device)
+    if card is not None:
+        raise GroupSearchError(
+            f"Found {device}, a card to estimate for without having it: nothing can be run or measured there. Use "
+            f"`groupsearch profile` or `groupsearch fit` without what measures, or run this on a machine with an "
+            f"NVIDIA {card.title} with --device cuda."
+        )
 
 
 def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from groupsearch.cards import card_of
 from groupsearch.cli.parameters import (
     Positive,
     Share,
@@ -16,6 +17,7 @@ from groupsearch.cli.parameters import (
     output_options,
     step_options,
 )
+from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes, format_number, format_ratio
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 @click.command("fit")
 @click.argument("model")
-@click.option("--memory", type=Size(), required=True, help="What a step may take, as in 24GiB.")
+@click.option(
+    "--memory", type=Size(), help="What a step may take, as in 24GiB. [default: all of a card named by --device]"
+)
 @click.option(
     "--find",
     type=click.Choice(["batch-size", "sequence-length"]),
@@ -72,10 +76,11 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch fit hf:roberta-base --memory 16GiB --sequence-length 256 --dataset-size 104743
     groupsearch fit digits-vit --memory 40MiB --measure
     groupsearch fit stdlib-gpt --memory 1GiB --find sequence-length --batch-size 8
+    groupsearch fit hf:gpt2 --device cuda:h100
     """
     from groupsearch.cli.console import say
     from groupsearch.cli.output import Output
-    from groupsearch.cli.stages import add_estimates, say_tracing, start_document
+    from groupsearch.cli.stages import add_estimates, say_not_measured, say_tracing, start_document
 
     sizes, room = _plan(model, given)
     kept = {key: given[key] for key in ("groupings", "max_groups", "limit", "measure")}
@@ -92,6 +97,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
         planned.save(document)
         raise KeyboardInterrupt(f"Interrupted; the document has {len(fit['rows'])} rows of the fit.") from interrupt
     print_fit(document)
+    say_not_measured(document)
     say(f"{fit['summary']} {fit['poisson']['rule']}")
     planned.save(document)
 
@@ -99,9 +105,9 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
 def _plan(model: str, given: dict[str, Any]) -> tuple[Sizes, Room]:
     """What to trace at which sizes, and the room there is."""
     from groupsearch.cli.stages import make_setup
-    from groupsearch.errors import GroupSearchError
     from groupsearch.fit import BATCH, MARGIN, Room, Sizes, length_setting
     from groupsearch.reserved import CARD_MARGIN, CONTEXT_BYTES
+    from groupsearch.verify import check_measurable
 
     length = None
     if given["sequence_length"] is not None or given["find"] == "sequence-length":
@@ -110,7 +116,9 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Sizes, Room]:
         given["settings"] = (*given["settings"], (length, given["sequence_length"]))
     if given["micro_batches"] is None and given["sampling_rate"] is not None:
         given["micro_batches"] = 2  # a batch that is taken in pieces adds to the sums of those before
-    setup = make_setup(model, given)
+    setup = make_setup(model, given, cards=True)
+    if given["measure"]:
+        check_measurable(setup.device)
     if given["find"] == "sequence-length" and length not in setup.loaded.settings:
         raise GroupSearchError(
             f"Expected a sequence length to start from, found none: {model} has no setting {length!r} of its own. "
@@ -121,8 +129,20 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Sizes, Room]:
         population = setup.loaded.data.train_size
     margin, context = (MARGIN, 0) if setup.device == "cpu" else (CARD_MARGIN, CONTEXT_BYTES)
     margin = margin if given["margin"] is None else given["margin"]
-    room = Room(given["memory"], margin, given["limit"], population, given["sampling_rate"], context)
+    room = Room(
+        _memory(given["memory"], setup.device), margin, given["limit"], population, given["sampling_rate"], context
+    )
     return Sizes(setup, str(length) if given["find"] == "sequence-length" else BATCH), room
+
+
+def _memory(given: int | None, device: str) -> int:
+    card = card_of(device)
+    if given is None and card is None:
+        raise GroupSearchError(
+            "Expected --memory, what a step may take, found none. Give it as in --memory 24GiB, or name a card with "
+            "--device cuda:h100 for all of its memory."
+        )
+    return given if given is not None else card.memory_bytes  # type: ignore[union-attr]
 
 
 def _start_fit(sizes: Sizes, room: Room) -> dict[str, Any]:
@@ -161,7 +181,6 @@ def _add_rows(fit: dict[str, Any], sizes: Sizes, room: Room, given: Mapping[str,
 def _add_rates(fit: dict[str, Any], sizes: Sizes, measure: bool) -> None:
     """Measure each row that has a size, where that is asked for; one that fails is said and has no rate."""
     from groupsearch.cli.console import progress, say
-    from groupsearch.errors import GroupSearchError
     from groupsearch.fit import add_rates
 
     rows = [row for row in fit["rows"] if row["size"]] if measure else []

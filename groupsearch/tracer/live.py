@@ -102,14 +102,14 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
         self._overhearing.stop()
 
-    def ignore(self, tensors: Iterable[Tensor]) -> int:
-        """Do not count these tensors' storages; returns their bytes, each storage once."""
+    def ignore(self, tensors: Iterable[Tensor], *, elsewhere: bool = False) -> int:
+        """Do not count these tensors' storages; returns their bytes, each storage once; 0 of what is ``elsewhere``."""
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) not in self._references:
                 self._references[id(storage)] = weakref.ref(storage, self._forgetter(id(storage)))
-                self.kept.append(self.allocator.bytes_of(tensor))
+                self.kept.append(0 if elsewhere else self.allocator.bytes_of(tensor))
                 total += self.kept[-1]
         return total
 
@@ -186,7 +186,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _random_state(self) -> Tensor:
         state = self._asked_state()
-        self._see(state)
+        if self.allocator.card is None:
+            self._see(state)
         return state
 
     def _see(self, tensor: Tensor) -> None:
