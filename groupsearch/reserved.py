@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.events import StepEvents
+from groupsearch.memory import Cut
 from groupsearch.segments import Block, CachingAllocator, NoRoomError, Rules
 from groupsearch.trace import Trace
 
@@ -56,12 +57,12 @@ def held_within(trace: Trace, boundaries: Sequence[int] | None, capacity_bytes: 
         return replay_memory(trace, boundaries, rules).reserved_bytes
 
 
-def replay_memory(trace: Trace, boundaries: Sequence[int] | None, rules: Rules | None = None) -> Holding:
+def replay_memory(trace: Trace, grouping: Cut | Sequence[int] | None, rules: Rules | None = None) -> Holding:
     """Replay a grouping's step.
 
     Args:
         trace: of the step, traced in this process.
-        boundaries: of the grouping; None for the step without privacy.
+        grouping: a grouping, or its boundaries in increasing order; None for the step without privacy.
         rules: of the allocator; by default those of this process's environment.
 
     Raises:
@@ -74,6 +75,7 @@ def replay_memory(trace: Trace, boundaries: Sequence[int] | None, rules: Rules |
             "Expected a trace with the births and deaths of its step, found one from a document or of norm methods "
             "chosen per weight. Trace the model again."
         )
+    boundaries = grouping if grouping is None or isinstance(grouping, Sequence) else grouping.boundaries
     terms = [(c.early, c.late, len(events.sizes) + n) for n, c in enumerate(trace.cross_terms)]
     sizes = (*events.sizes, *(c.transient_bytes for c in trace.cross_terms))
     sequence = tuple(events.ungrouped() if boundaries is None else events.grouped(boundaries, terms))

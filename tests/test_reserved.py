@@ -104,6 +104,8 @@ def test_what_is_allocated_is_what_tensors_take_and_what_blocks_leave_unused(tra
     for boundaries in (None, *groupings(trace)):
         asked = reordered(trace, boundaries)
         plain, expandable = (replay_memory(trace, boundaries, Rules(expandable=e)) for e in (False, True))
+        if boundaries is not None:
+            assert gs.replay_memory(trace, gs.Grouping.from_boundaries(trace, boundaries), Rules()) == plain
 
         for found in (plain, expandable):
             assert asked <= found.allocated_bytes <= found.reserved_bytes

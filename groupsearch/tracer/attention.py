@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.backends import cuda
 
 from groupsearch.cards import Card
+from groupsearch.tracer.casting import cast_as_cuda
 
 _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
+_entered: list[Card] = []
 
 
 def attention_kernel(
@@ -74,18 +76,26 @@ def _fits_efficient(card: Card, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
 
 @contextmanager
 def kernels_of(card: Card) -> Iterator[None]:
-    """Inside, attention and dropout on tensors of the CPU are what a card would compute them with, whoever calls them.
+    """Inside, attention, dropout and what autocast casts are on tensors of the CPU as on a card, whoever calls them.
 
-    It holds for the whole process: step on fake tensors inside, and on nothing else.
+    It holds for the whole process: step on fake tensors inside, and on nothing else. Inside another one for the same
+    card nothing changes.
     """
+    if _entered:
+        assert _entered[-1] == card, f"inside the kernels of {_entered[-1].name} those of {card.name} cannot be had"
+        yield
+        return
+    _entered.append(card)
     library = torch.library.Library("aten", "IMPL")
     try:
         for key in ("CPU", "AutogradCPU"):
             library.impl("scaled_dot_product_attention", partial(_attend, card), key)
             library.impl("dropout", _dropout, key)
+        cast_as_cuda(library)
         yield
     finally:
         library._destroy()
+        _entered.clear()
 
 
 def _attend(

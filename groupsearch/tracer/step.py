@@ -180,16 +180,7 @@ def card_stage(
     """A stage of fake tensors as a card that is not there would take its step; see :func:`fake_stage`.
 
     Optimizers of no variant take theirs by lists, as torch does there.
-
-    Raises:
-        GroupSearchError: for autocast, which casts other operations there than on the CPU.
     """
-    if settings.autocast != "none":
-        raise GroupSearchError(
-            f"Found autocast {settings.autocast} for a card that is not there: what is cast there is other than on the "
-            f"CPU, and fake tensors know the CPU's. Build the model in that dtype (--dtype {settings.autocast}), or "
-            f"trace on the card itself with --device cuda."
-        )
     optimizer = settings.optimizer if ":" in settings.optimizer else f"{settings.optimizer}:foreach"
     settings = replace(settings, optimizer=optimizer)
     return fake_stage(model, batch, loss, settings, card_scratch, Allocator.of_card(card))

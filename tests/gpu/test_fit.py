@@ -23,8 +23,9 @@ LARGE = {"stdlib-gpt": {"context": 256, "width": 256, "blocks": 4}, "vit": {}}
 
 @pytest.mark.parametrize(("name", "checkpoint"), [("stdlib-gpt", "blocks"), ("vit", "none")])
 def test_the_batch_runs_within_the_limit_and_five_percent_more_does_not(
-    name: str, checkpoint: str, tmp_path: Path
+    name: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in the process that is limited
     small = setup_of(name, checkpoint, tmp_path)
     settings = {**small.settings, **LARGE[name], BATCH: 64}
     sizes = Sizes(Setup(small.workload, settings, checkpoint=checkpoint, device="cuda"))

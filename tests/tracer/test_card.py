@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupsearch as gs
 from groupsearch.cards import CARDS
-from groupsearch.errors import GroupSearchError, UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.allocator import Allocator
-from groupsearch.tracer.attention import attention_kernel
+from groupsearch.tracer.attention import attention_kernel, kernels_of
 from groupsearch.tracer.card import card_scratch
 from groupsearch.tracer.fake import FakeTensors, fake_model
 from groupsearch.tracer.live import LiveBytes
@@ -118,6 +118,17 @@ def test_whoever_calls_attention_gets_the_kernel_of_the_card():
     assert not any("efficient" in name for name in seen)  # and outside everything is as it was
 
 
+def test_kernels_may_be_asked_for_again_inside():
+    with kernels_of(CARDS["a100"]), kernels_of(CARDS["a100"]):
+        pass
+    with kernels_of(CARDS["h100"]):
+        pass
+    with pytest.raises(AssertionError), kernels_of(CARDS["h100"]), kernels_of(CARDS["t4"]):
+        pass
+    with FakeTensors(CARDS["t4"]):
+        pass
+
+
 def test_dropout_keeps_a_mask_of_one_byte_for_each_number():
     with FakeTensors(CARDS["a100"]):
         x = torch.empty(1024, 512, requires_grad=True)
@@ -127,6 +138,35 @@ def test_dropout_keeps_a_mask_of_one_byte_for_each_number():
             out = F.dropout(x, 0.1)
             assert live.live_bytes == 1024 * 512 * (4 + 1)
             del out
+
+
+@pytest.mark.parametrize(
+    ("work", "on_card", "on_cpu"),
+    [
+        (lambda x: F.linear(x, x), BRAIN, BRAIN),
+        (lambda x: F.layer_norm(x.bfloat16(), (64,)), SINGLE, BRAIN),
+        (lambda x: F.group_norm(x.bfloat16(), 4), SINGLE, BRAIN),
+        (lambda x: F.softmax(x.bfloat16(), -1), SINGLE, BRAIN),
+        (lambda x: F.log_softmax(x.bfloat16(), -1), SINGLE, BRAIN),
+        (lambda x: x.bfloat16().exp(), SINGLE, BRAIN),
+        (lambda x: x.bfloat16().pow(2), SINGLE, BRAIN),
+        (lambda x: x.bfloat16().sum(0), SINGLE, BRAIN),
+        (lambda x: x.bfloat16().sum(), SINGLE, BRAIN),
+        (lambda x: x.bfloat16().sum(0, dtype=DOUBLE), DOUBLE, DOUBLE),
+        (lambda x: F.gelu(x.bfloat16()), BRAIN, BRAIN),
+        (lambda x: F.gelu(x), SINGLE, SINGLE),
+        (lambda x: F.layer_norm(x.double(), (64,)), DOUBLE, DOUBLE),
+        (lambda x: F.scaled_dot_product_attention(*3 * (x[None, None],)), BRAIN, BRAIN),
+    ],
+)
+def test_autocast_casts_what_it_casts_on_cuda(work, on_card, on_cpu):
+    """By the lists of torch's documentation: CUDA takes norms, softmax, powers and sums in float32."""
+    for device, expected in ((CARDS["h100"], on_card), (None, on_cpu)):
+        with FakeTensors(device), torch.autocast("cpu", BRAIN):
+            x = torch.empty(64, 64, requires_grad=True)
+            out = work(x)
+            assert out.dtype is expected
+            out.float().sum().backward()
 
 
 def test_flash_attention_adds_up_the_querys_gradient_in_float32():
@@ -178,11 +218,13 @@ def test_an_optimizer_of_no_variant_goes_by_lists_and_needs_another_copy_of_the_
     assert one.step_bytes < lists.step_bytes
 
 
-def test_a_card_is_simulated_as_it_is_estimated(gpt):
-    trace = traced(gpt, "cuda:a100", checkpoint="blocks")
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_a_card_is_simulated_as_it_is_estimated(gpt, autocast):
+    how = {"checkpoint": "blocks", "autocast": autocast, "device": "cuda:a100"}
+    trace = traced(gpt, **how)
     batch = gpt.make_batch(8)
     for grouping in (gs.Grouping.all_layer(trace), gs.Grouping.block_wise(trace)):
-        simulated = gs.simulate_peak(gpt.model, batch, gpt.loss, grouping, checkpoint="blocks", device="cuda:a100")
+        simulated = gs.simulate_peak(gpt.model, batch, gpt.loss, grouping, **how)
         assert gs.peak_memory(trace, grouping).peak_bytes == pytest.approx(simulated, rel=1e-4)
 
 
@@ -190,8 +232,6 @@ def test_what_is_not_known_of_a_card_is_named_and_what_it_cannot_be_asked_is_ref
     images = gs.load_workload("digits-cnn", batch_size=4)
     assert "aten::convolution" in traced(images, "cuda:h100").unprobed
     assert traced(gpt, "cuda:h100").unprobed == ()
-    with pytest.raises(GroupSearchError, match="--dtype bfloat16"):
-        traced(gpt, "cuda:h100", autocast="bfloat16")
 
     class Chooses(nn.Module):
         def __init__(self):
