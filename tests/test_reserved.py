@@ -20,8 +20,12 @@ from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import StepSettings, fake_stage, made_private
 
 WORKLOADS = {
-    "digits-vit, blocks checkpointed": ("digits-vit", {}, {"checkpoint": "blocks"}),
-    "stdlib-gpt, foreach, two micro-batches": ("stdlib-gpt", {}, {"optimizer": "adam:foreach", "micro_batches": 2}),
+    "digits-vit, blocks checkpointed": ("digits-vit", {"blocks": 2}, {"checkpoint": "blocks"}),
+    "stdlib-gpt, foreach, two micro-batches": (
+        "stdlib-gpt",
+        {"blocks": 2},
+        {"optimizer": "adam:foreach", "micro_batches": 2},
+    ),
 }
 
 

@@ -16,12 +16,13 @@ from groupsearch.verify import Setup
 from tests.cli.running import refused, run
 
 CARD = "cuda:a100"
+SMALL = ("--batch-size", 8, "--setting", "blocks=1")
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
     path = tmp_path_factory.mktemp("card") / "profile.json"
-    how = ("--device", CARD, "--batch-size", 8, "--grouping", "all-layer", "--grouping", "layer-wise")
+    how = ("--device", CARD, *SMALL, "--grouping", "all-layer", "--grouping", "layer-wise")
     return path, run("profile", "stdlib-gpt", *how, "--verify", "simulate", "-o", path)
 
 
@@ -33,7 +34,7 @@ def test_a_profile_says_what_the_allocator_holds_and_that_nothing_was_measured(p
     assert document["not_measured"] == CARDS["a100"].not_measured
     assert "Not measured on a GPU" in result.stderr
     assert "to hold" in result.stderr
-    trace = Setup("stdlib-gpt", {BATCH: 8}, device=CARD).trace()
+    trace = Setup("stdlib-gpt", {BATCH: 8, "blocks": 1}, device=CARD).trace()
     for row in document["estimates"]:
         found = replay_memory(trace, row["boundaries"], Rules())
         assert (row["allocated_bytes"], row["reserved_bytes"]) == (found.allocated_bytes, found.reserved_bytes)
@@ -51,7 +52,7 @@ def test_the_page_says_it_too(profile, tmp_path):
 
 
 def test_a_profile_of_the_cpu_says_none_of_it(tmp_path):
-    result = run("profile", "stdlib-gpt", "--batch-size", 2, "--grouping", "all-layer", "--json")
+    result = run("profile", "stdlib-gpt", *SMALL, "--grouping", "all-layer", "--json")
     document = json.loads(result.stdout)
     assert {"not_measured", "nonprivate_held"}.isdisjoint(document)
     assert "reserved_bytes" not in document["estimates"][0]
@@ -84,16 +85,16 @@ def test_a_document_of_a_card_is_not_measured_again(profile):
 
 @pytest.fixture(scope="module")
 def sizes():
-    return Sizes(Setup("stdlib-gpt", {BATCH: 8}, device=CARD))
+    return Sizes(Setup("stdlib-gpt", {BATCH: 8, "blocks": 1}, device=CARD))
 
 
 def room(mib: int) -> Room:
-    return Room(mib * MIB, margin=0.04, limit=32, context_bytes=50 * MIB)
+    return Room(mib * MIB, margin=0.04, limit=12, context_bytes=50 * MIB)
 
 
 def test_a_batch_fits_a_card_when_what_the_allocator_holds_does(sizes):
-    given = room(130)
-    assert given.usable_bytes == int(130 * MIB * 0.96) - 50 * MIB
+    given = room(100)
+    assert given.usable_bytes == int(100 * MIB * 0.96) - 50 * MIB
     tight = Rules(capacity_bytes=given.usable_bytes)
     for row in fit_rows(sizes, given, ("layer-wise",)):
         for size, fits in ((row["size"], True), (row["size"] + 1, False)):
@@ -119,7 +120,7 @@ def test_a_card_that_holds_nothing_says_what_is_held_back(sizes):
 
 def test_all_of_a_named_card_is_the_default(tmp_path):
     path = tmp_path / "fit.json"
-    how = ("--device", CARD, "--limit", 16, "--batch-size", 8, "--grouping", "layer-wise")
+    how = ("--device", CARD, "--limit", 16, *SMALL, "--grouping", "layer-wise")
     result = run("fit", "stdlib-gpt", *how, "-o", path)
     assert result.exit_code == 0, result.stderr
     fit = read_document(path)["fit"]

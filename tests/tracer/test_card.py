@@ -183,7 +183,7 @@ def test_flash_attention_adds_up_the_querys_gradient_in_float32():
 
 @pytest.fixture(scope="module")
 def gpt():
-    return gs.load_workload("stdlib-gpt", batch_size=8)
+    return gs.load_workload("stdlib-gpt", batch_size=8, blocks=2)
 
 
 def traced(workload, device, **how):
