@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from groupsearch.memory import PeakEstimate, peak_memory, peaks
     from groupsearch.options import EngineOptions
     from groupsearch.records import read_document, write_document
+    from groupsearch.reserved import Holding, replay_memory
     from groupsearch.simulate import simulate_peak
     from groupsearch.trace import Site, Trace
     from groupsearch.tracer import trace_methods, trace_model
@@ -42,6 +43,7 @@ _HOMES = {
     "EngineOptions": "options",
     "GroupSearchError": "errors",
     "Grouping": "grouping",
+    "Holding": "reserved",
     "Measurement": "measure",
     "PeakEstimate": "memory",
     "PoissonBatches": "engine.loading",
@@ -63,6 +65,7 @@ _HOMES = {
     "peak_memory": "memory",
     "peaks": "memory",
     "read_document": "records",
+    "replay_memory": "reserved",
     "simulate_peak": "simulate",
     "to_fastdp": "export",
     "to_jax_privacy": "export",
@@ -80,6 +83,7 @@ __all__ = [
     "EngineOptions",
     "GroupSearchError",
     "Grouping",
+    "Holding",
     "Measurement",
     "PeakEstimate",
     "PoissonBatches",
@@ -101,6 +105,7 @@ __all__ = [
     "peak_memory",
     "peaks",
     "read_document",
+    "replay_memory",
     "simulate_peak",
     "to_fastdp",
     "to_jax_privacy",

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from groupsearch.cards import card_of
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
 from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.step import Loss, Stage, StepSettings, fake_stage, made_private, real_stage
+from groupsearch.tracer.step import Loss, Stage, StepSettings, card_stage, fake_stage, made_private, real_stage
 from groupsearch.workloads.batches import count_examples
 
 
@@ -35,18 +36,23 @@ def simulate_peak(
     those of tensors (weights, optimizer state, batch and everything an operation allocates), and
     of scratch inside operations as :mod:`groupsearch.tracer.scratch` probes it.
 
-    With ``device`` the step is taken there on real tensors, by a copy of the model, and its bytes are counted as
-    :func:`groupsearch.trace_model` counts them there.
+    For a card that is not there (``cuda:h100``) fake tensors stand in, as for a trace. With another ``device`` the step
+    is taken there on real tensors, by a copy of the model, and its bytes are counted as :func:`groupsearch.trace_model`
+    counts them there.
 
     Raises:
         UnsupportedModelError: as :func:`groupsearch.make_private`.
         GroupSearchError: when the device is not there.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
-    if device is not None:
+    card = card_of(device)
+    if device is not None and card is None:
         stage = real_stage(model, batch, loss, settings, torch.device(device), cpu_scratch)
         return private_peak(stage, settings, grouping, count_examples(batch))
-    fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
+    if card is None:
+        fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
+    else:
+        fake, stage = card_stage(model, batch, loss, settings, card)
     with fake:
         return private_peak(stage, settings, grouping, count_examples(batch))
 

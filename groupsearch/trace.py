@@ -18,6 +18,7 @@ from typing import Any
 
 from groupsearch.checked import Checked
 from groupsearch.errors import DocumentError
+from groupsearch.events import StepEvents
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ class Trace:
             the only one. Sites then leave none behind: what they sum is added to these in place.
         checked: how the engine was held to plain autograd on the model; None where it had no weights.
         unprobed: operations of the step of which it is not known what they allocate beside their results.
+        events: every birth and death of the step; documents do not hold them, and a trace read from one has None.
     """
 
     sites: tuple[Site, ...]
@@ -209,6 +211,7 @@ class Trace:
     carried_bytes: int = 0
     checked: Checked | None = None
     unprobed: tuple[str, ...] = ()
+    events: StepEvents | None = field(default=None, repr=False)
 
     @property
     def length(self) -> int:

@@ -7,14 +7,15 @@ measurement runs it on the device, in a fresh process per number. Errors are sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from groupsearch.errors import DocumentError
+from groupsearch.cards import card_of
+from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.joint import JOINT, Alternatives
 from groupsearch.measure import measure_peak
@@ -22,6 +23,7 @@ from groupsearch.memory import peak_memory
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.partition import front
 from groupsearch.records import COMMANDS
+from groupsearch.reserved import holding
 from groupsearch.simulate import simulate_peak
 from groupsearch.trace import Trace
 from groupsearch.tracer import StepSettings, trace_model
@@ -42,7 +44,8 @@ class Setup:
         checkpoint: ``none``, ``blocks`` or ``every:K``.
         micro_batches: how many batches are accumulated before the optimizer's step.
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
-        device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is.
+        device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is. A card that is not
+            there (``cuda:h100``) is traced and simulated on fake tensors, and not measured.
     """
 
     workload: str
@@ -119,6 +122,8 @@ class Setup:
 
         A model whose path depends on values is traced with its weights on the CPU, too.
         """
+        if card_of(self.device) is not None:
+            return self._trace(self.empty_model(), self.device)
         if self.device == "cpu":
             try:
                 return self._trace(self.empty_model(), None)
@@ -147,7 +152,12 @@ class Setup:
         return {**_row(name, grouping, peak_bytes), "relative_error": estimate_bytes / peak_bytes - 1}
 
     def measure(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
-        """One measured row of a document: the engine on the device, in a fresh process."""
+        """One measured row of a document: the engine on the device, in a fresh process.
+
+        Raises:
+            GroupSearchError: for a card that is not there, or when the process failed.
+        """
+        check_measurable(self.device)
         measured = measure_peak(
             self.workload,
             grouping,
@@ -164,8 +174,22 @@ class Setup:
         }
 
 
+def check_measurable(device: str) -> None:
+    """Raise a GroupSearchError for a card that is not there: nothing can be run on it."""
+    card = card_of(device)
+    if card is not None:
+        raise GroupSearchError(
+            f"Found {device}, a card to estimate for without having it: nothing can be run or measured there. Use "
+            f"`groupsearch profile` or `groupsearch fit` without what measures, or run this on a machine with an "
+            f"NVIDIA {card.title} with --device cuda."
+        )
+
+
 def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[str, Any]]:
-    """One estimated row of a document per grouping, by name, with what is alive at its peak and where that is."""
+    """One estimated row of a document per grouping, by name, with what is alive at its peak and where that is.
+
+    On a CUDA device with what its allocator hands out and holds at most, ``allocated_bytes`` and ``reserved_bytes``.
+    """
     rows = []
     for name, grouping in groupings.items():
         estimate = peak_memory(trace, grouping)
@@ -175,9 +199,16 @@ def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[
                 "breakdown": asdict(estimate.breakdown),
                 "site": estimate.site,
                 "where": estimate.where,
+                **held_bytes(trace, grouping.boundaries),
             }
         )
     return rows
+
+
+def held_bytes(trace: Trace, boundaries: Sequence[int] | None) -> dict[str, int]:
+    """``allocated_bytes`` and ``reserved_bytes`` of a grouping's step (None: without privacy); empty on the CPU."""
+    found = holding(trace, boundaries)
+    return {} if found is None else {name: getattr(found, name) for name in ("allocated_bytes", "reserved_bytes")}
 
 
 def front_rows(trace: Trace, max_groups: int | None = None) -> list[dict[str, Any]]:

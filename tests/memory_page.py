@@ -147,6 +147,21 @@ def _best_site(curve: Document, key: str) -> str:
     return name
 
 
+def _reserved() -> Iterator[str]:
+    yield from table_head(
+        "model", "batch", "estimate / allocated", "reserved / estimate", "expandable: / allocated", "/ estimate"
+    )
+    for row in document("reserved")["rows"]:
+        cells = [row["model"], str(row["batch_size"])]
+        for kind in ("segments", "expandable"):
+            found = row["groupings"]
+            errors = [g["estimate_bytes"] / g[f"{kind}_allocated_bytes"] - 1 for g in found]
+            held = [g[f"{kind}_reserved_bytes"] / g["estimate_bytes"] for g in found]
+            cells.append(f"{format_signed_percent(max(errors))} to {format_signed_percent(min(errors))}")
+            cells.append(f"{min(held):.2f} to {max(held):.2f}")
+        yield table_row(*cells)
+
+
 def _short(name: str) -> str:
     return ".".join(name.split(".")[-4:])
 
@@ -171,6 +186,7 @@ BLOCKS: dict[str, Callable[[], Iterator[str] | Sequence[str]]] = {
     "sweep": _sweep,
     "rows": _rows,
     "rise": _rise,
+    "reserved": _reserved,
 }
 
 if __name__ == "__main__":

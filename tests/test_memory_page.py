@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.benchmarks.evidence import MODELS, figures, wanted
+from tests.benchmarks.reserved import MODELS as REPLAYED
 from tests.benchmarks.sweep import MODELS as SWEPT
 from tests.benchmarks.sweep import curve
 from tests.memory_page import BLOCK, BLOCKS, PAGE, document, with_numbers
@@ -126,3 +127,15 @@ def test_the_curves_of_this_engine_are_flat_or_have_a_minimum_in_the_middle() ->
             assert 0.4 < place < 0.6
             assert high > 1.4 * low
             assert found["floor_bytes"] < 0.7 * low
+
+
+def test_with_expandable_segments_what_is_allocated_is_the_estimate_and_without_it_is_more() -> None:
+    rows = document("reserved")["rows"]
+    assert [row["model"] for row in rows] == list(REPLAYED)
+    for row in rows:
+        for found in row["groupings"]:
+            estimate = found["estimate_bytes"]
+            assert estimate <= found["expandable_allocated_bytes"] < 1.0001 * estimate
+            assert estimate <= found["segments_allocated_bytes"] < 1.01 * estimate
+            assert found["segments_allocated_bytes"] <= found["segments_reserved_bytes"]
+            assert found["expandable_reserved_bytes"] < 1.1 * estimate

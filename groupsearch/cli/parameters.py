@@ -133,7 +133,12 @@ def model_options(command: F) -> F:
             click.option(
                 "--dtype", help="Same as --setting dtype=..., for the models that have it: bfloat16, float32."
             ),
-            click.option("--device", default="cpu", help="Where to run: cpu, cuda, cuda:1."),
+            click.option(
+                "--device",
+                default="cpu",
+                help="Where to run: cpu, cuda, cuda:1. profile and fit also estimate for a card that is not there: "
+                "cuda:h100, cuda:a100, cuda:l4, cuda:rtx4090, ...",
+            ),
             click.option(
                 "--checkpoint",
                 type=Checkpointing(),

@@ -51,6 +51,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     from groupsearch.cli.joint import choose_jointly, print_joint
     from groupsearch.cli.output import Output
     from groupsearch.cli.stages import add_checks, add_estimates, make_setup, print_peaks, say_tracing, start_document
+    from groupsearch.verify import check_measurable
 
     joint = given["norm_method"] == JOINT
     if given["budget"] is not None and not joint:
@@ -58,7 +59,9 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
             "Found --budget without --norm-method joint: with one rule for all norms there is nothing to choose but "
             "the grouping. Give --norm-method joint too, or --grouping within:12GiB for the fewest groups in a budget."
         )
-    setup = make_setup(model, {**given, "norm_method": "mixed"} if joint else given)
+    setup = make_setup(model, {**given, "norm_method": "mixed"} if joint else given, cards=True)
+    if given["verify"] in ("measure", "all"):
+        check_measurable(setup.device)
     document = start_document(
         "profile",
         setup,

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from groupsearch.cards import card_of, named_cards
 from groupsearch.cli.console import print_table, progress, say
 from groupsearch.cli.joint import refuse_joint
 from groupsearch.cli.parameters import expand_ranges
@@ -18,23 +19,29 @@ from groupsearch.records import environment, new_document
 from groupsearch.report.finding import finding, joint_finding
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes, format_percent, format_ratio, format_seconds, format_signed_percent
-from groupsearch.verify import Setup, estimate_rows, front_rows
+from groupsearch.verify import Setup, check_measurable, estimate_rows, front_rows, held_bytes
 from groupsearch.workloads import load_workload
 
 DEFAULT_GROUPINGS = ("all-layer", "layer-wise", "block-wise", "uniform:4", "best:2..8")
 LEVELS = {"none": (), "simulate": ("simulations",), "measure": ("measurements",)}
 RESERVED = ("reserved", "fragmented")
+HELD, HELD_PARTS = ["to allocate", "to hold"], ("allocated_bytes", "reserved_bytes")
 LEVELS["all"] = LEVELS["simulate"] + LEVELS["measure"]
 
 
-def make_setup(model: str, given: Mapping[str, Any]) -> Setup:
+def make_setup(model: str, given: Mapping[str, Any], *, cards: bool = False) -> Setup:
     """The setup that the options of :func:`groupsearch.cli.parameters.model_options` describe.
+
+    Args:
+        model: the workload.
+        given: the options.
+        cards: whether the device may be a card that is not there.
 
     Raises:
         GroupSearchError: for a device that is not there, a model that cannot be loaded, or a joint choice of norms.
     """
     refuse_joint(given["norm_method"])
-    check_device(given["device"])
+    check_device(given["device"], cards=cards)
     settings = dict(given["settings"])
     settings |= {key: given[key] for key in ("batch_size", "dtype") if given[key] is not None}
     defaults = load_workload(model, **settings).training
@@ -52,7 +59,10 @@ def make_setup(model: str, given: Mapping[str, Any]) -> Setup:
 
 def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
     """A document that so far says what it is about."""
-    return new_document(kind, setup.describe_model(), environment(setup.device), {**setup.describe_step(), **settings})
+    card = card_of(setup.device)
+    said = {} if card is None else {"not_measured": card.not_measured}
+    described = {**setup.describe_step(), **settings}
+    return new_document(kind, setup.describe_model(), environment(setup.device), described, **said)
 
 
 def add_estimates(
@@ -99,6 +109,8 @@ def add_estimates(
         "measurements": [],
         "summary": finding(trace) if joint is None else joint_finding(trace, joint),
     }
+    if held := held_bytes(trace, None):
+        document["nonprivate_held"] = held
     return trace
 
 
@@ -138,6 +150,8 @@ def print_peaks(document: Mapping[str, Any]) -> None:
     simulated = {tuple(row["boundaries"]): row for row in document["simulations"]}
     measured = {tuple(row["boundaries"]): row for row in document["measurements"]}
     columns = ["grouping ", "groups", "estimate", "of non-private"]
+    held = any("reserved_bytes" in row for row in document["estimates"])
+    columns += HELD if held else []
     columns += ["simulated", "error"] if simulated else []
     reserved = any("reserved_bytes" in row for row in measured.values())
     columns += ["measured", "error", *(RESERVED if reserved else ()), "step"] if measured else []
@@ -145,6 +159,7 @@ def print_peaks(document: Mapping[str, Any]) -> None:
     for row in document["estimates"]:
         cuts, peak = tuple(row["boundaries"]), row["peak_bytes"]
         cells = [row["grouping"], str(row["groups"]), format_bytes(peak), format_ratio(peak / reference)]
+        cells += [format_bytes(row[part]) if part in row else "" for part in HELD_PARTS] if held else []
         cells += _checked(simulated.get(cuts)) if simulated else []
         cells += _checked(measured.get(cuts)) if measured else []
         cells += reserved_cells(measured.get(cuts, {})) if reserved else []
@@ -153,8 +168,17 @@ def print_peaks(document: Mapping[str, Any]) -> None:
         rows.append(cells)
     model = document["model"]
     title = f"{model['name']}, batch {model['batch_size']}: non-private {format_bytes(reference)}"
+    if "nonprivate_held" in document:
+        title += f", {format_bytes(document['nonprivate_held']['reserved_bytes'])} held"
     print_table(columns, rows, title=title)
+    say_not_measured(document)
     say(document["summary"])
+
+
+def say_not_measured(document: Mapping[str, Any]) -> None:
+    """Say of numbers for a card that is not there that they are of one."""
+    if "not_measured" in document:
+        say(document["not_measured"])
 
 
 def reserved_cells(row: Mapping[str, Any]) -> list[str]:
@@ -191,10 +215,14 @@ def _random_groupings(trace: Trace, count: int, seed: int) -> dict[str, Grouping
     return {f"random:{number}": grouping for number, grouping in enumerate(found.values(), 1)}
 
 
-def check_device(text: str) -> None:
-    """Raise a GroupSearchError unless the text names a device of this machine."""
+def check_device(text: str, *, cards: bool = False) -> None:
+    """Raise a GroupSearchError unless the text names a device of this machine, or where they will do a known card."""
     import torch
 
+    if card_of(text) is not None:
+        if not cards:
+            check_measurable(text)
+        return
     try:
         device = torch.device(text)
     except RuntimeError as error:
@@ -203,6 +231,7 @@ def check_device(text: str) -> None:
         raise GroupSearchError(f"Expected the device cpu or a CUDA device, found {text!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise GroupSearchError(
-            f"Found {torch.cuda.device_count()} CUDA devices, expected one called {text}. Use --device cpu, which "
-            "estimates and simulates without a GPU, or run on a machine that has one."
+            f"Found {torch.cuda.device_count()} CUDA devices, expected one called {text}. To estimate for a GPU "
+            f"that is not there name the card, as in --device cuda:h100 ({', '.join(named_cards())}); use "
+            "--device cpu, which estimates and simulates a step on the CPU; or run on a machine that has a GPU."
         )

@@ -10,10 +10,11 @@ from typing import Any
 from groupsearch.engine.sampling import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit.largest import largest_within
-from groupsearch.fit.sizes import BATCH, BEST, LIMIT, NON_PRIVATE, Sizes
+from groupsearch.fit.sizes import BATCH, BEST, LIMIT, NON_PRIVATE, Sizes, held_on_card
 from groupsearch.grouping import Grouping
-from groupsearch.partition import floor_bytes
+from groupsearch.reserved import on_card
 from groupsearch.units import format_bytes, format_count, format_number, format_percent, format_ratio
+from groupsearch.verify import held_bytes
 
 MARGIN = 0.005
 """Held back from the memory: estimates were up to 0.32 % below measurements (``profiles/accuracy-cpu.json``)."""
@@ -33,6 +34,7 @@ class Room:
         limit: the largest size to try.
         population: examples in the data set, or None for many more than a batch has.
         sampling_rate: of Poisson sampling, where it is decided; it takes a population.
+        context_bytes: what a device keeps for itself of it.
 
     Raises:
         GroupSearchError: when the margin is no share below 1, the rate not within (0, 1] or without a population.
@@ -43,6 +45,7 @@ class Room:
     limit: int = LIMIT
     population: int | None = None
     sampling_rate: float | None = None
+    context_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < 1:
@@ -64,7 +67,13 @@ class Room:
     @property
     def usable_bytes(self) -> int:
         """What an estimate may come to."""
-        return int(self.memory_bytes * (1 - self.margin))
+        return max(0, int(self.memory_bytes * (1 - self.margin)) - self.context_bytes)
+
+    @property
+    def held_back(self) -> str:
+        """In words what is not given to a step, as in ``80 GiB, 4 % of it and 716.8 MiB for the context held back``."""
+        context = f" and {format_bytes(self.context_bytes)} for the context" if self.context_bytes else ""
+        return f"{format_bytes(self.memory_bytes)}, {format_percent(self.margin)} of it{context} held back"
 
 
 def fit_rows(sizes: Sizes, room: Room, groupings: Sequence[str] = (), max_groups: int = 8) -> Iterator[dict[str, Any]]:
@@ -86,7 +95,8 @@ def fit_rows(sizes: Sizes, room: Room, groupings: Sequence[str] = (), max_groups
         sampling rate), ``peak_bytes``, ``next_peak_bytes`` (at one more; None where there is none),
         ``limited_by`` (``memory``, ``limit``, or ``model`` where it refuses one more) and
         ``expected_batch_size`` (see :func:`largest_expected`; None without privacy). Where the
-        size is 0 not even 1 fits, and ``peak_bytes`` is None.
+        size is 0 not even 1 fits, and ``peak_bytes`` is None. On a CUDA device what counts is what its allocator
+        holds, and ``allocated_bytes`` and ``reserved_bytes`` say what it hands out and holds where it has more room.
 
     Raises:
         BudgetError: when neither non-private training nor any grouping fits at size 1.
@@ -176,7 +186,8 @@ def _styles(sizes: Sizes) -> list[str]:
 
 def _row(sizes: Sizes, room: Room, text: str) -> dict[str, Any]:
     most = sizes.limit(room.limit)
-    size = largest_within(lambda size: sizes.peak(text, size), room.usable_bytes, most, sizes.traced or (sizes.start,))
+    usable, known = room.usable_bytes, sizes.traced or (sizes.start,)
+    size = largest_within(lambda size: sizes.need(text, size, usable), usable, most, known)
     grouping = _grouping(sizes, room, text, size)
     peak_bytes = sizes.peak(text, size) if size else None
     if text == BEST and grouping is not None:
@@ -194,7 +205,16 @@ def _row(sizes: Sizes, room: Room, text: str) -> dict[str, Any]:
         "peak_bytes": peak_bytes,
         "next_peak_bytes": following if math.isfinite(following) else None,
         "limited_by": "limit" if size == most else "model" if size + 1 in sizes.refused else "memory",
+        **_held(sizes, grouping, text, size),
     }
+
+
+def _held(sizes: Sizes, grouping: Grouping | None, text: str, size: int) -> dict[str, int]:
+    """What a CUDA device without end would hand out and hold at the row's size; nothing of another, or of no size."""
+    trace = sizes.at(size) if size else None
+    if trace is None or (grouping is None and text != NON_PRIVATE):
+        return {}
+    return held_bytes(trace, None if grouping is None else grouping.boundaries)
 
 
 def _pieces(room: Room, batch_size: int) -> list[int] | None:
@@ -209,18 +229,21 @@ def _grouping(sizes: Sizes, room: Room, text: str, size: int) -> Grouping | None
     trace = sizes.at(size) if size else None
     if trace is None or text == NON_PRIVATE:
         return None
+    if on_card(trace):
+        return held_on_card(trace, text, room.usable_bytes)[1]
     return Grouping.parse(trace, f"within:{room.usable_bytes}" if text == BEST else text)
 
 
 def _nothing_fits(sizes: Sizes, room: Room) -> BudgetError:
     trace = sizes.at(1)
     assert trace is not None
-    least = min(trace.nonprivate_peak_bytes, floor_bytes(trace))
+    least = min(sizes.need(text, 1, room.usable_bytes) for text in (NON_PRIVATE, BEST))
     static = trace.static
     kept = format_bytes(static.weights + static.buffers + static.optimizer)
+    context = f" and {format_bytes(room.context_bytes)} for the device's context" if room.context_bytes else ""
     return BudgetError(
-        f"Expected a memory of at least {format_bytes(least / (1 - room.margin))} ({format_percent(room.margin)} of it "
-        f"held back), what a step of {sizes.setup.workload} at {sizes.vary} 1 takes, {kept} of it weights and "
-        f"optimizer state; found {format_bytes(room.memory_bytes)}. Give more memory, turn activation checkpointing "
-        "on, or take an optimizer with less state."
+        f"Expected a memory of at least {format_bytes((least + room.context_bytes) / (1 - room.margin))} "
+        f"({format_percent(room.margin)} of it{context} held back), what a step of {sizes.setup.workload} at "
+        f"{sizes.vary} 1 takes, {kept} of it weights and optimizer state; found {format_bytes(room.memory_bytes)}. "
+        "Give more memory, turn activation checkpointing on, or take an optimizer with less state."
     )

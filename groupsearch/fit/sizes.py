@@ -13,7 +13,8 @@ import torch
 from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
-from groupsearch.partition import floor_bytes
+from groupsearch.partition import floor_bytes, front
+from groupsearch.reserved import held_within, on_card
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
 from groupsearch.workloads import load_workload
@@ -45,6 +46,7 @@ class Sizes:
     refused: dict[int, str] = field(default_factory=dict)
     _traces: dict[int, Trace] = field(default_factory=dict)
     _peaks: dict[tuple[str, int], float] = field(default_factory=dict)
+    _needs: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     @property
     def start(self) -> int:
@@ -119,6 +121,23 @@ class Sizes:
             self._peaks[key] = math.inf if trace is None else _peak(trace, text)
         return self._peaks[key]
 
+    def need(self, text: str, size: int, usable_bytes: int) -> float:
+        """What a step takes of ``usable_bytes``: more than that where it does not fit; infinite where it cannot be had.
+
+        On the CPU the estimated peak. On a CUDA device what its allocator holds when it has no more than that, as it
+        gives back what it had cached before it has no room.
+
+        Raises:
+            GroupSearchError: when the text is no grouping of this model.
+        """
+        trace = self.at(size)
+        if trace is None or not on_card(trace):
+            return self.peak(text, size)
+        key = (text, size, usable_bytes)
+        if key not in self._needs:
+            self._needs[key] = held_on_card(trace, text, usable_bytes)[0]
+        return self._needs[key]
+
     def _trace(self, size: int) -> Trace:
         """Load and trace as :mod:`groupsearch.measure` loads and measures: with the size as a setting."""
         setup = self.setup_at(size)
@@ -150,6 +169,25 @@ class Sizes:
             if setup.device != "cpu":  # leave the device to what is traced or measured next
                 gc.collect()
                 torch.cuda.empty_cache()
+
+
+def held_on_card(trace: Trace, text: str, usable_bytes: int) -> tuple[int, Grouping | None]:
+    """What a CUDA device with so much memory holds in a step, and with which grouping (None without privacy).
+
+    ``best`` is of the least peaks with 1, 2, ... groups the first that fits, or else the one that needs least.
+    """
+    if text == NON_PRIVATE:
+        return held_within(trace, None, usable_bytes), None
+    if text != BEST:
+        grouping = Grouping.parse(trace, text)
+        return held_within(trace, grouping.boundaries, usable_bytes), grouping
+    found: list[tuple[int, Grouping]] = []
+    for boundaries, _ in front(trace):
+        held = held_within(trace, boundaries, usable_bytes), Grouping.from_boundaries(trace, boundaries)
+        if held[0] <= usable_bytes:
+            return held
+        found.append(held)
+    return min(found, key=lambda held: held[0])
 
 
 def _peak(trace: Trace, text: str) -> int:

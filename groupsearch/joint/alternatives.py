@@ -122,6 +122,7 @@ class Alternatives:
             booked=tuple(self._booked(chosen)),
             cross_terms=tuple(self._cross_terms(chosen)),
             settings={**self.base.settings, "methods": named},
+            events=None,  # those of the base are of one method for all
         )
 
     def operations(self, methods: Mapping[str, str] | str) -> int:

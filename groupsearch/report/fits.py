@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from groupsearch.report.subject import Subject
+from groupsearch.units import format_bytes, format_percent
 
 ROLES = {"all-layer": "all-layer", "best": "recommended", "layer-wise": "layer-wise"}
 
@@ -21,6 +22,7 @@ class FitRow(NamedTuple):
     expected_batch_size: int | None
     peak_bytes: int | None
     next_peak_bytes: int | None
+    reserved_bytes: int | None
     rate: float | None
     rate_source: str
     measured: tuple[int, ...]
@@ -31,7 +33,7 @@ class FitInfo(NamedTuple):
 
     what: str
     memory_bytes: int
-    margin: float
+    held_back: str
     rows: tuple[FitRow, ...]
 
 
@@ -42,7 +44,10 @@ def fit_info(subject: Subject) -> FitInfo | None:
         return None
     batch = fit["varies"] == "batch_size"
     rows = tuple(_fit_row(row, batch) for row in fit["rows"])
-    return FitInfo("batch" if batch else "sequence", fit["memory_bytes"], fit["margin"], rows)
+    held_back = (
+        fit.get("held_back") or f"{format_bytes(fit['memory_bytes'])}, {format_percent(fit['margin'])} held back"
+    )
+    return FitInfo("batch" if batch else "sequence", fit["memory_bytes"], held_back, rows)
 
 
 def _fit_row(row: Mapping[str, Any], batch: bool) -> FitRow:
@@ -57,6 +62,7 @@ def _fit_row(row: Mapping[str, Any], batch: bool) -> FitRow:
         row["expected_batch_size"],
         row["peak_bytes"],
         row["next_peak_bytes"],
+        row.get("reserved_bytes"),
         rate.get("value"),
         str(rate.get("source", "")),
         tuple(timed) if batch else (),

@@ -67,7 +67,7 @@ def _page(subject: Subject, sections: list[Section]) -> str:
         f"<h1>{unbroken(escape(words.headline(subject)))}</h1>\n"
         + (f'<dl class="keys">{keys}</dl>\n' if keys else "")
         + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n'
-        f"{_randomness(subject)}</header>\n"
+        f"{_randomness(subject)}{_not_measured(subject)}</header>\n"
         + "".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>\n" for s in sections)
         + f"<footer>Made by groupsearch from a {escape(subject.kind)} document, schema "
         f"{escape(str(subject.document['schema_version']))}. The page needs no network.</footer>\n</main>\n"
@@ -80,6 +80,12 @@ def _randomness(subject: Subject) -> str:
     if subject.kind not in ("search", "train"):
         return ""
     return f'<p class="lede"><strong>{escape(words.randomness(subject.document))}</strong></p>\n'
+
+
+def _not_measured(subject: Subject) -> str:
+    """At the top, of numbers for a card that was not there."""
+    said = subject.document.get("not_measured")
+    return f'<p class="lede"><strong>{escape(str(said))}</strong></p>\n' if said else ""
 
 
 def _front(subject: Subject) -> Section | None:

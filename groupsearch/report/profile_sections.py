@@ -8,7 +8,7 @@ from groupsearch.report import memory_figures, tables
 from groupsearch.report.fits import FitInfo, FitRow, fit_info
 from groupsearch.report.section import Section, plot
 from groupsearch.report.subject import Subject
-from groupsearch.units import format_bytes, format_count, format_number, format_percent, format_ratio
+from groupsearch.units import format_bytes, format_count, format_number, format_ratio
 
 LIMITED = {"memory": "", "limit": " or more", "model": ", all the model takes"}
 
@@ -21,9 +21,8 @@ def fit_section(subject: Subject) -> Section | None:
     fit = subject.document["fit"]
     grown = "batch" if info.what == "batch" else "longest sequence"
     lede = (
-        f"The largest {info.what} whose step stays within {format_bytes(info.memory_bytes)}, "
-        f"{format_percent(info.margin)} of it held back. A hollow bar is predicted: its step was traced, not run. "
-        "Diamonds mark what was run."
+        f"The largest {info.what} whose step stays within {info.held_back}. A hollow bar is predicted: its step was "
+        "traced, not run. Diamonds mark what was run."
     )
     caption = f"Largest {grown}: {'; '.join(f'{row.name} {format_count(row.size)}' for row in info.rows)}."
     body = plot("fit", memory_figures.draw_fit(info), lede, caption) + "\n" + fit_table(info)
@@ -36,7 +35,9 @@ def fit_table(info: FitInfo) -> str:
     """The numbers behind the figure."""
     reference = info.rows[0].size
     rated = any(row.rate is not None for row in info.rows)
-    columns = ("grouping", "groups", info.what, "of non-private", "expected", "peak", "with one more")
+    held = any(row.reserved_bytes is not None for row in info.rows)
+    columns = ["grouping", "groups", info.what, "of non-private", "expected", "peak", "with one more"]
+    columns += ["to hold"] if held else []
     return tables.table(
         f"Largest {info.what} of every grouping" + ("; examples per second, measured or predicted" if rated else ""),
         (*columns, *(("per second",) if rated else ())),
@@ -48,6 +49,7 @@ def fit_table(info: FitInfo) -> str:
                 format_ratio(row.size / reference) if reference else "",
                 "" if row.expected_batch_size is None else format_count(row.expected_batch_size),
                 *("" if size is None else format_bytes(size) for size in (row.peak_bytes, row.next_peak_bytes)),
+                *(("" if row.reserved_bytes is None else format_bytes(row.reserved_bytes),) if held else ()),
                 *((_rate(row),) if rated else ()),
             )
             for row in info.rows

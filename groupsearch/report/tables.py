@@ -21,6 +21,7 @@ from groupsearch.units import (
 )
 
 RESERVED = ("reserved", "fragmented")
+HELD = {"allocated_bytes": "to allocate", "reserved_bytes": "to hold"}
 COST_WORDS = {
     "whole": "epsilon of the whole",
     "epsilon": "epsilon of each run",
@@ -95,15 +96,18 @@ def candidates_table(subject: Subject) -> str:
 
 
 def peaks_table(caption: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Groupings with their peaks: the front of a profile, or its estimates."""
+    """Groupings with their peaks: the front of a profile, or its estimates, with what a CUDA device holds for them."""
+    rows = list(rows)
+    held = [part for part in HELD if any(part in row for row in rows)]
     return table(
         caption,
-        ("grouping", "groups", "peak", "bytes", "where"),
+        ("grouping", "groups", "peak", *(HELD[part] for part in held), "bytes", "where"),
         [
             (
                 str(row.get("grouping") or _boundaries(row["boundaries"])),
                 format_count(row["groups"]),
                 format_bytes(row["peak_bytes"]),
+                *(format_bytes(row[part]) if part in row else "" for part in held),
                 format_count(row["peak_bytes"]),
                 str(row.get("where", "")),
             )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from groupsearch.cards import Card, card_of
+from groupsearch.errors import UnsupportedModelError
 from groupsearch.joint import Alternatives
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.trace import Trace
@@ -15,8 +17,8 @@ from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.sites import examine, is_real, observe_sites
-from groupsearch.tracer.step import Loss, StepSettings, fake_stage, real_stage
+from groupsearch.tracer.sites import Examined, examine, is_real, observe_sites
+from groupsearch.tracer.step import Loss, StepSettings, card_stage, fake_stage, real_stage
 from groupsearch.workloads.batches import count_examples
 
 __all__ = ["StepSettings", "observe_sites", "trace_methods", "trace_model"]
@@ -56,7 +58,9 @@ def trace_model(
         micro_batches: how many batches are accumulated before the optimizer's step. The trace is of the
             last one, which finds the sums of those before it.
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
-        device: a torch device to trace on with real tensors. On a CUDA device every storage counts as what
+        device: a torch device to trace on with real tensors, or a card that is not there, as in ``cuda:h100``
+            (:mod:`groupsearch.cards`): its step on fake tensors, by its kernels for attention and with its allocator
+            and workspaces, not measured on a GPU. On a CUDA device every storage counts as what
             the caching allocator hands out for it, a multiple of 512 bytes, an operation as the most it allocates
             inside, and the workspaces of cuBLAS as alive throughout.
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
@@ -68,6 +72,9 @@ def trace_model(
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
     examined = examine(model, batch, loss, settings.options, allow_state) if is_real(model, batch) else None
     keys = {"device": device or "cpu", "fake": device is None, "torch": torch.__version__}
+    card = card_of(device)
+    if card is not None:
+        return _on_card(model, batch, loss, settings, card, keys, examined)
     if device is None:
         try:
             fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
@@ -79,6 +86,28 @@ def trace_model(
     stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch, copy_model)
     keys |= {"fake": False, **stage.live.allocator.to_json()}
     return record_step(stage, settings, count_examples(batch), keys, examined)
+
+
+def _on_card(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    settings: StepSettings,
+    card: Card,
+    keys: dict[str, Any],
+    examined: Examined | None,
+) -> Trace:
+    """One step traced as a card that is not there would take it."""
+    fake, stage = card_stage(model, batch, loss, settings, card)
+    keys |= {"fake": True, **stage.live.allocator.to_json()}
+    try:
+        with fake:
+            return record_step(stage, settings, count_examples(batch), keys, examined)
+    except ValuesNeededError as error:
+        raise UnsupportedModelError(
+            f"The model's path depends on values, which a step for {keys['device']} without that card does not have. "
+            f"Trace it with --device cpu, which takes real tensors, or on the card itself with --device cuda."
+        ) from error
 
 
 def trace_methods(model: nn.Module, batch: Any, loss: Loss, **settings: Any) -> Alternatives:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupsearch.cards import Card
 from groupsearch.tracer.profiled import allocated_peak
 
 CUDA_GRANULARITY_BYTES = 512
@@ -26,11 +27,19 @@ class Allocator:
         device_type: storages elsewhere do not count, as the step counters that Adam keeps on the CPU; None
             counts them all.
         watch: where operations can be watched from inside as they run; None where they cannot.
+        card: the CUDA device that fake tensors of the CPU stand in for; what torch keeps on the host of such a device
+            (the state of its random generator, step counters of optimizers) is not among what is counted.
     """
 
     granularity_bytes: int = 1
     device_type: str | None = None
     watch: Watch | None = None
+    card: Card | None = None
+
+    @classmethod
+    def of_card(cls, card: Card) -> Allocator:
+        """The allocator of a card that is not there."""
+        return cls(CUDA_GRANULARITY_BYTES, card=card)
 
     @classmethod
     def of(cls, device: torch.device) -> Allocator:

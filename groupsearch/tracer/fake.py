@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from groupsearch.cards import Card
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.allocator import has_storage
+from groupsearch.tracer.attention import kernels_of
 from groupsearch.tracer.recipes import Recipe, call_key, find_recipe
 from groupsearch.workloads.batches import map_tensors
 from groupsearch.workloads.copies import copy_of
@@ -135,10 +137,14 @@ class FakeTensors:
     Where transformers looks at values to choose a path, fake tensors have none, and it takes the
     dearer one. Inside, a batch counts as one sequence per row, not several packed into one, and for
     an attention mask of ones, made by the model or part of the batch, no dense mask is made, as on real tensors.
+
+    Args:
+        card: a CUDA device whose kernels are taken where they keep other things than the CPU's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, card: Card | None = None) -> None:
         self.mode = _FakeMode()
+        self._card = card
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> FakeTensors:
@@ -150,6 +156,8 @@ class FakeTensors:
             if hasattr(masking, name):
                 stack.enter_context(patch.object(masking, name, self._reading(getattr(masking, name))))
         stack.enter_context(self.mode)
+        if self._card is not None:
+            stack.enter_context(kernels_of(self._card))
         self._entered.append(stack)
         return self
 

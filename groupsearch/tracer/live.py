@@ -64,6 +64,10 @@ class LiveBytes(TorchDispatchMode):
         sizes: bytes by storage number.
         constant_bytes: of the storages that were there before and were not named.
         unprobed: operations of which it is not known what they allocate beside their results.
+        kept: bytes of the storages that were there before, in the order in which they became known.
+        heirs: by number of a storage that takes over another's memory, as what is changed in place does, the other's.
+        insides: of every operation that allocates more than its results: the positions in the log where it began and
+            was done, and how many bytes more.
     """
 
     def __init__(self, scratch: Scratch | None = None, allocator: Allocator | None = None) -> None:
@@ -76,10 +80,14 @@ class LiveBytes(TorchDispatchMode):
         self.sizes: list[int] = []
         self.constant_bytes = 0
         self.unprobed: set[str] = set()
+        self.kept: list[int] = []
+        self.heirs: dict[int, int] = {}
+        self.insides: list[tuple[int, int, int]] = []
         self._numbers: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scratch = scratch
         self._added: int | None = None
+        self._inside = 0
         self._node = -1
         self._node_began = 0
         self._asked_state = torch.get_rng_state
@@ -94,14 +102,15 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
         self._overhearing.stop()
 
-    def ignore(self, tensors: Iterable[Tensor]) -> int:
-        """Do not count these tensors' storages; returns their bytes, each storage once."""
+    def ignore(self, tensors: Iterable[Tensor], *, elsewhere: bool = False) -> int:
+        """Do not count these tensors' storages; returns their bytes, each storage once; 0 of what is ``elsewhere``."""
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) not in self._references:
                 self._references[id(storage)] = weakref.ref(storage, self._forgetter(id(storage)))
-                total += self.allocator.bytes_of(tensor)
+                self.kept.append(0 if elsewhere else self.allocator.bytes_of(tensor))
+                total += self.kept[-1]
         return total
 
     def peak_since(self, position: int) -> int:
@@ -127,6 +136,7 @@ class LiveBytes(TorchDispatchMode):
         in_place = _in_place_of(func, args, node)
         if func is _aten.add.Tensor and self._is_within(node, args[0]):
             in_place = None
+        born, began = len(self.sizes), len(self.log)
         out = self._run(func, args, kwargs) if in_place is None else func(*args, **kwargs)
         if in_place is not None and self._scratch is not None:
             self._note(in_place, self._scratch(in_place, args, kwargs, args[0])[1])
@@ -136,6 +146,10 @@ class LiveBytes(TorchDispatchMode):
                 self._see(value)
         if in_place is not None:
             self._added = self.number(args[0])
+        beyond = self._inside - (0 if in_place is not None else sum(self.sizes[born:]))
+        if self._inside and beyond > 0:
+            self.insides.append((began, len(self.log), beyond))
+        self._inside = 0
         return out
 
     def _is_within(self, node: Any, old: Any) -> bool:
@@ -167,11 +181,13 @@ class LiveBytes(TorchDispatchMode):
         if inside_bytes is None:
             self.unprobed.add(func._schema.name)
         elif inside_bytes:
-            self.log.append(self.live_bytes + self.allocator.rounded(inside_bytes))
+            self._inside = self.allocator.rounded(inside_bytes)
+            self.log.append(self.live_bytes + self._inside)
 
     def _random_state(self) -> Tensor:
         state = self._asked_state()
-        self._see(state)
+        if self.allocator.card is None:
+            self._see(state)
         return state
 
     def _see(self, tensor: Tensor) -> None:
@@ -202,6 +218,7 @@ class LiveBytes(TorchDispatchMode):
             self.live_bytes -= self.sizes[number]
             if self._added == number and len(self.log) == self.births[-1] + 1:
                 self.log[-1] -= self.sizes[number]
+                self.heirs[len(self.sizes) - 1] = number
             self._added = None
             self.deaths[number] = len(self.log)
             self.log.append(self.live_bytes)

@@ -17,6 +17,7 @@ from groupsearch.engine.truth.draws import USUAL, alike
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Booked, Site, Trace, weights_with_choice
 from groupsearch.tracer.crossing import blueprint, cross_terms
+from groupsearch.tracer.events import step_events
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.tracer.instants import Hook, cut_instants
 from groupsearch.tracer.sites import (
@@ -37,13 +38,14 @@ from groupsearch.workloads.batches import first_examples
 class StepRecorder:
     """Receives arrivals, closes every site at once and remembers where in the log it all happened.
 
-    What it remembers is the last micro-batch.
+    What it remembers is the last micro-batch, and of those before it the hooks.
     """
 
     stage: Stage
     settings: StepSettings
     arrivals: list[Observed] = field(default_factory=list)
     hooks: list[Hook] = field(default_factory=list)
+    passes: list[list[Hook]] = field(default_factory=list)
     blueprints: list[Callable[[], Entry]] = field(default_factory=list)
     start: int = 0
     carried_bytes: int = 0
@@ -56,8 +58,10 @@ class StepRecorder:
 
     def begin(self) -> None:
         """A micro-batch begins; the clipped sums of those before it stay."""
-        for remembered in (self.arrivals, self.hooks, self.blueprints):
-            remembered.clear()
+        self.hooks = []
+        self.passes.append(self.hooks)
+        self.arrivals.clear()
+        self.blueprints.clear()
         self.start, self.carried_bytes = len(self._log), self._sums_bytes()
 
     def receive(self, arrival: Arrival) -> None:
@@ -140,6 +144,7 @@ def _recorded(
 ) -> Trace:
     nonprivate_peak_bytes = _nonprivate_step(stage, examined)
     live = stage.live
+    private_begin = len(live.log)
     recorder = StepRecorder(stage, settings)
     if examined is None:
         reading, _ = settle(stage.model, first_examples(stage.batch, 3), stage.loss, settings.options, None)
@@ -151,6 +156,7 @@ def _recorded(
             stage.backward()
         backward_end = len(live.log)
         recorder.finish()
+    events = step_events(live, recorder.passes, private_begin)
     check_all_seen(stage.model, recorder.arrivals)
     fewer = first_examples(stage.batch, 2 if batch_size == 3 else 3)
     check_same_sites(recorder.arrivals, observe_pass(stage.model, fewer, stage.loss, reading))
@@ -173,6 +179,7 @@ def _recorded(
         carried_bytes=recorder.carried_bytes,
         checked=None if examined is None else examined.checked,
         unprobed=tuple(sorted(live.unprobed)),
+        events=events,
         settings={**keys, **settings.to_json()},
     )
 

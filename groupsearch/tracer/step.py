@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from groupsearch.cards import Card
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.optimizers import make_optimizer, warm_state
@@ -20,6 +21,7 @@ from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.trace import StaticBytes, weights_with_choice
 from groupsearch.tracer.allocator import Allocator
+from groupsearch.tracer.card import card_scratch
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
 from groupsearch.tracer.workspaces import workspace_bytes
@@ -162,13 +164,26 @@ def fake_stage(
     allocator: Allocator | None = None,
 ) -> tuple[FakeTensors, Stage]:
     """A stage of fake tensors; enter what is returned with it to step on it."""
-    fake, device = FakeTensors(), torch.device("cpu")
+    card = None if allocator is None else allocator.card
+    fake, device = FakeTensors(card), torch.device("cpu")
     duplicate = fake_model(model, fake.mode, device)
     examples = fake_batch(batch, fake, device)
     live = LiveBytes(scratch, allocator)
     fake.mode.met = lambda tensor: live.ignore([tensor])  # what it stands for is counted
     with fake:
-        return fake, make_stage(duplicate, examples, loss, settings, live)
+        return fake, make_stage(duplicate, examples, loss, settings, live, card.workspace_bytes if card else 0)
+
+
+def card_stage(
+    model: nn.Module, batch: Any, loss: Loss, settings: StepSettings, card: Card
+) -> tuple[FakeTensors, Stage]:
+    """A stage of fake tensors as a card that is not there would take its step; see :func:`fake_stage`.
+
+    Optimizers of no variant take theirs by lists, as torch does there.
+    """
+    optimizer = settings.optimizer if ":" in settings.optimizer else f"{settings.optimizer}:foreach"
+    settings = replace(settings, optimizer=optimizer)
+    return fake_stage(model, batch, loss, settings, card_scratch, Allocator.of_card(card))
 
 
 def real_stage(
@@ -220,6 +235,8 @@ def make_stage(
     optimizer = make_optimizer(settings.optimizer, model.parameters(), 1e-3)
     warm_state(optimizer)
     live = live or LiveBytes()
+    if live.allocator.card is not None:
+        live.ignore(_on_host(optimizer), elsewhere=True)
     static = StaticBytes(
         weights=live.ignore(model.parameters()),
         buffers=live.ignore(model.buffers()),
@@ -261,6 +278,16 @@ def _casting(loss: Loss, autocast: str, device: torch.device) -> Loss:
             return loss(model, batch)
 
     return cast
+
+
+def _on_host(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Step counters, which torch keeps on the CPU unless its step is one kernel."""
+    for group in optimizer.param_groups:
+        if not group.get("fused"):
+            for parameter in group["params"]:
+                step = optimizer.state.get(parameter, {}).get("step")
+                if isinstance(step, Tensor):
+                    yield step
 
 
 def _state(optimizer: Optimizer) -> list[Mapping[str, Any]]:
