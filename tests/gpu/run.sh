@@ -76,7 +76,8 @@ run() { # the parts on a card
         timed "seconds, float32" 75 none hf:gpt2 hf:google/vit-base-patch16-224
         timed "seconds, bfloat16" 75 bfloat16 hf:gpt2 hf:google/vit-base-patch16-224
         ;;
-    slack) part slack 200 tests.gpu.slack "slack-$device.jsonl" --seconds 180 ;;
+    slack) PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True part \
+        slack 200 tests.gpu.slack "slack-$device.jsonl" --seconds 180 ;;
     more) part more 300 tests.gpu.grid "grid-$device.json" --seconds 280 --random 2 \
         --models "Llama 3.2 1B" "T5 base" "Whisper small encoder" "RoBERTa base" ;;
     profiles) profiles ;;
