@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from groupsearch.cards import Card
+from groupsearch.engine.habits import as_on
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.allocator import has_storage
 from groupsearch.tracer.attention import kernels_of
@@ -158,6 +159,7 @@ class FakeTensors:
         stack.enter_context(self.mode)
         if self._card is not None:
             stack.enter_context(kernels_of(self._card))
+            stack.enter_context(as_on("cuda"))
         self._entered.append(stack)
         return self
 
