@@ -236,8 +236,14 @@ def _in_place_of(func: Any, args: Any, node: Any) -> Any:
         return None  # a view holds its base, whose storage is then not its own to overwrite
     if func is _aten.add.Tensor:
         alike = isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
-        return in_place if alike else None
+        return in_place if alike and _are_received(node, old) else None
     return None if node is None or isinstance(node, BackwardCFunction) else in_place
+
+
+def _are_received(node: Any, gradient: Tensor) -> bool:
+    """Whether some input of the nodes after this one takes such a gradient; many at once are never added in place."""
+    after = [edge for edge in (() if node is None else node.next_functions) if edge[0] is not None]
+    return not after or any(edge[0]._input_metadata[edge[1]].shape == gradient.shape for edge in after)
 
 
 def _meets_itself(node: Any) -> bool:
