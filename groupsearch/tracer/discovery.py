@@ -23,13 +23,13 @@ from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
+from groupsearch.tracer import chosen
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.tracer.outside import Owners
 from groupsearch.workloads.batches import count_examples, first_examples
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Shapes = tuple[tuple[int, ...], ...]
-_CHOOSING = {"nonzero", "nonzero_static", "argwhere", "masked_select", "unique", "unique_consecutive"}
 _SORTING = {"sort", "argsort", "msort"}
 _REPEATING = {"repeat", "tile"}
 
@@ -96,7 +96,10 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     two, three = runs
     regrouping = two.regrouping | three.regrouping
     calls = {name: _paired(two.calls.get(name, []), three.calls.get(name, [])) for name, _ in model.named_modules()}
-    keeping = frozenset(name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs)))
+    partial = two.partial | three.partial
+    keeping = frozenset(
+        name for name, pairs in calls.items() if pairs and all(map(_keeps, pairs)) and name not in partial
+    )
     passes = two.passes if two.passes == three.passes else 1
     rows = replace(_rows(calls[""]), calls=max(passes, 1))
     usage = Usage({}, keeping, rows, two.outside | three.outside)
@@ -104,7 +107,7 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
             continue  # knows by itself, or is taken care of
         around = [name for name in regrouping if (layer.name + ".").startswith(name + ".")]
-        layout = "mixed" if around else _layout_around(layer.name, calls)
+        layout = "mixed" if around or layer.name in partial else _layout_around(layer.name, calls)
         if layout == "mixed" and not usage.make_whole(min((*around, layer.name), key=len)):
             where = (
                 f"layer {layer.name!r}"
@@ -221,6 +224,7 @@ class _Watch(TorchFunctionMode):
     Attributes:
         calls: by module, in order.
         regrouping: modules, but not the model itself, that choose, sort or repeat rows.
+        partial: modules that were given rows that values chose.
         passes: calls of the model itself that may take gradients.
         outside: layers with parameters that an operation outside of their own forward was given.
     """
@@ -230,6 +234,7 @@ class _Watch(TorchFunctionMode):
         self._examples = examples
         self.calls: dict[str, list[Seen]] = {}
         self.regrouping: set[str] = set()
+        self.partial: set[str] = set()
         self.passes = 0
         self.outside: frozenset[str] = frozenset()
         self._owners = Owners(layers)
@@ -251,11 +256,15 @@ class _Watch(TorchFunctionMode):
         if self._running and self._running[-1] and _regroups(func, args, kwargs, self._examples):
             self.regrouping.add(self._running[-1])
         self.outside |= self._owners.outside(func, (args, kwargs), self._running)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        chosen.note(func, args, kwargs, out)
+        return out
 
     def _watch(self, name: str, module: nn.Module) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._running.append(name)
+            if chosen.are_chosen((args, kwargs)):
+                self.partial.add(name)
             self.passes += not name and torch.is_grad_enabled()
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -281,7 +290,7 @@ def _regroups(func: Any, args: Any, kwargs: Any, examples: int) -> bool:
     if name == "__getitem__":
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return isinstance(first, Tensor) and first.dtype == torch.bool
-    return name in _CHOOSING or (name == "where" and len(args) == 1)
+    return name in chosen.CHOOSING or (name == "where" and len(args) == 1)
 
 
 def _led_by(tensor: Any, examples: int) -> bool:

@@ -1,0 +1,77 @@
+"""Rows that values chose are not the examples, however many there happen to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from groupsearch.errors import UnsupportedModelError
+from groupsearch.tracer import observe_sites
+from groupsearch.tracer.discovery import find_layouts
+from tests.case import Wrap
+
+BATCH = {"x": torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0)), "y": torch.tensor([0, 1, 2, 0])}
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def of_rows(pick: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """The layer sees as many rows as there are examples, every other of all: its sizes are those of the examples."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = m.a(x).flatten(0, 1)
+        number = torch.arange(len(rows)) % 2
+        index = pick(number)
+        chosen = rows.masked_select(index).view(-1, 5) if index.dim() == 2 else rows[index]
+        out = torch.zeros_like(rows)
+        out[index if index.dim() == 1 else index[:, 0]] = m.b(torch.tanh(chosen))
+        return m.h(out.unflatten(0, (-1, 2)).sum(1))
+
+    return forward
+
+
+PICKS: dict[str, Callable[[Tensor], Any]] = {
+    "mask": lambda number: number == 0,
+    "nonzero": lambda number: (number == 0).nonzero().flatten(),
+    "where": lambda number: torch.where(number == 0)[0],
+    "argsort": lambda number: number.argsort()[: len(number) // 2],
+    "sort": lambda number: number.sort()[1][: len(number) // 2],
+    "masked_select": lambda number: (number == 0)[:, None].expand(-1, 5),
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_a_layer_of_the_models_own_that_sees_chosen_rows_is_refused(pick: str) -> None:
+    model = Wrap(of_rows(PICKS[pick]), a=nn.Linear(5, 5), b=nn.Linear(5, 5), h=nn.Linear(5, 3))
+    with pytest.raises(UnsupportedModelError, match="layer 'b' no dimension belongs to the examples"):
+        find_layouts(model, BATCH, loss)
+
+
+def put_back(m: Any, x: Tensor) -> Tensor:
+    z = m.a(x)
+    z[z[..., 0] > 0] *= 0.5
+    return m.h(torch.tanh(z).sum(1))
+
+
+def looked_at(m: Any, x: Tensor) -> Tensor:
+    z = m.a(x)
+    z.detach()[z[..., 0] > 0].sum()
+    return m.h(torch.tanh(z).sum(1))
+
+
+def last_position(m: Any, x: Tensor) -> Tensor:
+    z = torch.tanh(m.a(x))
+    return m.h(z[torch.arange(len(z)), (x[..., 0] > 0).sum(1).clamp(max=1)])
+
+
+@pytest.mark.parametrize("forward", [put_back, looked_at, last_position])
+def test_rows_that_are_put_back_or_not_used_are_none(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    sites = observe_sites(Wrap(forward, a=nn.Linear(5, 5), h=nn.Linear(5, 3)), BATCH, loss)
+    assert [(site.layer, site.layout) for site in sites] == [("a", "first"), ("h", "first")]
