@@ -86,16 +86,16 @@ run() { # the parts on a card
 
 rehearse() { # the same order with small models on the CPU
     case $1 in
-    checks) part checks 60 tests.gpu.checks "checks-$device.jsonl" \
+    checks) part checks 150 tests.gpu.checks "checks-$device.jsonl" \
         --only noise deviation precision storages "sums of tied" "one step of training, checkpoint n" ;;
-    grid) part grid 60 tests.gpu.grid "grid-$device.json" --small --random 0 --models digits-cnn --seconds 4 ;;
+    grid) part grid 150 tests.gpu.grid "grid-$device.json" --small --random 0 --models digits-cnn --seconds 4 ;;
     expandable) PYTORCH_ALLOC_CONF=expandable_segments:True part \
-        expandable 60 tests.gpu.grid "grid-$device-expandable.json" --small --random 0 --models gpt2 --seconds 1 ;;
-    half) part half 60 tests.gpu.grid "grid-$device.json" --small --random 0 --autocast bfloat16 --models vit \
+        expandable 150 tests.gpu.grid "grid-$device-expandable.json" --small --random 0 --models gpt2 --seconds 1 ;;
+    half) part half 150 tests.gpu.grid "grid-$device.json" --small --random 0 --autocast bfloat16 --models vit \
         --seconds 1 ;;
-    seconds) timed seconds 60 none digits-vit ;;
-    slack) part slack 60 tests.gpu.slack "slack-$device.jsonl" --small --memory 3MiB ;;
-    more) part more 60 tests.gpu.grid "grid-$device.json" --small --random 0 --models vit --seconds 1 ;;
+    seconds) timed seconds 150 none digits-vit ;;
+    slack) part slack 150 tests.gpu.slack "slack-$device.jsonl" --small --memory 3MiB ;;
+    more) part more 150 tests.gpu.grid "grid-$device.json" --small --random 0 --models vit --seconds 1 ;;
     profiles) profiles ;;
     esac
 }
