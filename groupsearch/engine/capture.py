@@ -243,8 +243,9 @@ class Capture:
             return False
         for slots, name, original in reversed(self._swapped.pop()[1]):  # a tied one comes twice
             slots[name] = original
-        if isinstance(layer.module, nn.RNNBase):
-            layer.module._update_flat_weights()  # it keeps a list of its parameters
+        for module in layer.module.modules():
+            if isinstance(module, nn.RNNBase):
+                module._update_flat_weights()  # it keeps a list of its parameters
         return True
 
     def _detached(self, layer: Layer) -> dict[str, Tensor]:

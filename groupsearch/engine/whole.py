@@ -322,8 +322,8 @@ def check_nothing_left(layer: Layer, before: Left) -> None:
             )
 
 
-# of nn.Module itself: parameters, buffers, parts, hooks
-_OF_MODULES = frozenset(vars(nn.Module()))
+# of nn.Module itself: parameters, buffers, parts, hooks; and a recurrent layer's list of its parameters
+_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights"}
 
 
 @contextmanager

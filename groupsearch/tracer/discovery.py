@@ -7,7 +7,7 @@ around it that has not is then differentiated as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +67,8 @@ class Usage:
 
     def is_inside_whole(self, layer: str) -> bool:
         """Whether a layer is, or lies in, a module that is differentiated as one."""
-        return any(layout == "whole" and (layer + ".").startswith(name + ".") for name, layout in self.layouts.items())
+        whole = [name for name, layout in self.layouts.items() if layout == "whole"]
+        return any(not name or (layer + ".").startswith(name + ".") for name in whole)
 
     def lend(self, *layers: str) -> bool:
         """Have these layers' parameters, and all used outside, followed there; False where they are already."""
@@ -103,6 +104,8 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
     passes = two.passes if two.passes == three.passes else 1
     rows = replace(_rows(calls[""]), calls=max(passes, 1))
     usage = Usage({}, keeping, rows, two.outside | three.outside)
+    if "" in keeping and any(_is_the_models_own(layer.name, partial, keeping) for layer in layers):
+        usage.layouts[""] = "whole"
     for layer in layers:
         if isinstance(layer.module, SUBSTITUTED) or usage.is_inside_whole(layer.name):
             continue  # knows by itself, or is taken care of
@@ -122,6 +125,12 @@ def find_layouts(model: nn.Module, batch: Any, loss: Loss) -> Usage:
         if layout not in ("mixed", "first"):
             usage.layouts[layer.name] = layout
     return usage
+
+
+def _is_the_models_own(layer: str, partial: Collection[str], keeping: Collection[str]) -> bool:
+    """Whether a layer sees rows that values chose, and nothing but the model itself has whole examples around it."""
+    around = [name for name in keeping if name and (layer + ".").startswith(name + ".")]
+    return layer in partial and not around
 
 
 def _watched_run(model: nn.Module, layers: Sequence[Layer], examples: Any, loss: Loss) -> _Watch:
@@ -263,6 +272,8 @@ class _Watch(TorchFunctionMode):
     def _watch(self, name: str, module: nn.Module) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._running.append(name)
+            if not name:
+                chosen.begin((args, kwargs))
             if chosen.are_chosen((args, kwargs)):
                 self.partial.add(name)
             self.passes += not name and torch.is_grad_enabled()
