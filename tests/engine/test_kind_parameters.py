@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import groupsearch as gs
 from groupsearch.clipping import ClipPlan
+from groupsearch.trace import Site
 from tests.case import Wrap
-from tests.engine.kinds import Input, assert_right, cross_entropy, double, either, inputs, numbers, refused
+from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers, refused
 
 B = 6
 VECTORS = numbers(B, 4)
@@ -101,6 +102,14 @@ def shared_slices(m: Any, x: Tensor) -> Tensor:
     return torch.tanh(x @ m.w[:, :4]) @ m.w[:, 4:]
 
 
+def convolved(m: Any, x: Tensor) -> Tensor:
+    return m.h(torch.tanh(m.c(x.mT)).mean(2))
+
+
+def old_convolution() -> nn.Module:
+    return nn.utils.weight_norm(nn.Conv1d(4, 4, 3, padding=1))
+
+
 CONSTRAINED = "(?i)parameter|layer|weight"
 PARAMETERS = [
     Input("a list on the model", Bag, VECTORS, cross_entropy),
@@ -148,12 +157,27 @@ PARAMETERS = [
         VECTORS,
         cross_entropy,
     ),
-    either(
+    Input(
         "weight norm of the old kind",
         lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)),
         VECTORS,
         cross_entropy,
-        "(?i)weight_norm|weight|layer",
+    ),
+    Input(
+        "of the old kind, of a convolution",
+        lambda: Wrap(convolved, c=old_convolution(), h=nn.Linear(4, 3)),
+        SERIES,
+        cross_entropy,
+    ),
+    Input(
+        "of the old kind, checkpointed",
+        lambda: Wrap(
+            lambda m, x: m.h(checkpoint(m.a, x, use_reentrant=False).tanh()),
+            a=nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Tanh()),
+            h=nn.Linear(4, 3),
+        ),
+        VECTORS,
+        cross_entropy,
     ),
     either(
         "spectral norm",
@@ -527,6 +551,13 @@ def test_parameters_without_layers(case: Input) -> None:
 @inputs(LENT)
 def test_parameters_outside_of_their_layers(case: Input) -> None:
     assert_right(case)
+
+
+def test_a_document_says_which_layers_are_lent() -> None:
+    with double():
+        trace = gs.trace_model(built(LENT[0].make), LENT[0].batch, LENT[0].loss)
+    assert [site.layer for site in trace.sites if site.lent] == ["a", "a"]
+    assert tuple(Site.from_json(site.to_json()) for site in trace.sites) == trace.sites
 
 
 @inputs(CELLS)
