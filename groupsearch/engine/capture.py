@@ -2,7 +2,8 @@
 
 Weights do not take part in autograd: inside a layer's forward its parameters are replaced by
 detached ones, so no gradient is computed to be thrown away, and a parameter that is used
-anywhere else betrays itself by receiving one.
+anywhere else betrays itself by receiving one. Those of a layer that a trace found to be used elsewhere (a lent
+layer) are replaced for the whole forward of the model, by leaves that are followed until they meet the batch.
 """
 
 from __future__ import annotations

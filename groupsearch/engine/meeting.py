@@ -1,4 +1,4 @@
-"""Parameters without a layer rule: their per-example gradients, operation by operation.
+"""Parameters without a layer rule, or used outside of their layer: per-example gradients, operation by operation.
 
 Until it meets the batch, a function of parameters alone is the same for all examples. At the
 operation where it does, an elementwise one sees a copy expanded over the examples, whose
