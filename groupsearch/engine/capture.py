@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.arrival import Arrival, Receiver
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
+from groupsearch.engine.expansions import Expansions
 from groupsearch.engine.hooks import Hook
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import Layouts
@@ -70,7 +71,9 @@ class Capture:
         self._receive = receive
         self._options = options
         self._rows = (layouts or Layouts()).rows
-        self._meeting = Meeting(lambda: self.passes.running(), self._site_arrival, options)  # another's in turned_to
+        expansions = Expansions((layouts or Layouts()).expansions)
+        running = lambda: self.passes.running()  # noqa: E731  # another's in turned_to
+        self._meeting = Meeting(running, self._site_arrival, options, expansions)
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._lent = _slots_of_lent(model, self.layers)
@@ -347,7 +350,7 @@ class Capture:
         def arrive(key: str, make: Callable[[], Entry]) -> None:
             layer = self._owner(key)
             kind = layer.rule.kind if layer.rule and key == layer.name else "parameter"
-            self._arrive(Arrival(key, layer, kind, make, source_pass))
+            self._arrive(Arrival(key, layer, kind, make, source_pass, self._meeting.expansions.seen(key)))
 
         return arrive
 

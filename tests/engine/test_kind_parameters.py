@@ -548,6 +548,46 @@ def test_parameters_without_layers(case: Input) -> None:
     assert_right(case)
 
 
+def expanded(grow: Callable[[Tensor], Tensor], *shape: int) -> Callable[[], nn.Module]:
+    """Five rows made of a parameter meet every example; one of the batches has five examples, too."""
+    return lambda: Wrap(
+        lambda m, x: m.h(torch.tanh(x[:, None] + STEPS * grow(m.w)).sum(1)), h=nn.Linear(4, 3), w=parameter(*shape)
+    )
+
+
+def positions(m: Any, x: Tensor) -> Tensor:
+    rows = STEPS * m.e(torch.arange(1)).expand(5, -1)
+    return m.h(torch.tanh(x[:, None] + rows.expand(len(x), 5, 4)).sum(1))
+
+
+def both(m: Any, x: Tensor) -> Tensor:
+    rows, own = m.w.expand(5, 4), m.w.expand(len(x), 4)
+    return m.h(torch.tanh(x[:, None] + STEPS * rows).sum(1) + own)
+
+
+STEPS = torch.arange(5.0)[:, None]
+EXPANDED = [
+    Input("expand", expanded(lambda w: w.expand(5, -1), 1, 4), VECTORS, cross_entropy),
+    Input("a new dimension", expanded(lambda w: w.expand(5, 4), 4), VECTORS, cross_entropy),
+    Input("repeat", expanded(lambda w: w.repeat(5, 1), 1, 4), VECTORS, cross_entropy),
+    Input("broadcast_to", expanded(lambda w: torch.broadcast_to(w, (5, 4)), 4), VECTORS, cross_entropy),
+    Input("added to zeros", expanded(lambda w: w + torch.zeros(5, 4), 4), VECTORS, cross_entropy),
+    Input("times what is made of ones", expanded(lambda w: (torch.ones(5, 4) * 2 - 1) * w, 4), VECTORS, cross_entropy),
+    Input(
+        "an embedding, then over the examples",
+        lambda: Wrap(positions, e=nn.Embedding(1, 4), h=nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+    ),
+    either("over both", lambda: Wrap(both, h=linear(), w=parameter(4)), VECTORS, cross_entropy, "cannot be told apart"),
+]
+
+
+@inputs(EXPANDED)
+def test_what_parameters_are_expanded_to_is_not_told_by_size(case: Input) -> None:
+    assert_right(case)
+
+
 @inputs(LENT)
 def test_parameters_outside_of_their_layers(case: Input) -> None:
     assert_right(case)
