@@ -66,6 +66,8 @@ class Site:
         groups: channel groups of a convolution; 1 elsewhere. d counts the inputs of one, p the outputs of all.
         rows: how examples are counted in what the model is called with; the same at every site.
         lent: whether parameters of its layer are used outside of the layer's own forward, too.
+        expansions: what a parameter, or the output of a layer that sees no batch, is expanded to: rank and size in
+            the dimension of the examples, 0 where that is their number. None where it is not known.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Site:
     groups: int = 1
     rows: Rows = field(default_factory=Rows)
     lent: bool = False
+    expansions: tuple[tuple[int, int], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure; :meth:`from_json` is its inverse."""
@@ -93,12 +96,16 @@ class Site:
             del data["rows"]
         if not self.lent:
             del data["lent"]
+        if self.expansions is None:
+            del data["expansions"]
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Site:
         """The site that :meth:`to_json` wrote; keys that are not known are left out."""
         known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        if known.get("expansions") is not None:
+            known["expansions"] = tuple((rank, size) for rank, size in known["expansions"])
         return cls(**{**known, "parameters": tuple(data["parameters"]), "rows": Rows(**data.get("rows", {}))})
 
 

@@ -34,8 +34,8 @@ is replaced, wrapped or registered. One step of the engine is compared with one-
 written by `python -m tests.model_table`, which runs the models; the tests run them again and hold the page to it.
 
 - *sites*: uses of layers that own trainable parameters. A tied or reused layer has several. `parameter`: parameters
-  that are not in a layer of their own (class tokens, positions, layer scales); `function`: modules whose examples are
-  differentiated one at a time.
+  that are not in a layer of their own (class tokens, positions, layer scales) or are used outside of its forward;
+  `function`: modules whose examples are differentiated one at a time.
 - *float32*, *float64*: the largest error of any clipped sum, relative to the largest number that an example adds to it,
   rounded up to a power of ten, over one group, a group per block, a group per layer and random groups.
 - *attention*, *checkpointing*: the implementations, and the kinds of transformers' activation checkpointing, that the

@@ -19,6 +19,7 @@ class Arrival:
         layer: the layer.  kind: of the site.
         make_entry: forms the book entry (this is where norms by instantiation cost memory).
         source_pass: the forward pass it belongs to.
+        expansions: what it was expanded to, if it is a parameter or a layer that saw no batch.
     """
 
     key: str
@@ -26,6 +27,7 @@ class Arrival:
     kind: str
     make_entry: Callable[[], Entry] = field(repr=False)
     source_pass: Pass = field(repr=False)
+    expansions: tuple[tuple[int, int], ...] | None = None
 
 
 Receiver = Callable[[Arrival], None]

@@ -2,7 +2,8 @@
 
 Weights do not take part in autograd: inside a layer's forward its parameters are replaced by
 detached ones, so no gradient is computed to be thrown away, and a parameter that is used
-anywhere else betrays itself by receiving one.
+anywhere else betrays itself by receiving one. Those of a layer that a trace found to be used elsewhere (a lent
+layer) are replaced for the whole forward of the model, by leaves that are followed until they meet the batch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.arrival import Arrival, Receiver
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
+from groupsearch.engine.expansions import Expansions
 from groupsearch.engine.hooks import Hook
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import Layouts
@@ -69,7 +71,9 @@ class Capture:
         self._receive = receive
         self._options = options
         self._rows = (layouts or Layouts()).rows
-        self._meeting = Meeting(lambda: self.passes.running(), self._site_arrival, options)  # another's in turned_to
+        expansions = Expansions((layouts or Layouts()).expansions)
+        running = lambda: self.passes.running()  # noqa: E731  # another's in turned_to
+        self._meeting = Meeting(running, self._site_arrival, options, expansions)
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._lent = _slots_of_lent(model, self.layers)
@@ -347,7 +351,7 @@ class Capture:
         def arrive(key: str, make: Callable[[], Entry]) -> None:
             layer = self._owner(key)
             kind = layer.rule.kind if layer.rule and key == layer.name else "parameter"
-            self._arrive(Arrival(key, layer, kind, make, source_pass))
+            self._arrive(Arrival(key, layer, kind, make, source_pass, self._meeting.expansions.seen(key)))
 
         return arrive
 

@@ -29,18 +29,21 @@ class Layouts:
         of: by the layer's name, if not in the first dimension.
         rows: what the model itself is called with.
         lent: layers whose parameters are used outside of their own forward, too.
+        expansions: see :class:`~groupsearch.engine.expansions.Expansions`.
     """
 
     of: Mapping[str, str] = field(default_factory=dict)
     rows: Rows = ONE_ROW
     lent: frozenset[str] = frozenset()
+    expansions: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
     @classmethod
     def of_sites(cls, sites: Sequence[Site]) -> Layouts:
         """What a trace found."""
         of = {site.layer: site.layout for site in sites if site.layout != "first"}
         lent = frozenset(site.layer for site in sites if site.lent)
-        return cls(of, sites[0].rows if sites else ONE_ROW, lent)
+        expansions = {x.name.partition("#")[0]: x.expansions for x in sites if x.expansions is not None}
+        return cls(of, sites[0].rows if sites else ONE_ROW, lent, expansions)
 
 
 def rows_per_example(tensor: Tensor, layout: str, batch_size: int, rows: Rows = ONE_ROW) -> int | None:

@@ -1,4 +1,4 @@
-"""Parameters without a layer rule: their per-example gradients, operation by operation.
+"""Parameters without a layer rule, or used outside of their layer: per-example gradients, operation by operation.
 
 Until it meets the batch, a function of parameters alone is the same for all examples. At the
 operation where it does, an elementwise one sees a copy expanded over the examples, whose
@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from groupsearch.engine.expansions import Expansions
 from groupsearch.engine.layers import Layer, Matrix, linear_operands, matrix_entry
 from groupsearch.engine.passes import Pass
 from groupsearch.engine.sources import Arrive, Source, Sources, Tracked
@@ -63,15 +64,21 @@ class Meeting(TorchFunctionMode):
         running: gives the pass that is under way.
         arrive: gives what is called in backward with the key of a site and a maker of its book entry.
         options: decides the norm method of matrix sites.
+        expansions: tells which expansions of parameters are over the examples; by their size if not given.
     """
 
     def __init__(
-        self, running: Callable[[], Pass], arrive: Callable[[], Arrive], options: EngineOptions | None = None
+        self,
+        running: Callable[[], Pass],
+        arrive: Callable[[], Arrive],
+        options: EngineOptions | None = None,
+        expansions: Expansions | None = None,
     ) -> None:
         super().__init__()
         self.running = running
         self.arrival = arrive
         self.options = options or EngineOptions()
+        self.expansions = expansions or Expansions({})
         self._tracked = Sources()
         self._expanded: dict[tuple[int, int, int], Tensor] = {}
         self._running: list[Layer] = []
@@ -142,6 +149,7 @@ class Meeting(TorchFunctionMode):
         """Stop watching: the pass is over. Until then a recomputation may need to know."""
         self._tracked.clear()
         self._expanded.clear()
+        self.expansions.forget()
 
     def mark(self, value: Any, layouts: tuple[str, ...] = ("first",)) -> None:
         """Note that tensors come from the batch, in one of these layouts, although they ask for no gradients."""
@@ -181,9 +189,15 @@ class Meeting(TorchFunctionMode):
         elif name in _FILLING or name in _EXPANDING:
             along = name in _EXPANDING and isinstance(args[0], Tensor) and args[0].shape[1:2] == (1,)
             self.mark(out, (*self._filled(), "second") if along else self._filled())
-            if name in _FILLING:
-                setattr(out, _FILLED, True)
+        if name in _FILLING or self._is_made_of_filled(out, tensors):
+            setattr(out, _FILLED, True)
         return out
+
+    def _is_made_of_filled(self, out: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether the values of a result come from no tensor but filled ones."""
+        if not isinstance(out, Tensor) or not any(hasattr(t, _FILLED) for t in tensors):
+            return False
+        return not any(self.from_batch(t) and not hasattr(t, _FILLED) for t in tensors)
 
     def _filled(self) -> tuple[str, ...]:
         """The layouts of what is made for as many examples, or rows of them, as the model was called with."""
@@ -211,6 +225,9 @@ class Meeting(TorchFunctionMode):
             delattr(args[0], _MARK)
         rank, layout = max(t.dim() for t in tensors), self._layout(tracked[0])
         rows = [t for t in tensors if self._is_row(t, layout)]
+        from_batch = [t for t in tensors if self.from_batch(t)]
+        if rows and all(hasattr(t, _FILLED) for t in from_batch) and not self._is_over(tracked, rows[0], layout, True):
+            rows = from_batch = []
         if name in _ELEMENTWISE and any(t.dim() == rank for t in rows):
             longest = max(t.shape[0] for t in rows if t.dim() == rank)
             swap = {id(t.tensor): self._expand(t, layout, rank, longest) for t in tracked}
@@ -218,15 +235,17 @@ class Meeting(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "__setitem__" and self._sets_rows(layout, *args):
             return self._set_rows(func, layout, *args)
-        if any(self.from_batch(t) for t in tensors):
+        if from_batch:
             if func is functional.linear and self._is_matrix_site(layout, *args, **kwargs):
                 return self._matrix_site(layout, *args, **kwargs)
             if name == "__setitem__" and self._is_row(args[0], layout) and args[2] in self._tracked:
                 return self._write(args[0], args[1], self._tracked[args[2]], layout)
             return self._function_site(func, args, kwargs, layout)
+        for filled in (t for t in tensors if hasattr(t, _FILLED) and not rows):
+            self._is_over(tracked, filled, layout, False)
         with saved_tensors_hooks(_as_it_is, _as_it_is):  # small, and not to be recomputed by activation checkpointing
             out = func(*args, **kwargs)
-        if name in _EXPANDING and self._expands(tracked[0].tensor, out, layout):
+        if name in _EXPANDING and self._expands(tracked[0], out, layout):
             return self._meet(tracked[0], out.detach(), layout)
         for part in pytree.tree_leaves((out, args[0]) if _writes(name) else out):
             if isinstance(part, Tensor) and part.requires_grad:
@@ -252,13 +271,21 @@ class Meeting(TorchFunctionMode):
             return False
         return name != "__setitem__" or args[2].dim() > args[0].dim() - _indexed(args[1], args[0].dim())
 
-    def _expands(self, tensor: Tensor, out: Tensor, layout: str) -> bool:
+    def _expands(self, tracked: Tracked, out: Tensor, layout: str) -> bool:
         """Whether an expansion gave every example its own copy."""
-        if self.running().rows_of(out, layout) is None:
-            return False
+        tensor = tracked.tensor
         if layout == "second":
-            return tensor.dim() < out.dim() - 1 or (tensor.dim() == out.dim() and tensor.shape[1] == 1)
-        return _leads_free(tensor, out.dim())
+            free = tensor.dim() < out.dim() - 1 or (tensor.dim() == out.dim() and tensor.shape[1] == 1)
+        else:
+            free = _leads_free(tensor, out.dim())
+        fits = self.running().rows_of(out, layout) is not None
+        return free and bool(out.dim()) and self._is_over([tracked], out, layout, fits)
+
+    def _is_over(self, tracked: Sequence[Tracked], out: Tensor, layout: str, fits: bool) -> bool:
+        """Whether what functions of parameters are expanded to, or filled tensors that they meet, are the examples."""
+        keys = [source.key for t in tracked for source in t.sources]
+        size = out.shape[1 if layout == "second" else 0] if out.dim() > (layout == "second") else 1
+        return self.expansions.over_examples(keys, out.dim(), size, fits)
 
     def _expand(self, tracked: Tracked, layout: str, rank: int, longest: int) -> Tensor:
         source = self.running()

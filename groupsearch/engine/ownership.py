@@ -125,8 +125,9 @@ def refuse_gradient(layer: Layer, name: str, unless: Callable[[], bool] = lambda
         parameter.grad = None
         raise OutsideUseError(
             f"Parameter {layer.trainable[name]!r} received a gradient of the whole batch: it is used outside the "
-            f"forward of its layer {layer.name!r} (a penalty in the loss, functional use of another's weight, or a "
-            "layer torch.nn calls without its forward). Call the layer itself, or freeze the parameter.",
+            f"forward of its layer {layer.name!r} where that is not followed (a penalty in the loss, a checkpoint with "
+            "use_reentrant=True, or a use that the trace did not see). Call the layer itself, use its parameters in "
+            "the model's forward on what leads with the batch, or freeze the parameter.",
             layer.name,
         )
 

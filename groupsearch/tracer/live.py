@@ -243,7 +243,7 @@ def _in_place_of(func: Any, args: Any, node: Any) -> Any:
 def _are_received(node: Any, gradient: Tensor) -> bool:
     """Whether some input of the nodes after this one takes such a gradient; many at once are never added in place."""
     after = [edge for edge in (() if node is None else node.next_functions) if edge[0] is not None]
-    return not after or any(edge[0]._input_metadata[edge[1]].shape == gradient.shape for edge in after)
+    return not after or any(tuple(edge[0]._input_metadata[edge[1]].shape) == gradient.shape for edge in after)
 
 
 def _meets_itself(node: Any) -> bool:

@@ -45,6 +45,7 @@ class Observed:
     parameter_count: int
     dimensions: Dimensions
     lent: bool
+    expansions: tuple[tuple[int, int], ...] | None
 
 
 def as_sites(arrivals: Sequence[Observed], model: nn.Module, rows: Rows) -> tuple[Site, ...]:
@@ -72,6 +73,7 @@ def as_sites(arrivals: Sequence[Observed], model: nn.Module, rows: Rows) -> tupl
                 layout=seen.layout,
                 rows=rows,
                 lent=seen.lent,
+                expansions=seen.expansions,
             )
         )
     return tuple(sites)
@@ -241,7 +243,9 @@ def settle(
     while True:
         reading = Reading(options, Layouts(dict(usage.layouts), rows, usage.lent))
         try:
-            return reading, observe_pass(model, three, loss, reading)
+            arrivals = observe_pass(model, three, loss, reading)
+            expansions = {seen.key: seen.expansions for seen in arrivals if seen.expansions is not None}
+            return replace(reading, layouts=replace(reading.layouts, expansions=expansions)), arrivals
         except UnsupportedModelError as error:
             if error.layer is None:
                 raise
@@ -308,7 +312,8 @@ def observed(arrival: Arrival, parameters: tuple[str, ...], dims: Dimensions, si
     """What an arrival says about its site."""
     count = sum(sizes[name] for name in parameters)
     layer = arrival.layer
-    return Observed(arrival.key, layer.name, arrival.kind, layer.layout, parameters, count, dims, layer.lent)
+    where = layer.layout, parameters, count
+    return Observed(arrival.key, layer.name, arrival.kind, *where, dims, layer.lent, arrival.expansions)
 
 
 def unseen(model: nn.Module, arrivals: Sequence[Observed]) -> list[str]:

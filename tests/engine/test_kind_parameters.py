@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import groupsearch as gs
 from groupsearch.clipping import ClipPlan
+from groupsearch.trace import Site
 from tests.case import Wrap
-from tests.engine.kinds import Input, assert_right, cross_entropy, double, either, inputs, numbers, refused
+from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers, refused
 
 B = 6
 VECTORS = numbers(B, 4)
@@ -101,6 +102,14 @@ def shared_slices(m: Any, x: Tensor) -> Tensor:
     return torch.tanh(x @ m.w[:, :4]) @ m.w[:, 4:]
 
 
+def convolved(m: Any, x: Tensor) -> Tensor:
+    return m.h(torch.tanh(m.c(x.mT)).mean(2))
+
+
+def old_convolution() -> nn.Module:
+    return nn.utils.weight_norm(nn.Conv1d(4, 4, 3, padding=1))
+
+
 CONSTRAINED = "(?i)parameter|layer|weight"
 PARAMETERS = [
     Input("a list on the model", Bag, VECTORS, cross_entropy),
@@ -148,12 +157,27 @@ PARAMETERS = [
         VECTORS,
         cross_entropy,
     ),
-    either(
+    Input(
         "weight norm of the old kind",
         lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)),
         VECTORS,
         cross_entropy,
-        "(?i)weight_norm|weight|layer",
+    ),
+    Input(
+        "of the old kind, of a convolution",
+        lambda: Wrap(convolved, c=old_convolution(), h=nn.Linear(4, 3)),
+        SERIES,
+        cross_entropy,
+    ),
+    Input(
+        "of the old kind, checkpointed",
+        lambda: Wrap(
+            lambda m, x: m.h(checkpoint(m.a, x, use_reentrant=False).tanh()),
+            a=nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Tanh()),
+            h=nn.Linear(4, 3),
+        ),
+        VECTORS,
+        cross_entropy,
     ),
     either(
         "spectral norm",
@@ -525,9 +549,56 @@ def test_parameters_without_layers(case: Input) -> None:
     assert_right(case)
 
 
+def expanded(grow: Callable[[Tensor], Tensor], *shape: int) -> Callable[[], nn.Module]:
+    """Five rows made of a parameter meet every example; one of the batches has five examples, too."""
+    return lambda: Wrap(
+        lambda m, x: m.h(torch.tanh(x[:, None] + STEPS * grow(m.w)).sum(1)), h=nn.Linear(4, 3), w=parameter(*shape)
+    )
+
+
+def positions(m: Any, x: Tensor) -> Tensor:
+    rows = STEPS * m.e(torch.arange(1)).expand(5, -1)
+    return m.h(torch.tanh(x[:, None] + rows.expand(len(x), 5, 4)).sum(1))
+
+
+def both(m: Any, x: Tensor) -> Tensor:
+    rows, own = m.w.expand(5, 4), m.w.expand(len(x), 4)
+    return m.h(torch.tanh(x[:, None] + STEPS * rows).sum(1) + own)
+
+
+STEPS = torch.arange(5.0)[:, None]
+EXPANDED = [
+    Input("expand", expanded(lambda w: w.expand(5, -1), 1, 4), VECTORS, cross_entropy),
+    Input("a new dimension", expanded(lambda w: w.expand(5, 4), 4), VECTORS, cross_entropy),
+    Input("repeat", expanded(lambda w: w.repeat(5, 1), 1, 4), VECTORS, cross_entropy),
+    Input("broadcast_to", expanded(lambda w: torch.broadcast_to(w, (5, 4)), 4), VECTORS, cross_entropy),
+    Input("added to zeros", expanded(lambda w: w + torch.zeros(5, 4), 4), VECTORS, cross_entropy),
+    Input("times what is made of ones", expanded(lambda w: (torch.ones(5, 4) * 2 - 1) * w, 4), VECTORS, cross_entropy),
+    Input(
+        "an embedding, then over the examples",
+        lambda: Wrap(positions, e=nn.Embedding(1, 4), h=nn.Linear(4, 3)),
+        VECTORS,
+        cross_entropy,
+    ),
+    either("over both", lambda: Wrap(both, h=linear(), w=parameter(4)), VECTORS, cross_entropy, "cannot be told apart"),
+]
+
+
+@inputs(EXPANDED)
+def test_what_parameters_are_expanded_to_is_not_told_by_size(case: Input) -> None:
+    assert_right(case)
+
+
 @inputs(LENT)
 def test_parameters_outside_of_their_layers(case: Input) -> None:
     assert_right(case)
+
+
+def test_a_document_says_which_layers_are_lent() -> None:
+    with double():
+        trace = gs.trace_model(built(LENT[0].make), LENT[0].batch, LENT[0].loss)
+    assert [site.layer for site in trace.sites if site.lent] == ["a", "a"]
+    assert tuple(Site.from_json(site.to_json()) for site in trace.sites) == trace.sites
 
 
 @inputs(CELLS)

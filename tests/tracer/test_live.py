@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from groupsearch.grouping import Grouping
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
+from groupsearch.workloads import Workload
+from tests.benchmarks.accuracy import Subject
 from tests.cases import EVERY_CASE, Wrap
 
 
@@ -93,6 +97,26 @@ def test_gradients_that_meet_are_added_in_place_as_autograd_does(branches: int) 
     assert abs(counted - measured) < 2048  # a copy of the activation is 131072 bytes
     real = make_stage(*real_copy(model, batch, torch.device("cpu")), loss, StepSettings())
     assert abs(real.counted_step() - measured) < 2048  # autograd adds in place only while nobody watches
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_gradients_taken_many_at_once_are_not_added_in_place(lent: bool) -> None:
+    """A weight divided by its norm is reached by two ways, for all examples at once."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m.owner.weight if lent else m.weight
+        return m.head(torch.tanh(F.linear(x, weight / weight.norm(dim=1, keepdim=True))))
+
+    def build() -> nn.Module:
+        weight = {"owner": nn.Linear(64, 64, bias=False)} if lent else {"weight": nn.Parameter(torch.randn(64, 64))}
+        return Wrap(forward, head=nn.Linear(64, 8), **weight)
+
+    def make_batch(size: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(size, 64)}
+
+    subject = Subject(Workload("norm", build, make_batch, lambda m, b: m(b["x"]).square().sum(1), batch_size=16))
+    for grouping in (Grouping.all_layer(subject.trace), Grouping.layer_wise(subject.trace)):
+        assert abs(subject.estimate(grouping) / subject.measure(grouping) - 1) < 2e-3
 
 
 @pytest.mark.parametrize(
