@@ -34,6 +34,12 @@ from groupsearch.engine.widening import is_half
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
 
+
+def called(name: str) -> str:
+    """What messages call a module, by its name in the model; the model has none."""
+    return f"Module {name!r}" if name else "The model itself"
+
+
 ByLeaf = Mapping[int, Tensor]
 APART = 64
 """Units of rounding that a norm is made longer by."""
@@ -135,7 +141,7 @@ class Call:
                 if is_out_of_memory(error):
                     raise
                 raise UnsupportedModelError(
-                    f"Module {self.name!r} is differentiated as one, and does not run on part of its batch: {error}. "
+                    f"{called(self.name)} is differentiated as one, and does not run on part of its batch: {error}. "
                     "Make everything that grows with the batch inside the module.",
                     self.name,
                 ) from error
@@ -282,7 +288,7 @@ class WholeCall:
 def _check_rows(name: str, tensor: Tensor, source: Pass) -> None:
     if source.rows_of(tensor, "folded") is None:
         raise UnsupportedModelError(
-            f"Module {name!r} is differentiated as one, and was given or returned a tensor of shape "
+            f"{called(name)} is differentiated as one, and was given or returned a tensor of shape "
             f"{tuple(tensor.shape)}, which does not lead with the batch of {source.batch_size} examples. Keep the "
             "batch first.",
             name,
@@ -315,7 +321,7 @@ def check_nothing_left(layer: Layer, before: Left) -> None:
         known = {id(x) for x in before.get((name, attribute), ())}
         if any(id(x) not in known for x in tensors):
             raise UnsupportedModelError(
-                f"Module {layer.name!r} is differentiated as one and leaves a tensor in the attribute "
+                f"{called(layer.name)} is differentiated as one and leaves a tensor in the attribute "
                 f"{'.'.join(filter(None, (layer.name, name, attribute)))!r}, whose gradient would be lost if the loss "
                 "used it. Return it from forward instead, or do not keep it.",
                 layer.name,

@@ -23,7 +23,7 @@ from groupsearch.engine.truth.draws import OTHERS, USUAL, Constants, alike
 from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import joined
-from groupsearch.engine.whole import WholeEntry
+from groupsearch.engine.whole import WholeEntry, called
 from groupsearch.errors import OutsideUseError, UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Rows, Site, shared_parameters
@@ -286,9 +286,9 @@ def _check_adds_up(key: str, entry: WholeEntry) -> None:
     scale = max(float(instance.abs().max()) for instance in alone.values())
     if any(float((alone[name].sum(0) - total).abs().max()) > 1e-3 * scale for name, total in together.items()):
         raise UnsupportedModelError(
-            f"Module {key!r} gives other gradients when its examples run one by one than when they run together: an "
-            "example's gradient depends on the others (batch statistics, capacity limits of experts). Remove what "
-            "mixes the examples, or freeze it with requires_grad_(False).",
+            f"{called(key)} gives other gradients when its examples run one by one than when they run together: an "
+            "example's gradient depends on the other examples (batch statistics, mixed examples, capacity limits of "
+            "experts). Remove what mixes them, or freeze it with requires_grad_(False).",
             key,
         )
 

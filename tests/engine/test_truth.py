@@ -111,7 +111,7 @@ MIXING = [
 @pytest.mark.parametrize("between", MIXING, ids=lambda f: f.__name__)
 def test_mixing_in_training_is_refused(between: Callable[..., Tensor]) -> None:
     model = Net(between).train()
-    with pytest.raises(TruthError, match="depends on the other examples"):
+    with pytest.raises(UnsupportedModelError, match="depends on the other examples"):
         observe_sites(model, batch_of(), cross_entropy)
     observe_sites(model.eval(), batch_of(), cross_entropy)
 

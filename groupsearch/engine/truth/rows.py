@@ -35,6 +35,8 @@ class Rows:
             show (rows that are in order, as many positions for every expert). Empty without numbers to shuffle.
         blank: one of them with zeros for the last half of its ids, labels and masks (padding, a class that does not
             count); None where it has none but zeros.
+        crowds: an example alone, and before four of one with another label: of the least label among those of the
+            largest, and the other way round. Empty where labels are no whole numbers.
         whole: the batch as it was given, of up to 64 rows; one of fewer than six is repeated.
         places: where in it the examples are that are its own.
         origin: where they came from, in words.
@@ -48,6 +50,7 @@ class Rows:
     origin: str
     shuffled: tuple[tuple[Any, ...], ...] = ()
     blank: Any = None
+    crowds: tuple[tuple[Any, Any], ...] = ()
     derived: int = 0
 
     def without_derived(self, refused: str) -> Rows:
@@ -75,10 +78,12 @@ def choose_rows(batch: Any) -> Rows:
         if derived:
             origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
     extreme = _scaled(batch, examples[-1], _EXTREME)
-    shuffled = () if extreme is None else tuple(_shuffled(batch, examples, seed) for seed in range(_SHUFFLES))
+    shuffle = _columns_shuffled if extreme is None else _shuffled
+    shuffled = tuple(shuffle(batch, examples, seed) for seed in range(_SHUFFLES if len(chosen) > 1 else 0))
     whole = first_examples(batch, max(min(count_examples(batch), _LOOKED_AT), _AT_LEAST))
     blank = _blanked(examples[min(1, len(examples) - 1)])
-    return Rows(tuple(examples), extreme, whole, tuple(chosen), origin, shuffled, blank, derived)
+    crowds = tuple((take_examples(batch, (a,)), take_examples(batch, (a, b, b, b, b))) for a, b in _unlike(batch))
+    return Rows(tuple(examples), extreme, whole, tuple(chosen), origin, shuffled, blank, crowds, derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:
@@ -124,6 +129,16 @@ def _different(batch: Any) -> list[int]:
     return firsts[:3]
 
 
+def _unlike(batch: Any) -> list[tuple[int, int]]:
+    """The rows with the least and the largest label, and these in the other order; none without different labels."""
+    labels = next((t for t in tensors_of(batch) if t[0].numel() == 1 and not t.is_floating_point()), None)
+    if labels is None:
+        return []
+    flat = labels.flatten()[:_LOOKED_AT].long()
+    least, largest = int(flat.argmin()), int(flat.argmax())
+    return [(least, largest), (largest, least)] if flat[least] < flat[largest] else []
+
+
 def _derived(batch: Any, example: Any, count: int) -> list[Any]:
     """Different rows made of one; none where there is nothing to change."""
     made: list[Any] = []
@@ -152,6 +167,21 @@ def _shuffled(batch: Any, examples: Sequence[Any], seed: int) -> tuple[Any, ...]
         return torch.where(whole, tensor, tensor.flatten()[order].view_as(tensor))
 
     together = map_tensors(shuffle, joined(examples))
+    return tuple(take_examples(together, (i,)) for i in range(len(examples)))
+
+
+def _columns_shuffled(batch: Any, examples: Sequence[Any], seed: int) -> tuple[Any, ...]:
+    """Of ids alone: every place of an example is one that some example of the batch has there."""
+    generator = np.random.default_rng(seed)
+
+    def shuffle(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2:
+            return tensor[: len(examples)]
+        flat = tensor.flatten(1)
+        order = torch.from_numpy(generator.integers(len(flat), size=(len(examples), flat.shape[1]))).to(tensor.device)
+        return flat.gather(0, order).unflatten(1, tensor.shape[1:])
+
+    together = map_tensors(shuffle, batch)
     return tuple(take_examples(together, (i,)) for i in range(len(examples)))
 
 
