@@ -61,14 +61,6 @@ class Program(click.Group):
         except GroupSearchError as error:
             print_error(f"Error: {error}")
             return error.exit_code
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print_error(
-                f"Error: There was no memory left: {str(error).splitlines()[0].rstrip('.')}. Take a smaller "
-                "--batch-size or --checkpoint blocks; `groupsearch fit` finds what fits."
-            )
-            return GroupSearchError.exit_code
         except click.ClickException as error:
             error.show()
             return GroupSearchError.exit_code
@@ -76,6 +68,14 @@ class Program(click.Group):
             # click turns KeyboardInterrupt into Abort; the command's own word on what is kept is its cause
             print_error(str(abort.__cause__ or "") or "Interrupted; nothing was written.")
             return INTERRUPTED
+        except (RuntimeError, MemoryError) as error:  # after click.Abort, which is one
+            if not is_out_of_memory(error):
+                raise
+            print_error(
+                f"Error: There was no memory left: {str(error).splitlines()[0].rstrip('.')}. Take a smaller "
+                "--batch-size or --checkpoint blocks; `groupsearch fit` finds what fits."
+            )
+            return GroupSearchError.exit_code
         return result if isinstance(result, int) else 0
 
 
