@@ -483,7 +483,7 @@ def _torch_models() -> list[Model]:
         *_both_layouts("attention-square", partial(_attention, bias=False, add_bias_kv=True), square),
         Model("experts", lambda: Wrap(lambda m, x: m.head(m.moe(x)), moe=Experts(6, 3), head=nn.Linear(6, 3)), (12, 6), title="nn.Linear, as experts of which each token takes one"),
         Model("experts-choose", lambda: Wrap(lambda m, x: m.head(m.moe(x)), moe=ChoosingExperts(6, 3), head=nn.Linear(6, 3)), (12, 6), title="nn.Linear, as experts that choose among the tokens of the batch", refusal=Refusal("depends on the other", "let tokens choose their experts")),
-        Model("experts-alone", partial(Experts, 6, 3), (12, 6), title="nn.Linear, as experts, the model itself", refusal=Refusal("no module around it but the model itself", "put the experts into a module of the model")),
+        Model("experts-alone", partial(Experts, 6, 3), (12, 6), title="nn.Linear, as experts, the model itself"),
     ]  # fmt: skip
     for cls in (nn.LSTM, nn.GRU):
         name, title, build = cls.__name__.lower(), f"nn.{cls.__name__}", partial(_recurrent, cls)

@@ -44,6 +44,13 @@ def begin(value: Any) -> None:
     _mark(_BATCH, _tensors(value))
 
 
+def forget(value: Any) -> None:
+    """They are in their places again."""
+    for tensor in _tensors(value):
+        if hasattr(tensor, _ROWS):
+            delattr(tensor, _ROWS)
+
+
 def are_chosen(value: Any) -> bool:
     """Whether any tensor in it holds chosen rows."""
     return any(hasattr(x, _ROWS) for x in _tensors(value))

@@ -280,6 +280,10 @@ class _Watch(TorchFunctionMode):
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._running.pop()
+            # a module that is given whole examples and learns is differentiated as one, with what it chooses inside
+            learns = name and name not in self.partial and any(p.requires_grad for p in module.parameters())
+            if learns and _leading((args, kwargs)) >= _leading(output):
+                chosen.forget(output)
             self.calls.setdefault(name, []).append(Seen(_shapes((args, kwargs)), _shapes(output)))
 
         handles = (
@@ -314,6 +318,10 @@ def _sorted_dim(name: str, args: Any, kwargs: Any) -> int:
         return 0
     given = [x for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
     return int(given[0] if given else (kwargs or {}).get("dim", -1))
+
+
+def _leading(value: Any) -> set[int]:
+    return {shape[0] for shape in _shapes(value) if shape}
 
 
 def _shapes(value: Any) -> Shapes:

@@ -48,10 +48,19 @@ PICKS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("pick", PICKS)
-def test_a_layer_of_the_models_own_that_sees_chosen_rows_is_refused(pick: str) -> None:
+def test_a_model_with_a_layer_that_sees_chosen_rows_is_differentiated_as_one(pick: str) -> None:
     model = Wrap(of_rows(PICKS[pick]), a=nn.Linear(5, 5), b=nn.Linear(5, 5), h=nn.Linear(5, 3))
-    with pytest.raises(UnsupportedModelError, match="layer 'b' no dimension belongs to the examples"):
-        find_layouts(model, BATCH, loss)
+    assert find_layouts(model, BATCH, loss).layouts == {"": "whole"}
+    assert [(site.layer, site.kind) for site in observe_sites(model, BATCH, loss)] == [("", "function")]
+
+
+def test_chosen_rows_that_mix_are_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        z = m.a(x).sum(1)
+        return m.h(z[z[:, 0].argsort()])
+
+    with pytest.raises(UnsupportedModelError, match="depends on the other examples"):
+        observe_sites(Wrap(forward, a=nn.Linear(5, 5), h=nn.Linear(5, 3)), BATCH, loss)
 
 
 def put_back(m: Any, x: Tensor) -> Tensor:
