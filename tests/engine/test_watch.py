@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from torch.nn import functional
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.loading import PoissonBatches
+from groupsearch.engine.truth.reading import Reading
+from groupsearch.engine.truth.watch import Watch
 from groupsearch.errors import GroupSearchError, TruthError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer import observe_sites, trace_model
@@ -184,6 +190,26 @@ def test_a_mode_that_was_not_checked_is_looked_at_at_once() -> None:
     model.train()
     with pytest.raises(TruthError, match="watch in training"):
         run(model, optimizer, batches)
+
+
+def test_a_look_that_takes_long_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("groupsearch.engine.truth.watch.time.perf_counter", lambda: clock[0])
+    watch = Watch(None, nullcontext, Reading(), 0.01, "training")  # type: ignore[arg-type]
+    monkeypatch.setattr("groupsearch.engine.truth.watch.mode_of", lambda model: "training")
+    monkeypatch.setattr(watch, "_subject", SimpleNamespace(model=None))
+    monkeypatch.setattr(watch, "_entropy", random.Random(5))
+
+    def look(batch: Any) -> None:
+        clock[0] += 12.0  # as long as twelve batches
+        watch.watched = replace(watch.watched, runs=watch.watched.runs + 1)
+
+    monkeypatch.setattr(watch, "_look", look)
+    for _ in range(150_000):
+        watch.see(None)
+        clock[0] += 1.0
+    assert watch.watched.runs > 20
+    assert 0.01 < watch.watched.seconds / clock[0] < 0.0225
 
 
 def test_detaching_ends_the_watch() -> None:

@@ -29,6 +29,7 @@ from groupsearch.errors import GroupSearchError, TruthError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 RATE = 0.01
+_BATCHES = 2.0  # that a look may take the time of, or it is made less often: a rate of 0.01 costs 2 % of time at most
 _SLACK = 3.0  # a false alarm ends a training
 
 
@@ -39,7 +40,8 @@ class Watch:
         subject: model, loss, and the engine's own capture turned to another receiver.
         aside: lets the model run for a while as if there were no engine.
         reading: how the engine reads a model, for a copy of it.
-        rate: probability with which a batch is looked at; the first in a mode not seen before always is.
+        rate: probability with which a batch is looked at, less below 1 where that takes longer than two batches do;
+            the first in a mode not seen before always is.
         mode: that the model was checked in.
     """
 
@@ -59,10 +61,13 @@ class Watch:
         self._entropy = SystemRandom()
         self._modes = {mode}
         self._fault: str | None = None
+        self._began: float | None = None
         self.watched = Watched(rate)
 
     def see(self, batch: Any) -> None:
         """A physical batch is about to be handed out."""
+        if self._began is None:
+            self._began = time.perf_counter()
         self.watched = replace(self.watched, batches=self.watched.batches + 1)
         if self._fault is not None or not self._is_due():
             return
@@ -90,7 +95,15 @@ class Watch:
         if rate and mode not in self._modes:
             self._modes.add(mode)
             return True
-        return self._entropy.random() < rate
+        return self._entropy.random() < (rate * min(1.0, _BATCHES / self._cost()) if rate < 1 else 1)
+
+    def _cost(self) -> float:
+        """How many batches take as long as a look; 1 while nobody knows."""
+        seen, looks = self.watched, self.watched.runs + self.watched.skipped
+        if not looks or self._began is None or seen.batches < 2:
+            return 1.0
+        training = time.perf_counter() - self._began - seen.seconds
+        return (seen.seconds / looks) / max(training / (seen.batches - 1), 1e-9) or 1.0
 
     def _look(self, batch: Any) -> None:
         model = self._subject.model
