@@ -196,6 +196,17 @@ def training_options(command: F) -> F:
             click.option(
                 "--max-grad-norm", type=Positive(), help="Norm that the groups' thresholds are allotted from."
             ),
+            click.option(
+                "--watch",
+                type=click.FloatRange(0, 1),
+                help="Part of the batches of which one example is taken alone and compared. [default: 0.01]",
+            ),
+            click.option(
+                "--allow-state",
+                multiple=True,
+                metavar="NAME",
+                help="A buffer or attribute that a forward pass may leave data in, without noise; can be repeated.",
+            ),
         )
     ):
         command = option(command)

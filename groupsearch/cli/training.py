@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from groupsearch.verify import Setup
 
 TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule", "max_grad_norm")
+_CHECKED = ("watch", "allow_state")
 _ROUNDING = 1e-9
 
 
@@ -76,7 +77,7 @@ def train_settings(setup: Setup, given: Mapping[str, Any], evaluate_every: int |
             "`groupsearch models` marks those that can be trained; your own factory returns a "
             "Workload with data and training, and a transformers model has data by --setting data=FOLDER."
         )
-    changes = {key: given[key] for key in TRAINING if given[key] is not None}
+    changes = {key: given[key] for key in (*TRAINING, *_CHECKED) if given.get(key) not in (None, ())}
     chosen = TrainSettings.of(
         workload,
         **changes,

@@ -92,3 +92,13 @@ def test_a_secure_training_draws_from_a_cipher_and_takes_no_seed():
     assert first["randomness"] == {"secret": True, "secure": True, "seed": None}
     assert first["curve"] != other["curve"]
     assert "secure=True" in refused(*BASE, "--secure", "--seed", "1")
+
+
+def test_every_batch_is_watched_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "a.json"
+    small = ("--setting", "blocks=1", "--setting", "width=8", "--steps", 2, "--grouping", "all-layer", "--seed", 1)
+    assert run("train", "digits-vit", *small, "--watch", 1, "-o", path).exit_code == 0
+    watched = read_document(path)["watched"]
+    assert watched["rate"] == 1
+    assert watched["runs"] == watched["batches"] >= 2
+    assert "0<=x<=1" in refused("train", "digits-vit", *small, "--watch", 2)
