@@ -39,7 +39,7 @@ from groupsearch.engine.truth.poison import PoisonedIds, poisoned
 from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import Rows, choose_rows, joined
 from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
-from groupsearch.workloads.batches import count_examples, map_tensors
+from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 Attach = Callable[[nn.Module, Receiver], AbstractContextManager[Any]]
 
@@ -261,8 +261,11 @@ class _Check:
         self._compare_scaled(rows)
         self._compare_extreme(rows)
         self._compare_blank(rows)
-        for examples in rows.shuffled:
-            self._compare_made(examples)
+        if sum(map(len, rows.shuffled)) <= 1.5 * count_examples(rows.whole):  # no more memory than it takes anyway
+            self._compare_made([example for examples in rows.shuffled for example in examples])
+        else:
+            for examples in rows.shuffled:
+                self._compare_made(examples)
         for alone, crowd in rows.crowds:
             name = "a row before four of another label"
             self._hold(_Comparison(name, crowd, {0: alone}, {0: self._alone(alone)}, whole=False))
@@ -409,6 +412,8 @@ class _Check:
         self._compare_last(rows, rows.blank, truth, " of row 1 with zeros for half its whole numbers")
 
     def _compare_made(self, examples: Sequence[Any]) -> None:
+        if not examples:
+            return
         try:
             truths = [self._alone(example) for example in examples]
         except Exception as error:
@@ -422,11 +427,14 @@ class _Check:
         self._compare(_Batch(tuple(range(len(truths))), how=" with shuffled numbers"), examples, truths)
 
     def _compare_whole(self, rows: Rows) -> None:
-        """Its own rows in the batch as it was given: what depends on its size, or on who else is in it, shows."""
+        """Its own rows and the last in the batch as it was given: what depends on its size or on the others shows."""
         size = count_examples(rows.whole)
         numbered = dict(zip(rows.places, rows.examples, strict=False))
         truths = dict(zip(rows.places, self._truths, strict=False))
-        name = f"rows {', '.join(map(str, range(len(numbered))))} among {size}"
+        name = f"rows {', '.join(map(str, range(len(numbered))))} and the last among {size}"
+        if size - 1 not in numbered:  # which goes without what earlier ones have used up
+            numbered[size - 1] = take_examples(rows.whole, (size - 1,))
+            truths[size - 1] = self._alone(numbered[size - 1])
         try:
             self._hold(_Comparison(name, rows.whole, numbered, truths, whole=False))
         except GroupSearchError:
