@@ -97,6 +97,7 @@ class StepRecorder:
 
     def finish(self) -> None:
         """Noise and the optimizer's step, as the engine takes them."""
+        self._book.overflowed = None  # which the engine takes before it adds noise
         parameters = {n: p for n, p in self.stage.model.named_parameters() if n in self._book.sums}
         sums = {name: self._book.sums.pop(name) for name in parameters}
         noise = [Gaussians(torch.Generator(device)) for device in {total.device for total in sums.values()}]

@@ -261,11 +261,7 @@ class _Check:
         self._compare_scaled(rows)
         self._compare_extreme(rows)
         self._compare_blank(rows)
-        if sum(map(len, rows.shuffled)) <= 1.5 * count_examples(rows.whole):  # no more memory than it takes anyway
-            self._compare_made([example for examples in rows.shuffled for example in examples])
-        else:
-            for examples in rows.shuffled:
-                self._compare_made(examples)
+        self._compare_shuffled(rows)
         for alone, crowd in rows.crowds:
             name = "a row before four of another label"
             self._hold(_Comparison(name, crowd, {0: alone}, {0: self._alone(alone)}, whole=False))
@@ -411,20 +407,26 @@ class _Check:
             return
         self._compare_last(rows, rows.blank, truth, " of row 1 with zeros for half its whole numbers")
 
-    def _compare_made(self, examples: Sequence[Any]) -> None:
-        if not examples:
-            return
+    def _compare_shuffled(self, rows: Rows) -> None:
+        """All sets that the model takes, at once where that needs no more memory than the batch as it was given."""
+        sets = [found for examples in rows.shuffled if (found := self._made(examples))]
+        if sum(len(examples) for examples, _ in sets) <= 1.5 * count_examples(rows.whole):
+            sets = [([e for examples, _ in sets for e in examples], [t for _, truths in sets for t in truths])]
+        for examples, truths in sets:
+            if examples:
+                self._compare(_Batch(tuple(range(len(truths))), how=" with shuffled numbers"), examples, truths)
+
+    def _made(self, examples: Sequence[Any]) -> tuple[Sequence[Any], list[Truth]] | None:
+        """Examples that were made up, and the truth of each; None where the model does not take them alone."""
         try:
             truths = [self._alone(example) for example in examples]
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
             self._say(f"shuffled numbers: the model does not take them alone ({short(error)})")
-            return
+            return None
         if not all(_is_finite(x) for truth in truths for x in (truth.loss, truth.gradient.total())):
             self._say("shuffled numbers: a gradient is not finite")
-            return
-        self._compare(_Batch(tuple(range(len(truths))), how=" with shuffled numbers"), examples, truths)
+            return None
+        return examples, truths
 
     def _compare_whole(self, rows: Rows) -> None:
         """Its own rows and the last in the batch as it was given: what depends on its size or on the others shows."""

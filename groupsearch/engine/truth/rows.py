@@ -32,7 +32,8 @@ class Rows:
         examples: up to three, different from each other where that can be had.
         extreme: the last one with its numbers multiplied; None where it has none to multiply.
         shuffled: sets of as many with their numbers shuffled among all: data as it comes may hide what other data
-            show (rows that are in order, as many positions for every expert). Empty without numbers to shuffle.
+            show (rows that are in order, as many positions for every expert); the last set with the other sign. Empty
+            without numbers to shuffle.
         blank: one of them with zeros for the last half of its ids, labels and masks (padding, a class that does not
             count); None where it has none but zeros.
         crowds: an example alone, and before four of one with another label: of the least label among those of the
@@ -80,6 +81,8 @@ def choose_rows(batch: Any) -> Rows:
     extreme = _scaled(batch, examples[-1], _EXTREME)
     shuffle = _columns_shuffled if extreme is None else _shuffled
     shuffled = tuple(shuffle(batch, examples, seed) for seed in range(_SHUFFLES if len(chosen) > 1 else 0))
+    if extreme is not None and shuffled:  # what few numbers of the data do, others of the other sign do more often
+        shuffled = (*shuffled[:-1], tuple(_scaled(batch, example, -1.0) for example in shuffled[-1]))
     whole = first_examples(batch, max(min(count_examples(batch), _LOOKED_AT), _AT_LEAST))
     blank = _blanked(examples[min(1, len(examples) - 1)])
     crowds = tuple((take_examples(batch, (a,)), take_examples(batch, (a, b, b, b, b))) for a, b in _unlike(batch))
