@@ -8,8 +8,8 @@ from tests.engine.fuzz_table import share_refused, table
 from tests.engine.fuzzing import verdict_of
 
 SEEDS, CHUNK = 2000, 250
-# Experts of a limited capacity, which neither the batch nor any row derived of it fills: an example scaled by 20 moves the
-# sum by 1.03 of the sensitivity.
+# Experts of a limited capacity, which neither the batch nor any row derived of it fills: an example scaled by 20 moves
+# the sum by 1.03 of the sensitivity.
 KNOWN = {439}
 
 
