@@ -27,14 +27,14 @@ REFUSED = {name: model for name, model in MODELS.items() if model.refusal is not
 TITLED = {name: model for name, model in LISTED.items() if model.title}
 
 
-@by_name(EXACT)
+@by_name(EXACT, quick=2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_clipped_sums_equal_the_reference(case: Model, dtype: torch.dtype, rule: str) -> None:
     assert reached(case, dtype, rule) <= 10 * case.tolerance[dtype]
 
 
-@by_name(VARIANTS)
+@by_name(VARIANTS, quick=4)
 def test_attention_and_checkpointing_change_nothing(case: Model) -> None:
     assert reached(case, torch.float64) <= 10 * case.tolerance[torch.float64]
 

@@ -33,9 +33,11 @@ FLOOR = {torch.float32: 1e-1, torch.float64: 1e-4}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-def by_name(cases: dict[str, Case]) -> pytest.MarkDecorator:
-    """One test per case."""
-    return pytest.mark.parametrize("case", cases.values(), ids=list(cases))
+def by_name(cases: dict[str, Case], quick: int = 1) -> pytest.MarkDecorator:
+    """One test per case, of which all but every ``quick``-th are slow."""
+    slow = [[pytest.mark.slow] if place % quick else [] for place in range(len(cases))]
+    marked = [pytest.param(case, marks=marks) for case, marks in zip(cases.values(), slow, strict=True)]
+    return pytest.mark.parametrize("case", marked, ids=list(cases))
 
 
 @cache
