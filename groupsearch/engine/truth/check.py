@@ -250,12 +250,6 @@ class _Check:
         rows, known = tried.rows, tried.draws == self._subject.draws
         self._look_back(rows)
         self._truths = tried.truths if known else tuple(self._alone(example) for example in rows.examples)
-        if not any(truth.gradient.total() for truth in self._truths):
-            raise UnsupportedModelError(
-                f"Every example's gradient is zero in the {len(self._truths)} examples that were tried, which tells "
-                "nothing of others. Give a batch in which they are not, or see why the loss is constant (a weight or a "
-                "mask that is zero)."
-            )
         for shape in self._shapes(rows):
             self._compare(shape, [rows.examples[i] for i in shape.numbers], [self._truths[i] for i in shape.numbers])
         self._compare_scaled(rows)
@@ -266,6 +260,12 @@ class _Check:
             name = "a row before four of another label"
             self._hold(_Comparison(name, crowd, {0: alone}, {0: self._alone(alone)}, whole=False))
         self._compare_whole(rows)
+        if not any(truth.gradient.total() for truth in self._truths):
+            raise UnsupportedModelError(
+                f"Every example's gradient is zero in the {len(self._truths)} examples that were tried, which tells "
+                "nothing of others. Give a batch in which they are not, or see why the loss is constant (a weight or a "
+                "mask that is zero)."
+            )
         self._poison(rows)
         self._refuse_buffers()
         self._tell_of_left()
