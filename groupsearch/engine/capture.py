@@ -287,11 +287,10 @@ class Capture:
 
     def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor, constant: bool) -> Tensor:
         if not constant:
-            examples = self.passes.running().batch_size
-            raise UnsupportedModelError(
-                f"The output of layer {layer.name!r} has shape {tuple(output.shape)}, which does not lead with the "
-                f"batch of {examples} examples: their gradients cannot be told apart. Keep the batch first, "
-                "and use use_reentrant=False where activation checkpointing is on.",
+            raise UnsupportedModelError(  # without numbers: sizes of Poisson samples are private
+                f"The output of layer {layer.name!r}, of {output.dim()} dimensions, does not lead with the examples of "
+                "the batch: their gradients cannot be told apart. Keep the batch first, and use use_reentrant=False "
+                "where activation checkpointing is on.",
                 layer.name,
             )
 
@@ -392,9 +391,9 @@ def _count_examples(arguments: tuple[Any, Any], rows: Rows) -> int:
     examples, left = divmod(shape[rows.dimension], rows.count)
     if left:
         raise UnsupportedModelError(
-            f"The model was called with {shape[rows.dimension]} rows in a tensor of shape {tuple(shape)}, where "
-            f"{rows.count} belong to every example: they do not make up whole examples. Give every example as many "
-            "rows as when the model was traced, or trace it again as it is trained."
+            f"The model was called with rows of which {rows.count} belong to every example, and whose number does not "
+            "make up whole examples. Give every example as many rows as when the model was traced, or trace it again "
+            "as it is trained."
         )
     return examples
 

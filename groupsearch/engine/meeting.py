@@ -377,7 +377,7 @@ class Meeting(TorchFunctionMode):
         if left or not isinstance(out, Tensor) or source.rows_of(out, layout) is None:
             raise UnsupportedModelError(
                 f"Parameter {tracked[0].sources[0].key!r} meets the batch in {getattr(func, '__name__', func)!r}, "
-                f"where its operands or its result do not lead with the batch of {source.batch_size} examples. Use a "
+                "where its operands or its result do not lead with the examples of the batch. Use a "
                 "torch.nn layer that does, batch first, or freeze the parameter with requires_grad_(False).",
                 tracked[0].sources[0].layer.name,
             )

@@ -288,9 +288,8 @@ class WholeCall:
 def _check_rows(name: str, tensor: Tensor, source: Pass) -> None:
     if source.rows_of(tensor, "folded") is None:
         raise UnsupportedModelError(
-            f"{called(name)} is differentiated as one, and was given or returned a tensor of shape "
-            f"{tuple(tensor.shape)}, which does not lead with the batch of {source.batch_size} examples. Keep the "
-            "batch first.",
+            f"{called(name)} is differentiated as one, and was given or returned a tensor of "
+            f"{tensor.dim()} dimensions that does not lead with the examples of the batch. Keep the batch first.",
             name,
         )
 
