@@ -17,61 +17,84 @@ from typing import Any, TypeVar
 
 import torch
 
-_OPERATIONS = tuple((backend, kind) for backend in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn"))
 _set: Callable[[str, str, str], object] = torch._C._set_fp32_precision_setter
 _get: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _Settings:
-    """The process's settings: put aside by the first that asks for IEEE, put back by the last (threads overlap)."""
+    """Some of the process's settings.
 
-    def __init__(self) -> None:
+    Put aside by the first that asks for IEEE where they are less, and put back by the last (threads overlap).
+    """
+
+    def __init__(self, *kinds: str) -> None:
+        self._operations = tuple((backend, kind) for backend in ("cuda", "mkldnn") for kind in kinds)
+        self._legacy = "matmul" in kinds
         self._lock = threading.Lock()
         self._users = 0
-        self._legacy = ""
-        self._before: list[str] = []
+        self._before: tuple[list[str], str] | None = None
 
     def enter(self) -> None:
         with self._lock:
             self._users += 1
-            if self._users == 1:
-                self._before = [_get(*operation) for operation in _OPERATIONS]
-                for operation in _OPERATIONS:
+            if self._users == 1 and self._cut():
+                before = [_get(*operation) for operation in self._operations]
+                for operation in self._operations:
                     _set(*operation, "ieee")
-                self._legacy = torch.get_float32_matmul_precision()  # raises where the two disagree; now they cannot
-                torch.set_float32_matmul_precision("highest")
+                # raises where the two interfaces disagree; now they cannot
+                self._before = before, torch.get_float32_matmul_precision()
+                if self._legacy:
+                    torch.set_float32_matmul_precision("highest")
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if not self._users:
-                torch.set_float32_matmul_precision(self._legacy)
-                for operation, before in zip(_OPERATIONS, self._before, strict=True):
+            if not self._users and self._before is not None:
+                settings, legacy = self._before
+                if self._legacy:
+                    torch.set_float32_matmul_precision(legacy)
+                for operation, before in zip(self._operations, settings, strict=True):
                     _set(*operation, "none")  # what is as the backend's own setting goes on following that
                     if _get(*operation) != before:
                         _set(*operation, before)
+                self._before = None
+
+    def _cut(self) -> bool:
+        """Whether anything may be read as less than float32: asked at every layer of every step, which is cheap."""
+        if any(_get(*operation) not in ("none", "ieee") for operation in self._operations):
+            return True
+        return self._legacy and torch.get_float32_matmul_precision() != "highest"
 
 
-_SETTINGS = _Settings()
+_PRODUCTS, _OTHERS = _Settings("matmul"), _Settings("conv", "rnn")
 
 
 @contextmanager
 def ieee() -> Iterator[None]:
     """Inside ``with``: products, convolutions and recurrent layers of the process in IEEE float32."""
-    _SETTINGS.enter()
+    with _of(_PRODUCTS), _of(_OTHERS):
+        yield
+
+
+@contextmanager
+def _of(settings: _Settings) -> Iterator[None]:
+    settings.enter()
     try:
         yield
     finally:
-        _SETTINGS.leave()
+        settings.leave()
 
 
 def in_ieee(function: Function) -> Function:
-    """The function, run in IEEE float32."""
+    """The function, whose products are matrix products, run in IEEE float32."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with ieee():
+        _PRODUCTS.enter()
+        try:
             return function(*args, **kwargs)
+        finally:
+            _PRODUCTS.leave()
 
     return run  # type: ignore[return-value]

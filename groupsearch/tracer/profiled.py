@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Result = TypeVar("Result")
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # read by torch's profiler at its first use, or it talks on stderr
 
 
 def profiled_peak(work: Callable[[], object]) -> int:

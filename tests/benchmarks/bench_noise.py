@@ -37,7 +37,7 @@ from tests.benchmarks.bench_step import (
     NOISE_MULTIPLIER,
     SMALL,
     Step,
-    _environment,
+    environment,
 )
 
 LIMIT = 1.05
@@ -165,7 +165,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     synchronize = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
-    environment = _environment(options.device)
     rows = {"numbers": bench_numbers(4 * options.rounds, options.device, synchronize)}
     report(f"{NUMBERS} numbers", rows["numbers"], NUMBERS)
     for name in options.models:
@@ -174,7 +173,12 @@ def main(arguments: list[str]) -> None:
         ratio = rows[name]["ours"]["cpu"]["ratio"]
         print(f"  a step within {LIMIT}x of one with float32 noise: {'yes' if ratio <= LIMIT else 'NO'}")
     if options.output is not None:
-        document = {"schema_version": 1, "kind": "noise-benchmark", "rows": rows, "environment": environment}
+        document = {
+            "schema_version": 1,
+            "kind": "noise-benchmark",
+            "rows": rows,
+            "environment": environment(options.device),
+        }
         document["load_average"] = os.getloadavg()[0]
         options.output.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -221,7 +221,8 @@ def _batch_size(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    """What the figures were taken on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -255,7 +256,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     document = {"schema_version": 1, "kind": "step-benchmark", "rows": []}
-    document["environment"] = _environment(options.device)
+    document["environment"] = environment(options.device)
     if options.output is not None and options.output.exists():
         found = json.loads(options.output.read_text())
         document = found if found["environment"] == document["environment"] else document

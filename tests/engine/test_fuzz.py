@@ -8,16 +8,13 @@ from tests.engine.fuzz_table import share_refused, table
 from tests.engine.fuzzing import verdict_of
 
 SEEDS, CHUNK = 2000, 250
-# Experts of a limited capacity, which neither the batch nor any row derived of it fills: an example scaled by 20 moves
-# the sum by 1.03 of the sensitivity.
-KNOWN = {439}
 
 
 @pytest.mark.parametrize("start", range(0, SEEDS, CHUNK))
 def test_random_models_are_exact_or_refused(start: int) -> None:
     found = {seed: verdict_of(seed) for seed in range(start, start + CHUNK)}
-    assert {seed for seed, outcome in found.items() if outcome.fault} <= KNOWN, table(found)
-    assert sum(outcome.verdict == "unusable" for outcome in found.values()) < 0.02 * CHUNK, table(found)
+    assert not any(outcome.fault for outcome in found.values()), table(found)
+    assert sum(outcome.verdict == "unusable" for outcome in found.values()) < 0.03 * CHUNK, table(found)
     refused, right = share_refused(found)
     assert right > 0.5 * CHUNK, table(found)
     assert refused < 0.07 * right, table(found)  # 3 % of all seeds, 5 % of the worst chunk

@@ -74,12 +74,12 @@ def test_settings_are_put_back_also_when_the_product_raises(say: Callable[[], No
     say()
     before = settings()
     with pytest.raises(ZeroDivisionError), ieee():  # noqa: PT012
-        assert {_get(*part) for part in PARTS if part[1] not in ("all",)} == {"ieee"}
+        assert {_get(*part) for part in PARTS if part[1] not in ("all",)} <= {"ieee", "none"}
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cuda.matmul.allow_tf32
         with ieee():
             pass
-        assert _get("cuda", "matmul") == "ieee"
+        assert _get("cuda", "matmul") in ("ieee", "none")
         raise ZeroDivisionError
     assert settings() == before
     a, g = torch.randn(2, 1, 5, 3), torch.randn(2, 1, 5, 4)

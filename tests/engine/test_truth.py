@@ -470,7 +470,22 @@ def test_rows_are_different_with_two_equal_labels() -> None:
     rows = choose_rows(batch)
     assert joined(rows.examples)["x"].flatten().tolist() == [1.5, 4.5, 2.5]
     assert joined(rows.examples)["y"].tolist() == [0, 0, 1]
-    assert rows.extreme["x"].item() == pytest.approx(75.0)
+    assert [crowd.batch["x"].flatten().tolist() for crowd in rows.extremes] == [[1.5, *[s * 75.0] * 4] for s in (1, -1)]
+    assert [crowd.batch["y"].tolist() for crowd in rows.crowds] == [[0, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_capacity_that_no_row_of_the_batch_fills_is_found(places: int, sign: float) -> None:
+    def limited(m: Any, z: Tensor) -> Tensor:
+        rows = (sign * z[:, 0] > 10).nonzero().squeeze(1)[:places]
+        return z.index_fill(0, rows, 0.3)
+
+    model = Net(limited)
+    nn.init.ones_(model.a.weight)
+    batch = {"x": torch.rand(SIZE, 6), "y": torch.arange(SIZE) % 3}
+    with pytest.raises(UnsupportedModelError, match=r"depends on the other examples"):
+        trace_model(model, batch, cross_entropy)
 
 
 def test_the_model_that_takes_no_batch_of_one_is_told_so() -> None:

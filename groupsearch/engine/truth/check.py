@@ -37,7 +37,7 @@ from groupsearch.engine.truth.gradients import Booked, Gradient, Loss, booked_pa
 from groupsearch.engine.truth.leftovers import Memory, left_as_it_was, same_values
 from groupsearch.engine.truth.poison import PoisonedIds, poisoned
 from groupsearch.engine.truth.reading import Reading
-from groupsearch.engine.truth.rows import Rows, choose_rows, joined
+from groupsearch.engine.truth.rows import Crowd, Rows, choose_rows, joined
 from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
@@ -152,7 +152,7 @@ def check_truth(subject: Subject, tried: Tried, allow_state: Collection[str] = (
     """Hold the engine to plain autograd on rows of a batch.
 
     Model, buffers, gradients, modes and random generators are afterwards as they were. It costs about
-    thirty examples' forward and backward passes, and one of the batch as it was given (six examples at least, 64 at
+    75 examples' forward and backward passes, and one of the batch as it was given (six examples at least, 64 at
     most), whose activations are what it needs in memory.
 
     Args:
@@ -256,9 +256,8 @@ class _Check:
         self._compare_extreme(rows)
         self._compare_blank(rows)
         self._compare_shuffled(rows)
-        for alone, crowd in rows.crowds:
-            name = "a row before four of another label"
-            self._hold(_Comparison(name, crowd, {0: alone}, {0: self._alone(alone)}, whole=False))
+        for crowd in rows.crowds:
+            self._compare_crowd("a row before four of another", crowd, self._alone(crowd.copied))
         self._compare_whole(rows)
         if not any(truth.gradient.total() for truth in self._truths):
             raise UnsupportedModelError(
@@ -325,6 +324,17 @@ class _Check:
         self._said.worst = max(self._said.worst, worst)
         self._said.batches.append(comparison.name)
 
+    def _is_held(self, comparison: _Comparison) -> bool:
+        """The same for a batch larger than those that were tried; whether the model takes it."""
+        try:
+            self._hold(comparison)
+        except GroupSearchError:
+            raise
+        except Exception as error:  # not enough memory, or constants for fewer examples
+            self._say(f"a batch of {comparison.name}: the model does not take it ({short(error)})")
+            return False
+        return True
+
     def _in_double(self, comparison: _Comparison) -> tuple[Difference | None] | None:
         self._memory.put_back()
 
@@ -364,20 +374,26 @@ class _Check:
         return not sum_faults(booked, [t.gradient for t in truths], self._tolerance)
 
     def _compare_extreme(self, rows: Rows) -> None:
-        if rows.extreme is None:
+        if not rows.extremes:
             self._say("an extreme example: the inputs have no numbers to multiply, or only whole ones")
-            return
-        try:
-            truth = self._alone(rows.extreme)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            self._say(f"an extreme example: the model does not take it alone ({short(error)})")
-            return
-        if not all(map(_is_finite, (truth.loss, truth.gradient.total()))):
-            self._say("an extreme example: its gradient is not finite")
-            return
-        self._compare_last(rows, rows.extreme, truth, " times 30")
+        for crowd, factor in zip(rows.extremes, ("30", "-30"), strict=False):
+            try:
+                truth = self._alone(crowd.copied)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._say(f"an extreme example: the model does not take it alone ({short(error)})")
+                continue
+            if not all(map(_is_finite, (truth.loss, truth.gradient.total()))):
+                self._say("an extreme example: its gradient is not finite")
+                continue
+            self._compare_crowd(f"a row before four of row {len(rows.examples) - 1} times {factor}", crowd, truth)
+
+    def _compare_crowd(self, name: str, crowd: Crowd, copied: Truth) -> None:
+        """The first of a crowd, and the last."""
+        last = count_examples(crowd.batch) - 1
+        examples, truths = {0: crowd.first, last: crowd.copied}, {0: self._alone(crowd.first), last: copied}
+        self._is_held(_Comparison(name, crowd.batch, examples, truths, whole=False))
 
     def _compare_last(self, rows: Rows, example: Any, truth: Truth, what: str) -> None:
         """The rows with another one for the last."""
@@ -411,10 +427,15 @@ class _Check:
         """All sets that the model takes, at once where that needs no more memory than the batch as it was given."""
         sets = [found for examples in rows.shuffled if (found := self._made(examples))]
         if sum(len(examples) for examples, _ in sets) <= 1.5 * count_examples(rows.whole):
-            sets = [([e for examples, _ in sets for e in examples], [t for _, truths in sets for t in truths])]
+            together = [[row for part in parts for row in part] for parts in zip(*sets, strict=True)]
+            if not sets or self._is_held(self._of_shuffled(*together)):
+                return
         for examples, truths in sets:
-            if examples:
-                self._compare(_Batch(tuple(range(len(truths))), how=" with shuffled numbers"), examples, truths)
+            self._hold(self._of_shuffled(examples, truths))
+
+    def _of_shuffled(self, examples: Sequence[Any], truths: Sequence[Truth]) -> _Comparison:
+        shape = _Batch(tuple(range(len(truths))), how=" with shuffled numbers")
+        return _Comparison(str(shape), joined(examples), dict(enumerate(examples)), dict(enumerate(truths)))
 
     def _made(self, examples: Sequence[Any]) -> tuple[Sequence[Any], list[Truth]] | None:
         """Examples that were made up, and the truth of each; None where the model does not take them alone."""
@@ -437,12 +458,7 @@ class _Check:
         if size - 1 not in numbered:  # which goes without what earlier ones have used up
             numbered[size - 1] = take_examples(rows.whole, (size - 1,))
             truths[size - 1] = self._alone(numbered[size - 1])
-        try:
-            self._hold(_Comparison(name, rows.whole, numbered, truths, whole=False))
-        except GroupSearchError:
-            raise
-        except Exception as error:  # not enough memory, or constants for fewer examples
-            self._say(f"a batch of {size}: the model does not take it ({short(error)})")
+        self._is_held(_Comparison(name, rows.whole, numbered, truths, whole=False))
 
     def _poison(self, rows: Rows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""

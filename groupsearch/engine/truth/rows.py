@@ -22,6 +22,27 @@ _LOOKED_AT = 64
 _EXTREME = 30.0
 _SHUFFLES = 3
 _AT_LEAST = 6
+_COPIES = 4
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """One example before copies of another, the last of which goes without what earlier ones have used up.
+
+    Attributes:
+        first: a batch of one.
+        copied: likewise.
+        batch: both as one batch, the second four times.
+    """
+
+    first: Any
+    copied: Any
+    batch: Any
+
+    @classmethod
+    def of(cls, first: Any, copied: Any) -> Crowd:
+        """Two examples as a crowd."""
+        return cls(first, copied, joined([first, *[copied] * _COPIES]))
 
 
 @dataclass(frozen=True)
@@ -30,14 +51,16 @@ class Rows:
 
     Attributes:
         examples: up to three, different from each other where that can be had.
-        extreme: the last one with its numbers multiplied; None where it has none to multiply.
+        extremes: the first before four of the last with its numbers multiplied, and with the other sign, too: what a
+            batch may hold only so much of is full. Empty where it has no numbers to multiply.
         shuffled: sets of as many with their numbers shuffled among all: data as it comes may hide what other data
             show (rows that are in order, as many positions for every expert); the last set with the other sign. Empty
             without numbers to shuffle.
         blank: one of them with zeros for the last half of its ids, labels and masks (padding, a class that does not
             count); None where it has none but zeros.
-        crowds: an example alone, and before four of one with another label: of the least label among those of the
-            largest, and the other way round. Empty where labels are no whole numbers.
+        crowds: two examples, and a batch of the first before four of the second: of the least label among those of
+            the largest, and the other way round; any two where labels are no whole numbers. The last copy goes without
+            what earlier ones have used up. Empty where all rows are the same.
         whole: the batch as it was given, of up to 64 rows; one of fewer than six is repeated.
         places: where in it the examples are that are its own.
         origin: where they came from, in words.
@@ -45,20 +68,20 @@ class Rows:
     """
 
     examples: tuple[Any, ...]
-    extreme: Any
+    extremes: tuple[Crowd, ...]
     whole: Any
     places: tuple[int, ...]
     origin: str
     shuffled: tuple[tuple[Any, ...], ...] = ()
     blank: Any = None
-    crowds: tuple[tuple[Any, Any], ...] = ()
+    crowds: tuple[Crowd, ...] = ()
     derived: int = 0
 
     def without_derived(self, refused: str) -> Rows:
         """The same with the first row in place of those that were derived, which the model refused."""
         own = self.examples[: len(self.examples) - self.derived]
         return replace(
-            self, examples=own, derived=0, shuffled=(), origin=f"{self.origin}, dropped: {refused}", extreme=None
+            self, examples=own, derived=0, shuffled=(), origin=f"{self.origin}, dropped: {refused}", extremes=()
         )
 
 
@@ -78,15 +101,22 @@ def choose_rows(batch: Any) -> Rows:
         examples += further
         if derived:
             origin += f", and {derived} derived from the first by scaling numbers and rolling ids"
-    extreme = _scaled(batch, examples[-1], _EXTREME)
-    shuffle = _columns_shuffled if extreme is None else _shuffled
+    extremes = [_scaled(batch, examples[-1], factor) for factor in (_EXTREME, -_EXTREME)]
+    if extremes[0] is None:
+        extremes, shuffle = [], _columns_shuffled
+    else:
+        shuffle = _shuffled
     shuffled = tuple(shuffle(batch, examples, seed) for seed in range(_SHUFFLES if len(chosen) > 1 else 0))
-    if extreme is not None and shuffled:  # what few numbers of the data do, others of the other sign do more often
+    if extremes and shuffled:  # what few numbers of the data do, others of the other sign do more often
         shuffled = (*shuffled[:-1], tuple(_scaled(batch, example, -1.0) for example in shuffled[-1]))
     whole = first_examples(batch, max(min(count_examples(batch), _LOOKED_AT), _AT_LEAST))
     blank = _blanked(examples[min(1, len(examples) - 1)])
-    crowds = tuple((take_examples(batch, (a,)), take_examples(batch, (a, b, b, b, b))) for a, b in _unlike(batch))
-    return Rows(tuple(examples), extreme, whole, tuple(chosen), origin, shuffled, blank, crowds, derived)
+    pairs = _unlike(batch) or list(
+        {(chosen[0], chosen[-1]): None, (chosen[-1], chosen[0]): None} if len(chosen) > 1 else ()
+    )
+    crowds = tuple(Crowd.of(take_examples(batch, (a,)), take_examples(batch, (b,))) for a, b in pairs)
+    crowded = tuple(Crowd.of(examples[0], row) for row in extremes)
+    return Rows(tuple(examples), crowded, whole, tuple(chosen), origin, shuffled, blank, crowds, derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:

@@ -29,7 +29,9 @@ from groupsearch.errors import GroupSearchError, TruthError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 RATE = 0.01
-_BATCHES = 2.0  # that a look may take the time of, or it is made less often: a rate of 0.01 costs 2 % of time at most
+MOST_BATCHES = (
+    2.0  # that a look may take the time of, or it is made less often: a rate of 0.01 costs 2 % of time at most
+)
 _SLACK = 3.0  # a false alarm ends a training
 
 
@@ -95,7 +97,7 @@ class Watch:
         if rate and mode not in self._modes:
             self._modes.add(mode)
             return True
-        return self._entropy.random() < (rate * min(1.0, _BATCHES / self._cost()) if rate < 1 else 1)
+        return self._entropy.random() < (rate * min(1.0, MOST_BATCHES / self._cost()) if rate < 1 else 1)
 
     def _cost(self) -> float:
         """How many batches take as long as a look; 1 while nobody knows."""
