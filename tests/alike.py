@@ -47,6 +47,8 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield torch, name, _drawn(getattr(torch, name), "randn" in name)
     yield torch, "bernoulli", lambda p, **_: _chosen(p, p)
     yield Tensor, "bernoulli_", lambda x, p=0.5, **_: x.copy_(_chosen(x, p))
+    yield torch, "multinomial", lambda p, count, *_, **__: p.topk(count).indices
+    yield Tensor, "exponential_", lambda x, lambd=1.0, **_: x.copy_(-(1 - _pattern(x)).log() / lambd)
     yield Tensor, "uniform_", lambda x, low=0.0, high=1.0, **_: x.copy_(_pattern(x) * (high - low) + low)
     yield Tensor, "normal_", lambda x, mean=0.0, std=1.0, **_: x.copy_(_pattern(x, True) * std + mean)
     for module_name, module in list(sys.modules.items()):

@@ -142,11 +142,10 @@ def per_example(model: nn.Module, batch: Any, loss: Callable[..., Tensor]) -> Gr
     parameters = trainable(model)
     found = []
     for i in range(len(next(iter(batch.values())))):
-        value = loss(model, one_example(batch, i))
-        grads = torch.autograd.grad(value.sum(), list(parameters.values()), allow_unused=True)
-        found.append(
-            {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
-        )
+        model.zero_grad()
+        loss(model, one_example(batch, i)).sum().backward()  # a layer's own backward may add to .grad by itself
+        grads = {n: p.grad for n, p in parameters.items()}
+        found.append({n: torch.zeros_like(parameters[n]) if g is None else g for n, g in grads.items()})
     return found
 
 

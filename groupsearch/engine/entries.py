@@ -176,6 +176,7 @@ def inner(one: Entry, other: Entry) -> Tensor:
         return norms.matrix_inner(
             *one.operands(one.a, one.g), *other.operands(other.a, other.g), bias=one.bias in shared
         )
+    one, other = (entry.alone(slice(None)) if hasattr(entry, "alone") else entry for entry in (one, other))  # run once
     return torch.stack([norms.instance_inner(one.instance(name), other.instance(name)) for name in shared]).sum(0)
 
 

@@ -12,7 +12,7 @@ float32 (convolutions of CUDA are not by default), and norms are made ``APART`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -197,15 +197,27 @@ class WholeEntry:
 
     def alone(self, kept_B: Tensor | slice) -> InstanceEntry:
         """The gradients of some examples, (B, *shape) each, as they come from the runs that the norms were taken of."""
-        return InstanceEntry({name: self.instance(name)[kept_B] for name in self.parameters}, self.dimensions)
+        numbers = torch.arange(self._size)[kept_B.cpu() if isinstance(kept_B, Tensor) else kept_B].tolist()
+        found = list(self._examples(numbers))
+        instances = {
+            name: torch.stack([gradient[name] for gradient in found])
+            if found
+            else self.instance(name)[:0]  # of the right shape
+            for name in self.parameters
+        }
+        return InstanceEntry(instances, self.dimensions)
 
-    def _examples(self) -> Iterator[dict[str, Tensor]]:
-        size = len(next(iter(self.grads.values())))
-        ones = [slice(i, i + 1) for i in range(size)]
+    @property
+    def _size(self) -> int:
+        return len(next(iter(self.grads.values())))
+
+    def _examples(self, numbers: Sequence[int] | None = None) -> Iterator[dict[str, Tensor]]:
+        """The gradients of some examples, of all by default, one after the other."""
+        numbers = range(self._size) if numbers is None else numbers
         if self.call.states is not None:  # what an example draws depends on its place in the batch
-            yield from self.call.gradients(self.rows, (self._only(i) for i in range(size)))
+            yield from self.call.gradients(self.rows, (self._only(i) for i in numbers))
             return
-        for one in ones:
+        for one in (slice(i, i + 1) for i in numbers):
             rows = {k: x[one] for k, x in self.rows.items()}
             yield next(self.call.gradients(rows, [{k: g[one] for k, g in self.grads.items()}]))
 
