@@ -11,24 +11,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
-from groupsearch.engine.layers import Matrix, linear_operands, matrix_entry
+from groupsearch.engine.layers import Layer, Matrix, linear_operands, matrix_entry
+from groupsearch.engine.passes import Pass
+from groupsearch.engine.sources import Arrive
 from groupsearch.engine.taps import Saved, Take, with_gradient
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.options import EngineOptions
 
-if TYPE_CHECKING:
-    from groupsearch.engine.meeting import Meeting
+T = TypeVar("T")
+
+
+class Following(Protocol):
+    """What follows the parameters of the layer that is running: :class:`groupsearch.engine.meeting.Meeting`."""
+
+    options: EngineOptions
+
+    @property
+    def layer(self) -> Layer | None:
+        """The layer that is running."""
+
+    def running(self) -> Pass:
+        """The pass that is under way."""
+
+    def arrival(self) -> Arrive:
+        """What is called in backward with a site and a maker of its book entry."""
+
+    def is_tracked(self, tensor: object) -> bool:
+        """Whether a tensor is a function of parameters alone."""
+
+    def seeing(self, layout: str, *tensors: Tensor) -> AbstractContextManager[None]:
+        """For a while parameters meet examples in this layout."""
+
+    def apply(self, func: Callable[..., Any], *args: Any) -> Any:
+        """An operation, followed if it uses a parameter."""
+
+    def during(self, work: Callable[[], T]) -> T:
+        """Follow what runs again while backward does some work."""
 
 
 def _attention(
-    meeting: Meeting,
+    meeting: Following,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -88,7 +119,7 @@ def _attention(
 
 
 def _projections(
-    meeting: Meeting,
+    meeting: Following,
     inputs: tuple[Tensor, Tensor, Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
@@ -110,7 +141,7 @@ def _projections(
 
 
 def _extended(
-    meeting: Meeting, projected: Sequence[Tensor], biases: tuple[Tensor | None, Tensor | None], zero: bool
+    meeting: Following, projected: Sequence[Tensor], biases: tuple[Tensor | None, Tensor | None], zero: bool
 ) -> tuple[Tensor, ...]:
     """Keys and values with a further position that is a parameter, and one that is zero."""
     q, *others = projected
@@ -162,7 +193,7 @@ def _relu_cell(x_gates: Tensor, h_gates: Tensor, state: tuple[Tensor, ...]) -> t
 
 def _recurrence(
     cell: Cell,
-    meeting: Meeting,
+    meeting: Following,
     input: Tensor,
     hx: Tensor | Sequence[Tensor],
     parameters: Sequence[Tensor] | Tensor,
@@ -203,7 +234,7 @@ def _recurrence(
 
 def _one_direction(
     cell: Cell,
-    meeting: Meeting,
+    meeting: Following,
     x_BTd: Tensor,
     state: tuple[Tensor, ...],
     weights: Sequence[Tensor],
@@ -233,7 +264,7 @@ def _one_direction(
 class _GateSites:
     """The two matrix sites of one direction of one recurrent layer."""
 
-    def __init__(self, meeting: Meeting, suffix: str) -> None:
+    def __init__(self, meeting: Following, suffix: str) -> None:
         layer = meeting.layer
         assert layer is not None
         self.states = Saved(())
@@ -267,7 +298,7 @@ def _bias_entry(bias: str, g_BTp: Tensor) -> Entry:
 
 def _cell(
     cell: Cell,
-    meeting: Meeting,
+    meeting: Following,
     input: Tensor,
     hx: Tensor | Sequence[Tensor],
     w_ih: Tensor,
@@ -283,7 +314,7 @@ def _cell(
     return after if isinstance(hx, list | tuple) else after[0]
 
 
-def _name(meeting: Meeting) -> str:
+def _name(meeting: Following) -> str:
     return meeting.layer.name if meeting.layer else ""
 
 

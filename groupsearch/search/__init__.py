@@ -8,9 +8,8 @@ choice (a grouping and what else is searched) and seed, never twice for the same
 from __future__ import annotations
 
 from groupsearch.search.candidates import Candidate
-from groupsearch.search.choice import Choice
+from groupsearch.search.choice import Choice, Evaluate, Evaluation, Outcome
 from groupsearch.search.comparison import Comparison
-from groupsearch.search.evaluations import Evaluate, Evaluation, Outcome
 from groupsearch.search.front import hypervolume
 from groupsearch.search.proxied import Proxy
 from groupsearch.search.recommendation import Recommendation

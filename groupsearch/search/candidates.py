@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from groupsearch.search.choice import Boundaries, Choice
-from groupsearch.search.evaluations import Evaluation
+from groupsearch.search.choice import Boundaries, Choice, Evaluation
 from groupsearch.search.front import pareto
 from groupsearch.search.intervals import half_width, pooled_deviation, student_t
 from groupsearch.search.space import Space

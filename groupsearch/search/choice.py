@@ -1,9 +1,9 @@
-"""What is searched: a grouping, and of the clipping mechanism what is not fixed."""
+"""What is searched, a grouping and of the clipping mechanism what is not fixed, and what an evaluation of it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 Boundaries = tuple[int, ...]
@@ -56,3 +56,71 @@ class Choice:
     @property
     def _place(self) -> tuple[Boundaries, str, str]:
         return self.boundaries, self.rule or "", self.allocation or ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What evaluating one choice with one seed gives.
+
+    Attributes:
+        value: the metric; larger is better. Not finite means that the evaluation failed.
+        step_seconds: time of one step.
+        steps: steps trained.
+        points: (step, value) along the way.
+    """
+
+    value: float
+    step_seconds: float
+    steps: int
+    points: Sequence[tuple[int, float]] = ()
+
+
+Evaluate = Callable[[Choice, int], Outcome]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An outcome as it is remembered.
+
+    Attributes:
+        choice: the grouping, and what else is searched.
+        seed: the seed.
+        value: the metric; None where the evaluation failed or is under way.
+        step_seconds: time of one step, 0 where it raised.
+        steps: steps trained, 0 where it raised.
+        points: (step, value) along the way.
+        seconds: time that the evaluation took.
+        error: why it failed, or None.
+    """
+
+    choice: Choice
+    seed: int
+    value: float | None
+    step_seconds: float
+    steps: int
+    points: tuple[tuple[int, float], ...]
+    seconds: float
+    error: str | None
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The grouping alone."""
+        return self.choice.boundaries
+
+    @property
+    def under_way(self) -> bool:
+        """Whether another process is making it; such an evaluation is never stored."""
+        return self.value is None and self.error is None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the ledger writes: the choice's parts beside the others."""
+        others = asdict(self)
+        del others["choice"]
+        return {**self.choice.to_json(), **others}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
+        """What the ledger wrote."""
+        others = {field.name: data[field.name] for field in fields(cls) if field.name not in ("choice", "points")}
+        points = tuple((int(step), float(value)) for step, value in data["points"])
+        return cls(choice=Choice.from_json(data), points=points, **others)

@@ -9,8 +9,8 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from groupsearch.search.choice import Choice
-from groupsearch.search.evaluations import Evaluation, Ledger
+from groupsearch.search.choice import Choice, Evaluation
+from groupsearch.search.evaluations import Ledger
 from groupsearch.search.orders import Order
 from groupsearch.search.settings import Event, Notify, SearchSettings
 from groupsearch.search.space import Space

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from groupsearch.search.agreement import Agreement
-from groupsearch.search.choice import Choice
+from groupsearch.search.choice import Choice, Evaluation
 from groupsearch.search.correlation import rank_correlation
-from groupsearch.search.evaluations import Evaluation
 from groupsearch.search.exploration import starting_choices
 from groupsearch.search.front import pareto, worthiest
 from groupsearch.search.settings import SearchSettings

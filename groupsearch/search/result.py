@@ -12,8 +12,8 @@ import optuna
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.agreement import Agreement, Evidence
 from groupsearch.search.candidates import Candidate, gather
+from groupsearch.search.choice import Evaluation
 from groupsearch.search.comparison import Comparison, answer, compare
-from groupsearch.search.evaluations import Evaluation
 from groupsearch.search.front import share_dominated
 from groupsearch.search.recommendation import Recommendation, recommend
 from groupsearch.search.selection import adaptive_selection_cost

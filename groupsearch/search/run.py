@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from groupsearch.search.evaluations import Evaluate, Ledger
+from groupsearch.search.choice import Evaluate
+from groupsearch.search.evaluations import Ledger
 from groupsearch.search.exploration import Search, explore
 from groupsearch.search.replication import replicate
 from groupsearch.search.result import SearchResult, conclude

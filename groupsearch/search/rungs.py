@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.agreement import Agreement, Evidence
-from groupsearch.search.choice import Choice
+from groupsearch.search.choice import Choice, Evaluate
 from groupsearch.search.correlation import rank_correlation
-from groupsearch.search.evaluations import Evaluate
 from groupsearch.search.front import worthiest
 from groupsearch.search.proxied import Judge, Proxy
 from groupsearch.search.result import Cost, Rung, SearchResult

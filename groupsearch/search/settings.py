@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from groupsearch.clipping import RULES
 from groupsearch.errors import GroupSearchError
-from groupsearch.search.choice import Boundaries, Choice
+from groupsearch.search.choice import Boundaries, Choice, Evaluation
 from groupsearch.search.selection import adaptive_selection_cost
-
-if TYPE_CHECKING:
-    from groupsearch.search.evaluations import Evaluation
 
 GRANULARITIES = ("site", "layer", "block")
 SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.search.evaluations import POLL_SECONDS, Evaluate, Ledger
+from groupsearch.search.choice import Evaluate
+from groupsearch.search.evaluations import POLL_SECONDS, Ledger
 from groupsearch.search.result import SearchResult
 from groupsearch.search.run import run_search
 from groupsearch.search.settings import Notify, SearchSettings, ignore
