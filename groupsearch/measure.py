@@ -65,7 +65,7 @@ class Measurement:
         return {name: size for name, size in found.items() if size is not None}
 
 
-def measure_peak(
+def measure_peak(  # noqa: PLR0913 - settings by name, each with a default
     workload: str,
     grouping: Grouping | None,
     *,

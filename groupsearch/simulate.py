@@ -17,7 +17,7 @@ from groupsearch.workloads.batches import count_examples
 
 
 @held_interrupts()
-def simulate_peak(
+def simulate_peak(  # noqa: PLR0913 - settings by name, each with a default
     model: nn.Module,
     batch: Any,
     loss: Loss,

@@ -128,7 +128,7 @@ SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "gran
 @training_options
 @seed_option
 @output_options
-def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
+def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:  # noqa: PLR0915 - stages in order
     """Search the front of accuracy against peak memory.
 
     A search is an experiment: its trainings use known seeds, so that they can be compared and the search can go on

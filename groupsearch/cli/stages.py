@@ -65,7 +65,7 @@ def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
     return new_document(kind, setup.describe_model(), environment(setup.device), described, **said)
 
 
-def add_estimates(
+def add_estimates(  # noqa: PLR0913 - settings by name, each with a default
     document: dict[str, Any],
     setup: Setup,
     texts: Sequence[str],

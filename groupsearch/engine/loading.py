@@ -112,7 +112,7 @@ class PoissonBatches:
             generator where batches are to be secure.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a loader may be told, by name
         self,
         dataset: Examples,
         *,

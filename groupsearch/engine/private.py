@@ -31,7 +31,7 @@ REDUCTIONS = ("mean", "sum")
 _SHOWN = 16
 
 
-def make_private(
+def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and its checks in order
     model: nn.Module,
     optimizer: Optimizer,
     plan: ClipPlan,

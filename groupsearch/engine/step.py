@@ -36,7 +36,7 @@ class PrivateStep:
         on_release: called after each.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts it is put together from
         self,
         model: nn.Module,
         optimizer: Optimizer,

@@ -73,7 +73,7 @@ class Grams:
                 "at an earlier step of training."
             )
 
-    def score(
+    def score(  # noqa: PLR0913 - the settings of a clip plan, by name
         self,
         boundaries: Sequence[int],
         *,

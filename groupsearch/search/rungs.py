@@ -55,7 +55,7 @@ class Short:
             raise GroupSearchError(f"Expected at least 1 short run, found {self.trials}.")
 
 
-def search_in_rungs(
+def search_in_rungs(  # noqa: PLR0913 - settings by name, each with a default
     traces: Traces,
     evaluate: Evaluate,
     settings: SearchSettings,

@@ -25,7 +25,7 @@ __all__ = ["StepSettings", "observe_sites", "trace_methods", "trace_model"]
 
 
 @held_interrupts()
-def trace_model(
+def trace_model(  # noqa: PLR0913 - settings by name, each with a default
     model: nn.Module,
     batch: Any,
     loss: Loss,
@@ -88,7 +88,7 @@ def trace_model(
     return record_step(stage, settings, count_examples(batch), keys, examined)
 
 
-def _on_card(
+def _on_card(  # noqa: PLR0913 - the arguments of trace_model, read
     model: nn.Module,
     batch: Any,
     loss: Loss,

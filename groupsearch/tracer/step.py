@@ -186,7 +186,7 @@ def card_stage(
     return fake_stage(model, batch, loss, settings, card_scratch, Allocator.of_card(card))
 
 
-def real_stage(
+def real_stage(  # noqa: PLR0913 - what a stage is made of
     model: nn.Module,
     batch: Any,
     loss: Loss,

@@ -247,7 +247,7 @@ def _print_line(label: str, rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"{label:<26} {largest:>10}  {cells}", flush=True)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:  # noqa: PLR0915 - a script from top to bottom
     """Compare, print a table, and write the document where asked; 1 when a model failed or an error is too large."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.accuracy", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")

@@ -25,7 +25,7 @@ def fetch(url: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["journal", "postgresql"])
-def test_the_dashboard_shows_the_search_and_its_evaluations(
+def test_the_dashboard_shows_the_search_and_its_evaluations(  # noqa: PLR0915 - one server is asked everything
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
     problem, storage = Problem(8), str(tmp_path / "study.journal")

@@ -143,7 +143,7 @@ def _apart(one: Gradient, other: Gradient) -> dict[str, float]:
     return found
 
 
-def _fault(
+def _fault(  # noqa: PLR0913 - the numbers of one sentence
     what: str,
     booked: Booked,
     name: str,

@@ -128,7 +128,7 @@ def _gradients_to(model: nn.Module, take: Callable[[str, Tensor], None]) -> Iter
             p.grad = held[name]
 
 
-def booked_pass(
+def booked_pass(  # noqa: PLR0913 - what one pass is made of
     model: nn.Module,
     batch: Any,
     loss: Loss,
