@@ -29,7 +29,7 @@ def with_numbers(text: str) -> str:
 
 
 def synthetic() -> dict[str, Any]:
-    """The document of ``tests.benchmarks.bench_search``."""
+    """The document of ``benchmarks.bench_search``."""
     found: dict[str, Any] = json.loads((ROOT / "profiles" / "search-synthetic.json").read_text(encoding="utf-8"))
     return found
 

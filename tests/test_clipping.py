@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.inflation import PAGE, page_with_tables
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan, gradient_noise_multiplier
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.trace import Site
-from tests.benchmarks.inflation import PAGE, page_with_tables
 from tests.strategies import random_trace
 
 
@@ -294,7 +294,7 @@ class TestPage:
     TEXT = PAGE.read_text(encoding="utf-8")
 
     def test_its_tables_are_what_the_plans_say(self) -> None:
-        assert page_with_tables(self.TEXT) == self.TEXT, "run `python -m tests.benchmarks.inflation`"
+        assert page_with_tables(self.TEXT) == self.TEXT, "run `python -m benchmarks.inflation`"
 
     def test_its_inflation_is_the_formula(self) -> None:
         rows = re.findall(r"^\| (\d+) \| \+([\d.]+) % \|", self.TEXT, re.MULTILINE)

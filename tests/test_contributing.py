@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 WRITERS = [
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-    for path in sorted((ROOT / "tests").rglob("*.py"))
+    for path in sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
     if re.search(r"^ +(PAGE|README)\.write_text\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 
@@ -53,6 +53,12 @@ def test_the_citation_is_of_this_project_and_names_the_papers():
     assert (citation["title"], citation["license"]) == (project["name"], project["license"])
     papers = {reference["url"].rpartition("/")[2] for reference in citation["references"]}
     assert papers == {"2310.19215", "2210.00038", "2305.18929"}
+
+
+def test_every_benchmark_is_in_the_table():
+    table = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    programs = [path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    assert sorted(re.findall(r"python -m benchmarks\.(\w+)", table)) == sorted(path.stem for path in programs)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md")), ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.fit import CONFIGURATIONS, MODELS, check_row, setup_of
 from groupsearch.engine.sampling import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit import BATCH, Room, Sizes, add_rates, fit_rows, largest_expected, largest_within, summarise
@@ -26,7 +27,6 @@ from groupsearch.tracer import trace_model
 from groupsearch.units import parse_bytes
 from groupsearch.verify import Setup
 from groupsearch.workloads import load_workload
-from tests.benchmarks.fit import CONFIGURATIONS, MODELS, check_row, setup_of
 
 FACTORIES = """
 import torch

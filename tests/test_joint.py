@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.accuracy import Subject
+from benchmarks.architectures import small_workload
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice, operations
@@ -24,8 +26,6 @@ from groupsearch.partition import floor_bytes
 from groupsearch.trace import Booked, Site, Trace
 from groupsearch.tracer import trace_methods
 from groupsearch.tracer.step import StepSettings
-from tests.benchmarks.accuracy import Subject
-from tests.benchmarks.architectures import small_workload
 from tests.strategies import make_trace
 
 Cut = tuple[int, ...]

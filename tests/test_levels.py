@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.accuracy import Subject
+from benchmarks.architectures import BUILT_IN, small_workload
 from groupsearch.cli import parameters
 from groupsearch.engine.optimizers import OPTIMIZER_VARIANTS, OPTIMIZERS
 from groupsearch.grouping import Grouping
@@ -24,8 +26,6 @@ from groupsearch.options import NORM_METHODS, EngineOptions
 from groupsearch.simulate import simulate_peak
 from groupsearch.tracer.step import AUTOCASTS, StepSettings
 from groupsearch.workloads import Workload
-from tests.benchmarks.accuracy import Subject
-from tests.benchmarks.architectures import BUILT_IN, small_workload
 from tests.cases import EVERY_CASE
 
 TOLERANCE = 1e-3

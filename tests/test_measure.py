@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.accuracy import Subject
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.measure import CPU_METRIC, CUDA_METRIC, Measurement, measure_peak, measure_step
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.workloads import load_workload
-from tests.benchmarks.accuracy import Subject
 
 SETTINGS = {"batch_size": 16, "width": 8}
 

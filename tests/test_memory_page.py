@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.evidence import MODELS, figures, wanted
-from tests.benchmarks.reserved import MODELS as REPLAYED
-from tests.benchmarks.sweep import MODELS as SWEPT
-from tests.benchmarks.sweep import curve
+from benchmarks.evidence import MODELS, figures, wanted
+from benchmarks.reserved import MODELS as REPLAYED
+from benchmarks.sweep import MODELS as SWEPT
+from benchmarks.sweep import curve
 from tests.memory_page import BLOCK, BLOCKS, PAGE, document, with_numbers
 
 GIB = 2**30

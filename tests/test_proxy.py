@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import proxy as benchmark
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
@@ -23,7 +24,6 @@ from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import Workload, load_workload
 from groupsearch.workloads.workload import Data
-from tests.benchmarks import proxy as benchmark
 from tests.cases import LAYER_CASES, Case
 from tests.engine.test_parity import by_name, groupings, truth, typical_norm
 from tests.reference import combine, trainable

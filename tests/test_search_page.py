@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.bench_search import LENGTHS, NOISES
-from tests.benchmarks.fronts import EPSILONS, MODELS, MOST_TRAININGS
+from benchmarks.bench_search import LENGTHS, NOISES
+from benchmarks.fronts import EPSILONS, MODELS, MOST_TRAININGS
 from tests.memory_page import BLOCK, document
 from tests.search_page import BLOCKS, PAGE, WAYS, shares, synthetic, with_numbers
 

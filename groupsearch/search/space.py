@@ -3,7 +3,7 @@
 One integer 0 or 1 per allowed boundary, so that every grouping has exactly one set of parameters and
 what was evaluated is known again; one categorical parameter for the clip rule and one for the allocation of
 thresholds, where they are searched. The exact front of least peaks is enqueued first: with every sampler that
-is worth more than the choice of the sampler (``tests/benchmarks/bench_search.py``).
+is worth more than the choice of the sampler (``benchmarks/bench_search.py``).
 """
 
 from __future__ import annotations

@@ -21,20 +21,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import CHOICE_LIMIT, choice_of, environment, errors_of, summarise
+from benchmarks.architectures import WITHOUT_BLOCKS, small_workload
+from benchmarks.realistic import MODELS
 from groupsearch.errors import GroupSearchError
 from groupsearch.units import format_bytes
-from tests.benchmarks.accuracy import CHOICE_LIMIT, choice_of, environment, errors_of, summarise
-from tests.benchmarks.architectures import WITHOUT_BLOCKS, small_workload
-from tests.benchmarks.realistic import MODELS
 from tests.gpu.grid_part import NON_PRIVATE, Part, request_of, rows_of
 
 REALISTIC = (
     *("GPT-2 small", "RoBERTa base", "ViT-B/16", "T5 base", "Llama 3.2 1B"),
     *("ResNet-50 with GroupNorm", "Whisper small encoder"),
 )
-"""Names in :data:`tests.benchmarks.realistic.MODELS`, which has their batch and sequence lengths."""
+"""Names in :data:`benchmarks.realistic.MODELS`, which has their batch and sequence lengths."""
 SMALL = ("gpt2", "roberta", "vit", "t5", "llama", "digits-cnn")
-"""Names in :data:`tests.benchmarks.architectures.ARCHITECTURES`."""
+"""Names in :data:`benchmarks.architectures.ARCHITECTURES`."""
 COMPARISONS = {
     "estimate/measurement": ("estimate_bytes", "measured_bytes"),
     "estimate/requested": ("estimate_bytes", "requested_bytes"),

@@ -46,7 +46,7 @@ timed() { # timed NAME SECONDS AUTOCAST MODELS...: the benchmark takes its docum
     local name=$1 limit=$2 autocast=$3 begin=$SECONDS
     shift 3
     echo "== $name, $limit s at most"
-    timeout --signal=INT --kill-after=5 "$limit" "$python" -W default -m tests.benchmarks.bench_step \
+    timeout --signal=INT --kill-after=5 "$limit" "$python" -W default -m benchmarks.bench_step \
         --output "$out/step-$device.json" --device "$kind" --autocast "$autocast" --models "$@" \
         --rounds "$([ -n "$dry" ] && echo 1 || echo 10)" || failed+=("$name")
     echo "== $name: $((SECONDS - begin)) s, $out/step-$device.json"

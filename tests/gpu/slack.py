@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from benchmarks.fit import setup_of
 from groupsearch.fit import BATCH, Room, Sizes, fit_rows
 from groupsearch.units import parse_bytes
 from groupsearch.verify import Setup
-from tests.benchmarks.fit import setup_of
 from tests.gpu.limited_step import RAN, step_under_limit
 from tests.gpu.lines import Lines
 

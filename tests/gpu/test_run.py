@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.accuracy import version_of
+from benchmarks.accuracy import version_of
 from tests.gpu.checks import CHECKS, Skipped, outcome_of
 from tests.gpu.lines import Lines
 

@@ -19,7 +19,7 @@ from groupsearch.verify import Setup
 from tests.report.synthetic import joint_document, transformer_trace
 
 GPT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 64}
-MLP = "tests.benchmarks.networks:mlp"
+MLP = "benchmarks.networks:mlp"
 
 
 @pytest.fixture(scope="module")

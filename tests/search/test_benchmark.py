@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.benchmarks.bench_search import Case, as_text, run, share, summary, verdict
+from benchmarks.bench_search import Case, as_text, run, share, summary, verdict
 
 
 def test_the_whole_front_is_a_share_of_one_and_nothing_is_none() -> None:

@@ -1,4 +1,4 @@
-"""Many workers and many trials, small enough for every day; ``tests/benchmarks/scale.py`` measures the large ones."""
+"""Many workers and many trials, small enough for every day; ``benchmarks/scale.py`` measures the large ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scale
 from groupsearch.search import SearchSettings, run_search
-from tests.benchmarks import scale
 from tests.search.crew import Crew, Sleeper, result_of
 from tests.search.postgres import Server
 from tests.search.problem import Problem

@@ -35,13 +35,13 @@ print(json.dumps({
 MODELS = {
     "GPT-2 XL": ("hf:gpt2-xl", {"batch_size": 4, "sequence_length": 128}, 1_557_611_200, 2 + 48 * 6 + 2, 12),
     "Llama 3 8B": (
-        "hf:tests/benchmarks/configurations/llama-3-8b",
+        "hf:benchmarks/configurations/llama-3-8b",
         {"batch_size": 4, "sequence_length": 128},
         8_030_261_248,
         1 + 32 * 9 + 2,
         12,
     ),
-    "1,000 layers": ("tests.benchmarks.networks:mlp", {"layers": 1000, "width": 64}, 999 * 64 * 65 + 650, 1000, 20),
+    "1,000 layers": ("benchmarks.networks:mlp", {"layers": 1000, "width": 64}, 999 * 64 * 65 + 650, 1000, 20),
 }
 """Workload, settings, trainable numbers, sites, seconds of a processor: half as many again as on a busy machine."""
 

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from benchmarks.accuracy import Subject
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
 from groupsearch.workloads import Workload
-from tests.benchmarks.accuracy import Subject
 from tests.cases import EVERY_CASE, Wrap
 
 

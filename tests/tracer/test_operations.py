@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.accuracy import Subject
 from groupsearch.grouping import Grouping
-from tests.benchmarks.accuracy import Subject
 from tests.operations import BY_VALUES, NEEDING_VALUES, OPERATIONS, workload
 
 TOLERANCE = 0.01

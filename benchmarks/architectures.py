@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.networks import whisper_encoder
 from groupsearch.workloads import Workload, load_workload
 from groupsearch.workloads.workload import seeded
-from tests.benchmarks.networks import whisper_encoder
 
 _BERT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 _TEXT = {"vocab_size": 500, "max_position_embeddings": 64}

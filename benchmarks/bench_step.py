@@ -1,6 +1,6 @@
 """Seconds of one training step: ours, all-layer and layer-wise, against non-private and Opacus' ghost mode.
 
-Run with ``python -m tests.benchmarks.bench_step [--output PATH] [--rounds N] [--device cuda] [--autocast bfloat16]``.
+Run with ``python -m benchmarks.bench_step [--output PATH] [--rounds N] [--device cuda] [--autocast bfloat16]``.
 All sides take turns in one process, so that a busy machine slows them alike; medians and their ratios are what to
 read. Each side has its own copy of the model, Adam, the same batch and, where it is private, the same threshold and
 noise. On a GPU a further side looks at the numbers of every group, as the engine does on a CPU: what waiting costs. One
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.accuracy import version_of
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.habits import as_on
@@ -35,7 +36,6 @@ from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
-from tests.benchmarks.accuracy import version_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "digits-vit": {},
@@ -247,7 +247,7 @@ def _report(row: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure, print, and write the document where asked."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of every side")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(SMALL))

@@ -1,4 +1,4 @@
-"""Whether the Gram proxy predicts what training says: ``python -m tests.benchmarks.proxy [--output PATH]``.
+"""Whether the Gram proxy predicts what training says: ``python -m benchmarks.proxy [--output PATH]``.
 
 For every workload and epsilon: some fixed styles, the exact memory front and random groupings, each with its proxy
 score, a private run of an eighth of the steps (with the full run's noise, and a seed of its own) and full private runs
@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import environment
 from groupsearch.gram import Grams
 from groupsearch.grouping import Grouping, named_groupings
 from groupsearch.partition import front
@@ -33,7 +34,6 @@ from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import Workload, load_workload
-from tests.benchmarks.accuracy import environment
 
 OUTPUT = Path("profiles/proxy-cpu.json")
 EPSILONS = (1.0, 8.0)
@@ -203,7 +203,7 @@ def score(document: Document, name: str, epsilon: float) -> None:
 
 def main(arguments: list[str]) -> int:
     """Measure every workload at every epsilon and say what the rank correlations are."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.proxy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proxy", description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the document; {OUTPUT} if not given")
     parser.add_argument("--workloads", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--rescore", action="store_true", help="keep all runs and score their groupings again")

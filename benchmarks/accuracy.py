@@ -1,6 +1,6 @@
 """How far estimate, simulation and measurement of the same peak are apart, over random groupings.
 
-Run with ``python -m tests.benchmarks.accuracy [--output PATH] [--groupings N] [--models NAME ...]``. Every
+Run with ``python -m benchmarks.accuracy [--output PATH] [--groupings N] [--models NAME ...]``. Every
 number is exact and repeatable: a measurement sums the allocations and releases that torch's profiler
 reports for one real step, in this process, plus the tensors alive throughout. Errors are signed:
 estimate / simulation - 1 and so on, so an under-estimate is negative.
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.architectures import ARCHITECTURES, CONFIGURATIONS, CONVOLUTIONS, WITHOUT_BLOCKS, small_workload
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
@@ -39,7 +40,6 @@ from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import Stage, StepSettings, fake_stage, made_private, make_stage
 from groupsearch.units import format_bytes
 from groupsearch.workloads import Workload
-from tests.benchmarks.architectures import ARCHITECTURES, CONFIGURATIONS, CONVOLUTIONS, WITHOUT_BLOCKS, small_workload
 
 LEVELS = ("estimate_bytes", "simulated_bytes", "measured_bytes")
 COMPARISONS = {
@@ -249,7 +249,7 @@ def _print_line(label: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(arguments: list[str]) -> int:  # noqa: PLR0915 - a script from top to bottom
     """Compare, print a table, and write the document where asked; 1 when a model failed or an error is too large."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.accuracy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--groupings", type=int, default=20, help="random groupings of every model")
     parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)

@@ -1,6 +1,6 @@
 """Whether what ``groupsearch fit`` names fits, and 5 % more does not: measured in fresh processes, on real tensors.
 
-Run with ``python -m tests.benchmarks.fit [--output PATH] [--models NAME ...]``. Six models, plain and (where they
+Run with ``python -m benchmarks.fit [--output PATH] [--models NAME ...]``. Six models, plain and (where they
 have blocks) checkpointed; non-private training, all-layer and the fewest groups that reach the largest batch.
 Nothing is random but the weights, whose seed is fixed.
 """
@@ -89,7 +89,7 @@ def check_row(sizes: Sizes, room: Room, row: Mapping[str, Any]) -> dict[str, Any
 
 def main(arguments: list[str]) -> int:
     """Check every row, print a table, and write the document where asked; 1 when a row is not right."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fit", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """The two-group boundary at every position: peak memory of this engine and of fastDP's buffers by formula.
 
-Run with ``python -m tests.benchmarks.sweep [--output PATH] [--models NAME ...]``. The sizes are those of the memory
+Run with ``python -m benchmarks.sweep [--output PATH] [--models NAME ...]``. The sizes are those of the memory
 figures of arXiv 2310.19215: RoBERTa on QNLI (256 tokens, micro-batches of 40) and ViT on CIFAR (224 x 224,
 micro-batches of 50), here in float32 with Adam on fake CPU tensors.
 """
@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import environment
+from benchmarks.buffers import held_by, peak_bytes
 from groupsearch.grouping import Grouping
 from groupsearch.memory import cost_table, peaks
 from groupsearch.partition import floor_bytes
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
-from tests.benchmarks.accuracy import environment
-from tests.benchmarks.buffers import held_by, peak_bytes
 
 OUTPUT = Path("profiles/sweep-cpu.json")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,7 +75,7 @@ def block_edges(trace: Trace) -> list[int]:
 
 def main(arguments: list[str]) -> int:
     """Sweep every model and write the document."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the document; {OUTPUT} if not given")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args(arguments)

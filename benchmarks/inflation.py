@@ -1,6 +1,6 @@
 """What private thresholds and noise by group cost, as the tables of docs/clipping.md.
 
-``python -m tests.benchmarks.inflation`` writes them in. Nothing is measured: every figure is computed from a clip
+``python -m benchmarks.inflation`` writes them in. Nothing is measured: every figure is computed from a clip
 plan, the second table's from the plans of a traced GPT-2, whose first and last group share the embedding.
 """
 
@@ -16,7 +16,7 @@ from groupsearch.records import read_document
 from groupsearch.trace import Trace
 from groupsearch.units import format_number, format_signed_percent
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "clipping.md"
 PROFILE = ROOT / "profiles" / "hf-gpt2-b16-cpu.json"
 GROUPS = (1, 2, 4, 8, 12, 24, 50, 100)

@@ -1,4 +1,4 @@
-"""The fronts that a search finds, beside the groupings that need none: ``python -m tests.benchmarks.fronts``.
+"""The fronts that a search finds, beside the groupings that need none: ``python -m benchmarks.fronts``.
 
 Every case is ``groupsearch optimize`` as it comes (proxy, short runs, full runs), at epsilon 1 and 8, then the
 groupings that anybody would try, trained in full with the same seeds: uniform:k and the least peak with k groups.
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import environment
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.search.intervals import half_width
@@ -27,7 +28,6 @@ from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings, train
 from groupsearch.units import format_bytes, format_interval, format_number
 from groupsearch.workloads import load_workload
-from tests.benchmarks.accuracy import environment
 
 OUTPUT = Path("profiles/fronts-cpu.json")
 EPSILONS = (1.0, 8.0)
@@ -128,7 +128,7 @@ def _trained(document: Mapping[str, Any], trace: Trace, style: str, grouping: Gr
 
 def main(arguments: Sequence[str]) -> int:
     """Run the cases that are missing and write them; 1 when one cost more to find than it may."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fronts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fronts", description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the document; {OUTPUT} if not given")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--epsilons", nargs="+", type=float, default=EPSILONS)

@@ -1,6 +1,6 @@
 """What noise costs: nanoseconds a number by several ways of drawing it, and a whole training step before and after.
 
-Run with ``python -m tests.benchmarks.bench_noise [--output PATH] [--rounds N] [--device cuda]``. A step is the
+Run with ``python -m benchmarks.bench_noise [--output PATH] [--rounds N] [--device cuda]``. A step is the
 all-layer step of ``bench_step``; "float32" is the noise of earlier versions, one ``normal_`` in float32. All sides take
 turns in one process, and seconds of the process's own time stand beside those of the clock, so that a busy machine
 disturbs them less; medians of the ratio of neighbours are what to read.
@@ -22,15 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import ClipPlan
-from groupsearch.engine import make_private, mechanism
-from groupsearch.engine.noise import Gaussians, add_noise_
-from groupsearch.grouping import Grouping
-from groupsearch.randomness import SecureStream, secret_generator
-from groupsearch.tracer.sites import observe_sites
-from groupsearch.workloads import load_workload
-from groupsearch.workloads.workload import Workload
-from tests.benchmarks.bench_step import (
+from benchmarks.bench_step import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     MODELS,
@@ -39,6 +31,14 @@ from tests.benchmarks.bench_step import (
     Step,
     environment,
 )
+from groupsearch.clipping import ClipPlan
+from groupsearch.engine import make_private, mechanism
+from groupsearch.engine.noise import Gaussians, add_noise_
+from groupsearch.grouping import Grouping
+from groupsearch.randomness import SecureStream, secret_generator
+from groupsearch.tracer.sites import observe_sites
+from groupsearch.workloads import load_workload
+from groupsearch.workloads.workload import Workload
 
 LIMIT = 1.05
 NUMBERS = 2**18
@@ -158,7 +158,7 @@ def report(title: str, found: Mapping[str, Mapping[str, Any]], numbers: int | No
 
 def main(arguments: list[str]) -> None:
     """Measure, print, and write the document where asked."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_noise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_noise", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--rounds", type=int, default=25, help="measured steps of every side")
     parser.add_argument("--models", nargs="*", choices=list(SMALL), default=list(SMALL))

@@ -1,4 +1,4 @@
-"""Many workers, and large studies: ``python -m tests.benchmarks.scale -o profiles/scale-cpu.json``.
+"""Many workers, and large studies: ``python -m benchmarks.scale -o profiles/scale-cpu.json``.
 
 Throughput: one to eight worker processes on a journal and on a real PostgreSQL server on this machine, with an
 objective that sleeps, so that what is measured is the search and its storage. A worker's cycle is the time from

@@ -1,4 +1,4 @@
-"""Time of the memory model and the partition solver: ``python -m tests.benchmarks.bench_partition``.
+"""Time of the memory model and the partition solver: ``python -m benchmarks.bench_partition``.
 
 Every row is the median of several runs, as seconds and as a ratio to its target; a ratio above one is a
 missed target. Traces and groupings are random with fixed seeds.

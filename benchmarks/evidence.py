@@ -1,6 +1,6 @@
 """What grouping buys for the models that people train: estimates at real sizes, without their weights.
 
-Run with ``python -m tests.benchmarks.evidence [--output PATH] [--models NAME ...] [--autocast DTYPE ...]``. Every
+Run with ``python -m benchmarks.evidence [--output PATH] [--models NAME ...] [--autocast DTYPE ...]``. Every
 number comes from one traced step on fake tensors; a document that is there already keeps the rows that are not named.
 """
 
@@ -16,13 +16,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import environment
+from benchmarks.realistic import MODELS
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.partition import floor_bytes, front
 from groupsearch.report.finding import NEAR_FLOOR, finding
 from groupsearch.trace import Trace
-from tests.benchmarks.accuracy import environment
-from tests.benchmarks.realistic import MODELS
 
 OUTPUT = Path("profiles/evidence-cpu.json")
 AUTOCAST = ("none", "bfloat16")
@@ -114,7 +114,7 @@ def _key(row: Row) -> tuple[str, ...]:
 
 def main(arguments: list[str]) -> int:
     """Trace every model and write the document, after each of them."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.evidence", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the document; {OUTPUT} if not given")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--autocast", nargs="+", choices=AUTOCAST, default=AUTOCAST)

@@ -44,8 +44,8 @@ MODELS = {
     "BERT base": _text("hf:bert-base-uncased", 40, 256),
     "ViT-B/16": Model("hf:google/vit-base-patch16-224", 50, "224 x 224"),
     "ViT-L/16": Model("hf:google/vit-large-patch16-224", 50, "224 x 224"),
-    "Llama 3.2 1B": _text("hf:tests/benchmarks/configurations/llama-3.2-1b", 4, 512),
+    "Llama 3.2 1B": _text("hf:benchmarks/configurations/llama-3.2-1b", 4, 512),
     "T5 base": _text("hf:t5-base", 16, 256),
-    "ResNet-50 with GroupNorm": Model("tests.benchmarks.networks:resnet50_groupnorm", 32, "224 x 224"),
-    "Whisper small encoder": Model("tests.benchmarks.networks:whisper_small_encoder", 32, "30 s of sound"),
+    "ResNet-50 with GroupNorm": Model("benchmarks.networks:resnet50_groupnorm", 32, "224 x 224"),
+    "Whisper small encoder": Model("benchmarks.networks:whisper_small_encoder", 32, "30 s of sound"),
 }

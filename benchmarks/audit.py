@@ -1,6 +1,6 @@
 """How close an adversary comes to the epsilon claimed: long audits of the real engine, and of broken ones.
 
-Run with ``python -m tests.benchmarks.audit [--output PATH] [--trials N]``; it writes ``profiles/audit-cpu.json``.
+Run with ``python -m benchmarks.audit [--output PATH] [--trials N]``; it writes ``profiles/audit-cpu.json``.
 The audits are those of tests/privacy; here they have more runs, so their bounds are closer. Every bound
 holds with the confidence stated. ``lower`` assumes nothing of the mechanism; ``lower_of_family`` takes it for a
 subsampled Gaussian of unknown noise.
@@ -25,7 +25,7 @@ from tests.privacy.audit import CanaryAudit, many_uses, two_groups
 from tests.privacy.bounds import CONFIDENCE, Claim
 from tests.privacy.one_run import audit_one_run
 
-OUTPUT = Path(__file__).parents[2] / "profiles" / "audit-cpu.json"
+OUTPUT = Path(__file__).parents[1] / "profiles" / "audit-cpu.json"
 SILENT = broken.silent(["0.weight", "0.bias"])
 # name: subject, claim, learning rate, share of the trials, damage
 WHITE_BOX: dict[str, tuple[Callable[[], tuple[Case, ClipPlan]], Claim, float, float, broken.Damage]] = {
@@ -96,7 +96,7 @@ def _told(row: dict[str, Any], name: str, begin: float) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Audit, print, and write the document; 1 if anything came out otherwise than it should."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.audit", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where to write the JSON document")
     parser.add_argument("--trials", type=int, default=2000, help="runs with the canary in the longest audit")
     options = parser.parse_args(arguments)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.buffers import ONE_HOT_BYTES, Held, held_by, peak_bytes
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
-from tests.benchmarks.buffers import ONE_HOT_BYTES, Held, held_by, peak_bytes
 
 VOCABULARY, POSITIONS, BATCH = 8192, 128, 8
 CONFIGURATION = {

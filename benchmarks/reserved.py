@@ -1,6 +1,6 @@
 """What an allocator makes of the estimates: births and deaths of real models replayed for a card that is not there.
 
-Run with ``python -m tests.benchmarks.reserved [--output PATH] [--models NAME ...]``, then
+Run with ``python -m benchmarks.reserved [--output PATH] [--models NAME ...]``, then
 ``python -m tests.memory_page`` for the table of docs/memory.md. Every number comes from one step traced on fake tensors
 as ``--device cuda:h100`` traces it (Adam by lists), and from the model of torch's caching allocator; nothing was run on
 a GPU. A document that is there already keeps the rows that are not named.
@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import environment
+from benchmarks.evidence import MODELS as EVIDENCE
 from groupsearch.grouping import named_groupings
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
@@ -23,8 +25,6 @@ from groupsearch.reserved import replay_memory
 from groupsearch.segments import Rules
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
-from tests.benchmarks.accuracy import environment
-from tests.benchmarks.evidence import MODELS as EVIDENCE
 
 OUTPUT = Path("profiles/reserved-cpu.json")
 DEVICE = "cuda:h100"
@@ -74,7 +74,7 @@ def write(path: Path, name: str, row: Row) -> None:
         "schema_version": 1,
         "kind": "reserved-benchmark",
         "level": f"one step traced on fake tensors for {DEVICE}, replayed through a model of torch's caching allocator",
-        "command": "python -m tests.benchmarks.reserved",
+        "command": "python -m benchmarks.reserved",
         "optimizer": "adam:foreach",
         "environment": environment(),
         "rows": [rows[name] for name in MODELS if name in rows],
@@ -84,7 +84,7 @@ def write(path: Path, name: str, row: Row) -> None:
 
 def main(arguments: list[str]) -> int:
     """Trace and replay every model, and write the document after each of them."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.reserved", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reserved", description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the document; {OUTPUT} if not given")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args(arguments)

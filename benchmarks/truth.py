@@ -1,6 +1,6 @@
 """What the truth check costs before a training, and the watch within it.
 
-Run with ``python -m tests.benchmarks.truth [--output PATH] [--models NAME ...] [--device cuda]``. Every model has a
+Run with ``python -m benchmarks.truth [--output PATH] [--models NAME ...] [--device cuda]``. Every model has a
 process of its own: first a plain step on the batch, then ``make_private`` with a sample (the check) and, taking turns,
 steps that are all looked at and steps that never are. Seconds are those of the process. The watch's share is that of
 its default rate.
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.bench_step import environment
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.loading import PoissonBatches
@@ -32,7 +33,6 @@ from groupsearch.options import EngineOptions
 from groupsearch.tracer.sites import sites_of
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
-from tests.benchmarks.bench_step import environment
 
 MODELS: dict[str, dict[str, Any]] = {
     "digits-vit": {"batch_size": 64},
@@ -150,7 +150,7 @@ def report(row: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure, print, and write the document where asked."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.truth", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.truth", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1")
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
     command = [
         sys.executable,
         "-m",
-        "tests.benchmarks.truth",
+        "benchmarks.truth",
         "--device",
         options.device,
         "--steps",

@@ -5,7 +5,7 @@ a copy of its output gradient (``backprops``) until its group is closed; autogra
 which stays until the optimizer's step; a closed group leaves ``private_grad``. The sums of a closing group are
 formed by one more copy of an output gradient, and of an embedding by a one-hot of its ids, B x T x V integers of
 8 bytes and as many floats of 4. All layers here take the ghost norm, which is what fastDP's rule 2 T^2 <= d p says
-of the four models that :mod:`tests.benchmarks.sweep` uses it for.
+of the four models that :mod:`benchmarks.sweep` uses it for.
 """
 
 from __future__ import annotations

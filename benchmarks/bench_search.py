@@ -1,4 +1,4 @@
-"""The search against problems whose front is known exactly: ``python -m tests.benchmarks.bench_search``.
+"""The search against problems whose front is known exactly: ``python -m benchmarks.bench_search``.
 
 Training is replaced by a function of the grouping (:class:`tests.search.problem.Problem`), memory is exact, and so
 is the front, by a dynamic program that knows the function. A row is one way of searching one problem: the
