@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
+# before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler tells of its stages on standard error otherwise
 
 import pytest
 from hypothesis import settings
