@@ -58,6 +58,16 @@ def test_a_process_that_holds_more_than_before_is_not_measured_in_again() -> Non
         check_held(CPU, before, "keeping a tensor")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
+def test_sparse_tensors_that_others_left_are_no_hindrance() -> None:
+    before = held_bytes(CPU)
+    kept = torch.eye(3).to_sparse_coo()
+    check_held(CPU, before + kept._indices().nbytes + kept._values().nbytes, "keeping a sparse tensor")
+    compressed = torch.eye(3).to_sparse_csr()
+    assert compressed.is_cpu
+    assert held_bytes(CPU) > before
+
+
 @pytest.mark.slow
 def test_a_setting_that_fails_is_told_and_the_next_one_measured() -> None:
     """The network has no blocks to checkpoint."""
