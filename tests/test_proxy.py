@@ -25,7 +25,7 @@ from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import Workload, load_workload
 from groupsearch.workloads.workload import Data
 from tests.cases import LAYER_CASES, Case
-from tests.engine.test_parity import by_name, groupings, truth, typical_norm
+from tests.engine.test_parity import by_name, groupings, sites_of, truth, typical_norm
 from tests.reference import combine, trainable
 
 EXACT = {name: case for name, case in LAYER_CASES.items() if not case.whole}
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def grams_of(case: Case, dtype: torch.dtype = torch.float64) -> Grams:
     """Of one batch of the case, at one instant."""
     model, batch = case.model(dtype), case.batch(dtype)
-    sites = observe_sites(model, batch, case.loss)
+    sites = sites_of(case)
     grams, crosses = site_grams(model, batch, case.loss, sites)
     sizes = {name: p.numel() for name, p in trainable(model).items()}
     return Grams(sites, sizes, (0,), grams[None], sharing_pairs(sites), crosses[None])

@@ -6,12 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import RULES, ClipPlan
+from groupsearch.clipping import ClipPlan
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.grouping import Grouping
-from groupsearch.options import NORM_METHODS
 from groupsearch.tracer.sites import observe_sites
-from tests.engine.test_parity import DTYPES, assert_case_agrees, by_name, step, truth, typical_norm
+from tests.engine.test_parity import (
+    DTYPES_AND_RULES,
+    METHODS,
+    assert_case_agrees,
+    by_name,
+    sites_of,
+    step,
+    truth,
+    typical_norm,
+)
 from tests.model_table import HEADER, cells, five_groupings, reached, written
 from tests.reference import trainable
 from tests.zoo import CHECKPOINTS, LISTED, MODELS, Model
@@ -27,9 +35,7 @@ REFUSED = {name: model for name, model in MODELS.items() if model.refusal is not
 TITLED = {name: model for name, model in LISTED.items() if model.title}
 
 
-@by_name(EXACT, quick=2)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@by_name(EXACT, quick=2, names=("dtype", "rule"), settings=DTYPES_AND_RULES, each=3)
 def test_clipped_sums_equal_the_reference(case: Model, dtype: torch.dtype, rule: str) -> None:
     assert reached(case, dtype, rule) <= 10 * case.tolerance[dtype]
 
@@ -39,8 +45,7 @@ def test_attention_and_checkpointing_change_nothing(case: Model) -> None:
     assert reached(case, torch.float64) <= 10 * case.tolerance[torch.float64]
 
 
-@by_name(EXACT)
-@pytest.mark.parametrize("method", [m for m in NORM_METHODS if m != "mixed"])
+@by_name(EXACT, names=["method"], settings=METHODS)
 def test_norm_methods_change_nothing(case: Model, method: str) -> None:
     _, gradients = truth(case, torch.float64)
     for name in ("all-layer", "block-wise"):
@@ -76,6 +81,11 @@ def test_every_trainable_parameter_has_a_site(case: Model) -> None:
     sites, _ = truth(case, torch.float64)
     assert {name for site in sites for name in site.parameters} == set(trainable(case.model()))
     assert len({site.name for site in sites}) == len(sites)
+
+
+@by_name(EXACT, quick=4)
+def test_sites_are_those_of_single_precision(case: Model) -> None:
+    assert sites_of(case, torch.float32) == sites_of(case)
 
 
 @by_name(REFUSED)

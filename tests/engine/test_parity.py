@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -29,23 +31,45 @@ from tests.reference import (
 )
 
 DTYPES = (torch.float32, torch.float64)
+DTYPES_AND_RULES = [(DTYPES[number % 2], RULES[number % 3]) for number in range(6)]
+"""All products, of which any three in a row have every rule and both dtypes."""
+METHODS = [(method,) for method in NORM_METHODS if method != "mixed"]
 FLOOR = {torch.float32: 1e-1, torch.float64: 1e-4}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-def by_name(cases: dict[str, Case], quick: int = 1) -> pytest.MarkDecorator:
-    """One test per case, of which all but every ``quick``-th are slow."""
-    slow = [[pytest.mark.slow] if place % quick else [] for place in range(len(cases))]
-    marked = [pytest.param(case, marks=marks) for case, marks in zip(cases.values(), slow, strict=True)]
-    return pytest.mark.parametrize("case", marked, ids=list(cases))
+def by_name(
+    cases: dict[str, Case],
+    quick: int = 1,
+    names: Sequence[str] = (),
+    settings: Sequence[tuple[Any, ...]] = ((),),
+    each: int | None = None,
+) -> pytest.MarkDecorator:
+    """One test per case and setting, of which all but every ``quick``-th case's are slow.
+
+    Of its settings so many as ``each`` says are not, which go round from case to case: together the cases meet all.
+    """
+    marked = []
+    for place, (name, case) in enumerate(cases.items()):
+        turn = place // quick * (each or 0)
+        for number, setting in enumerate(settings):
+            now = place % quick == 0 and (each is None or (number - turn) % len(settings) < each)
+            label = "-".join(map(str, (name, *setting)))
+            marked.append(pytest.param(case, *setting, id=label, marks=() if now else pytest.mark.slow))
+    return pytest.mark.parametrize(("case", *names), marked)
+
+
+@cache
+def sites_of(case: Case, dtype: torch.dtype = torch.float64, batch_size: int = BATCH_SIZE) -> tuple[Site, ...]:
+    """The sites that the engine observes: once for all tests of a process, for it takes longer than their steps."""
+    return tuple(observe_sites(case.model(dtype), case.batch(dtype, batch_size), case.loss))
 
 
 @cache
 def truth(case: Case, dtype: torch.dtype, batch_size: int = BATCH_SIZE) -> tuple[tuple[Site, ...], SiteGradients]:
-    """The sites the engine observes, and the reference's gradients at each of them."""
-    model, batch = case.model(dtype), case.batch(dtype, batch_size)
-    sites = tuple(observe_sites(model, batch, case.loss))
-    return sites, per_site_gradients(plain(model), batch, case.loss, sites)
+    """The sites of the case, which are those of any dtype, and the reference's gradients at each of them."""
+    sites = sites_of(case, batch_size=batch_size)
+    return sites, per_site_gradients(plain(case.model(dtype)), case.batch(dtype, batch_size), case.loss, sites)
 
 
 def groupings(case: Case, sites: Sequence[Site], split_whole: bool = False) -> dict[str, Grouping]:
@@ -156,15 +180,12 @@ def _length(sums: dict[str, Tensor], names: Iterable[str]) -> float:
     return sum(float(sums[name].square().sum()) for name in names) ** 0.5
 
 
-@by_name(LAYER_CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@by_name(LAYER_CASES, names=("dtype", "rule"), settings=DTYPES_AND_RULES, each=3)
 def test_clipped_sums_equal_the_reference(case: Case, dtype: torch.dtype, rule: str) -> None:
     check_case(case, dtype, rule)
 
 
-@by_name(LAYER_CASES)
-@pytest.mark.parametrize("method", [m for m in NORM_METHODS if m != "mixed"])
+@by_name(LAYER_CASES, names=["method"], settings=METHODS)
 def test_norm_methods_change_nothing(case: Case, method: str) -> None:
     sites, gradients = truth(case, torch.float64)
     for grouping in list(groupings(case, sites).values())[:3]:
@@ -187,11 +208,9 @@ def test_a_batch_of_one_equals_the_reference(case: Case) -> None:
         assert_case_agrees(case, sums, gradients, plan)
 
 
-@by_name(LAYER_CASES)
-def test_sites_do_not_depend_on_the_batch_size(case: Case) -> None:
-    model = case.model()
-    names = [[site.name for site in observe_sites(model, case.batch(batch_size=size), case.loss)] for size in (1, 3, 4)]
-    assert names[0] == names[1] == names[2]
+@by_name(LAYER_CASES, names=("size", "dtype"), settings=[*product((1, 3), DTYPES)], each=1)
+def test_sites_do_not_depend_on_the_batch_size_or_the_dtype(case: Case, size: int, dtype: torch.dtype) -> None:
+    assert sites_of(case, dtype, size) == sites_of(case)
 
 
 @by_name(

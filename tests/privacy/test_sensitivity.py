@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,22 +14,15 @@ from groupsearch.clipping import RULES, ClipPlan
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site
-from groupsearch.tracer.sites import observe_sites
 from tests.case import VOCABULARY, Case, Wrap
 from tests.cases import EVERY_CASE
-from tests.engine.test_parity import groupings
+from tests.engine.test_parity import groupings, sites_of
 from tests.privacy import broken
 from tests.privacy.adversary import Arena, search
 from tests.zoo import MODELS
 
 ROUNDING = 1e-6
 CUTS = ((0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))
-
-
-@cache
-def sites_of(case: Case) -> tuple[Site, ...]:
-    return tuple(observe_sites(case.model(), case.batch(), case.loss))
 
 
 def worst(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.cases import EVERY_CASE, LAYER_CASES, Case
 ORDERED = ("linear-keyword", "unregistered-order", "residual-mlp-3d", "branches", "attention", "layernorm")
 
 
+@cache
 def sites_of(name: str) -> tuple[Site, ...]:
     case = EVERY_CASE[name]
     return observe_sites(case.model(torch.float32), case.batch(torch.float32), case.loss)

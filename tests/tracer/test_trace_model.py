@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,7 +33,9 @@ CHOSEN = (
 WORKLOADS = {"digits-vit": {}, "digits-cnn": {}, "stdlib-gpt": {"width": 32, "blocks": 2}}
 
 
+@cache
 def trace_of(case: Case, batch_size: int = 4, **settings: Any) -> Trace:
+    """Once for all tests of a process, none of which may change it."""
     batch = case.batch(torch.float32, batch_size)
     return trace_model(case.model(torch.float32), batch, case.loss, **settings)
 
@@ -57,7 +60,7 @@ def test_a_trace_is_consistent(name: str) -> None:
 def test_sums_of_all_sites_are_the_trainable_parameters(name: str) -> None:
     case = EVERY_CASE[name]
     model = case.model(torch.float32)
-    trace = trace_model(model, case.batch(torch.float32), case.loss)
+    trace = trace_of(case)
     assert sum(site.gradient_bytes for site in trace.sites) == sum(p.nbytes for p in trainable(model).values())
     assert {name for site in trace.sites for name in site.parameters} == set(trainable(model))
     assert trace.static.weights == sum(p.nbytes for p in model.parameters())
@@ -140,7 +143,8 @@ def test_real_tensors_on_the_cpu_give_the_same_peaks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "reused-conv", "class-token"])
 def test_tracing_twice_gives_the_same(name: str) -> None:
-    assert trace_of(EVERY_CASE[name]).to_json() == trace_of(EVERY_CASE[name]).to_json()
+    again = trace_of.__wrapped__  # not from the cache
+    assert again(EVERY_CASE[name]).to_json() == trace_of(EVERY_CASE[name]).to_json()
 
 
 @pytest.mark.parametrize("name", ["tied-embedding-head", "gpt2", "checkpoint-reentrant"])
