@@ -80,7 +80,7 @@ def trace_model(  # noqa: PLR0913 - settings by name, each with a default
             fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
             with fake:
                 return record_step(stage, settings, count_examples(batch), keys, examined)
-        except ValuesNeededError:
+        except (ValuesNeededError, NotImplementedError):  # a kernel that asks for values, or for what has none
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
     stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch, copy_model)

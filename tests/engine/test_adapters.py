@@ -17,7 +17,7 @@ REFUSED = {
     "CPT": "",
     "SHiRA": "not on tensors without values",  # which know no sparse ones: its sums are right, its memory is not traced
 }
-QUICK = {"LoRA", "VB-LoRA", "FourierFT", "PSOFT", "Prompt tuning", "P-tuning", "Prefix tuning"}
+QUICK = {"LoRA", "FourierFT", "Prompt tuning", "P-tuning", "Prefix tuning"}
 
 
 @pytest.mark.parametrize("adapter", [a for a in ADAPTERS if a.name in QUICK], ids=lambda a: a.name)

@@ -13,10 +13,7 @@ SAMPLE = {
     "XLNetForSequenceClassification",
     "GPTNeoXForCausalLM",
     "MambaForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "GptOssForCausalLM",
     "Llama4ForCausalLM",
-    "MBartForConditionalGeneration",
     "Dinov2ForImageClassification",
     "Swinv2ForImageClassification",
     "RegNetForImageClassification",
@@ -52,4 +49,5 @@ def test_every_other_one_is_right_or_refused_by_name(architecture: Architecture)
 def test_the_page_lists_every_architecture_once_and_none_is_wrong() -> None:
     assert list(written()) == [_named(architecture) for architecture in ARCHITECTURES]
     outcomes = [cells[2] for cells in written().values()]
-    assert sum(outcome.startswith("right") for outcome in outcomes) >= 80
+    assert all(outcome.startswith(("right", "refused")) for outcome in outcomes)
+    assert sum(outcome.startswith("right") for outcome in outcomes) >= 150
