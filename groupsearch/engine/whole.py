@@ -195,17 +195,20 @@ class WholeEntry:
         sums = next(self.call.gradients({i: x[places] for i, x in self.rows.items()}, [scaled]))
         return {name: total.masked_fill(~kept_B.any(), 0) for name, total in sums.items()}
 
+    def outline(self, name: str) -> Tensor:
+        """The per-example gradients of one parameter, (B, *shape), without values."""
+        local = next(local for local, canonical in self.call.trainable.items() if canonical == name)
+        parameter = self.call.module.get_parameter(local)
+        return torch.empty((self._size, *parameter.shape), dtype=parameter.dtype, device="meta")
+
     def alone(self, kept_B: Tensor | slice) -> InstanceEntry:
         """The gradients of some examples, (B, *shape) each, as they come from the runs that the norms were taken of."""
-        numbers = torch.arange(self._size)[kept_B.cpu() if isinstance(kept_B, Tensor) else kept_B].tolist()
+        numbers = kept_B.nonzero().flatten().tolist() if isinstance(kept_B, Tensor) else range(self._size)[kept_B]
         found = list(self._examples(numbers))
-        instances = {
-            name: torch.stack([gradient[name] for gradient in found])
-            if found
-            else self.instance(name)[:0]  # of the right shape
-            for name in self.parameters
-        }
-        return InstanceEntry(instances, self.dimensions)
+        if not found:
+            return InstanceEntry({name: self.instance(name)[:0] for name in self.parameters}, self.dimensions)
+        stacked = {name: torch.stack([gradient[name] for gradient in found]) for name in self.parameters}
+        return InstanceEntry(stacked, self.dimensions)
 
     @property
     def _size(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from groupsearch.cards import Card, card_of
-from groupsearch.errors import UnsupportedModelError
+from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.joint import Alternatives
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.trace import Trace
@@ -80,8 +80,8 @@ def trace_model(  # noqa: PLR0913 - settings by name, each with a default
             fake, stage = fake_stage(model, batch, loss, settings, cpu_scratch)
             with fake:
                 return record_step(stage, settings, count_examples(batch), keys, examined)
-        except (ValuesNeededError, NotImplementedError):  # a kernel that asks for values, or for what has none
-            if any(parameter.is_meta for parameter in model.parameters()):
+        except (ValuesNeededError, RuntimeError) as error:  # a kernel that asks for values, or mixes what has none in
+            if any(parameter.is_meta for parameter in model.parameters()) or is_out_of_memory(error):
                 raise
     stage = real_stage(model, batch, loss, settings, torch.device(device or "cpu"), cpu_scratch, copy_model)
     keys |= {"fake": False, **stage.live.allocator.to_json()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from groupsearch.engine.entries import Entry, inner
+from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry, inner
+from groupsearch.engine.whole import WholeEntry
 from groupsearch.trace import CrossTerm
 from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.live import LiveBytes
@@ -20,6 +21,9 @@ from groupsearch.tracer.sites import Observed
 
 def blueprint(entry: Entry) -> Callable[[], Entry]:
     """A maker of entries of the same shapes on the meta device; keeps no tensor of the entry."""
+    if isinstance(entry, WholeEntry):
+        whole: Any = _Whole({name: entry.outline(name) for name in entry.parameters}, entry.dimensions)
+        return lambda: whole
     cls = type(entry)
     outlines = {f.name: _outline(getattr(entry, f.name)) for f in fields(entry)}  # type: ignore[arg-type]
     return lambda: cls(**{name: make() for name, make in outlines.items()})
@@ -56,6 +60,27 @@ def _transient(early: Callable[[], Entry], late: Callable[[], Entry], allocator:
         with torch.no_grad(), live:
             inner(one, other)
     return live.peak_since(0)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A module's call that is not run again, for its parameters have values: its gradients alone are allocated.
+
+    Attributes:
+        outlines: of every parameter's gradients, (B, *shape), without values.
+        dimensions: as the entry's.
+    """
+
+    outlines: dict[str, Tensor]
+    dimensions: Dimensions
+    booked: tuple[Tensor, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.outlines)
+
+    def alone(self, kept_B: slice) -> InstanceEntry:
+        return InstanceEntry({name: torch.empty_like(x) for name, x in self.outlines.items()}, self.dimensions)
 
 
 def _outline(value: Any) -> Callable[[], Any]:

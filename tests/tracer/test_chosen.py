@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.tracer import observe_sites
+from groupsearch.grouping import Grouping
+from groupsearch.memory import peak_memory
+from groupsearch.simulate import simulate_peak
+from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.discovery import find_layouts
 from tests.case import Wrap
 
@@ -84,3 +87,28 @@ def last_position(m: Any, x: Tensor) -> Tensor:
 def test_rows_that_are_put_back_or_not_used_are_none(forward: Callable[[Any, Tensor], Tensor]) -> None:
     sites = observe_sites(Wrap(forward, a=nn.Linear(5, 5), h=nn.Linear(5, 3)), BATCH, loss)
     assert [(site.layer, site.layout) for site in sites] == [("a", "first"), ("h", "first")]
+
+
+class Ranked(nn.Module):
+    """Embedded rows, put in order and back: run whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = nn.Embedding(70, 40)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        z = self.e(ids).mean(1)
+        order = z[:, 0].argsort()
+        return z[order][order.argsort()]
+
+
+def test_the_memory_of_a_weight_that_a_module_run_whole_shares_with_a_layer_is_traced() -> None:
+    model = Wrap(lambda m, x: m.h(m.i(x)), i=Ranked(), h=nn.Linear(40, 70, bias=False))
+    model.h.weight = model.i.e.weight
+    batch = {"x": torch.arange(96).view(32, 3) % 70, "y": torch.arange(32)}
+    trace = trace_model(model, batch, loss, optimizer="sgd")
+    assert [site.kind for site in trace.sites] == ["function", "linear"]
+    grouping = Grouping((), trace.sites)
+    simulated = simulate_peak(model, batch, loss, grouping, optimizer="sgd")
+    # the inner product's gradients are counted beside those of the module's own norm, which are gone by then
+    assert simulated <= peak_memory(trace, grouping).peak_bytes <= 1.4 * simulated
