@@ -139,7 +139,7 @@ def document_text(document: Mapping[str, Any]) -> str:
         GroupSearchError: when a value has no JSON form.
     """
     try:
-        return json.dumps(_plain(document), sort_keys=True, indent=1, separators=(",", ": "), allow_nan=False)
+        return json.dumps(plain(document), sort_keys=True, indent=1, separators=(",", ": "), allow_nan=False)
     except TypeError as error:
         raise GroupSearchError(
             f"Expected a document of lists, strings, numbers and mappings by string, found otherwise: {error}. "
@@ -167,7 +167,7 @@ def read_document(path: str | Path, kind: str | tuple[str, ...] | None = None) -
             f"Check the path, or write a document with `groupsearch profile MODEL`."
         ) from error
     document: dict[str, Any] = _parse(path, text)
-    _check_header(path, document)
+    check_header(path, document)
     wanted = (kind,) if isinstance(kind, str) else kind
     if wanted is not None and document["kind"] not in wanted:
         commands = " or ".join(f"`groupsearch {COMMANDS.get(name, name)}`" for name in wanted)
@@ -185,19 +185,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's own types; NumPy's scalars and arrays are unwrapped."""
     if isinstance(value, Mapping):
         odd = [key for key in value if not isinstance(key, str)]
         if odd:  # json.dumps would turn 1 into "1" without a word
             raise TypeError(f"key {odd[0]!r} of type {type(odd[0]).__name__}")
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return value
 
 
@@ -240,7 +240,12 @@ def _parse(path: str | Path, text: str) -> Any:
         ) from error
 
 
-def _check_header(path: str | Path, document: Any) -> None:
+def check_header(path: str | Path, document: Any) -> None:
+    """Raise unless a plain structure begins as a document of this schema does.
+
+    Raises:
+        DocumentError: saying what it is instead; ``path`` is what it is called.
+    """
     if not isinstance(document, dict) or "schema_version" not in document or "kind" not in document:
         raise DocumentError(
             f"Expected a groupsearch document in {path} (JSON with schema_version and kind), found other JSON. "

@@ -1,0 +1,15 @@
+"""The typed documents between stages: read, written and shown on any machine, without torch."""
+
+from groupsearch.documents.codec import schema
+from groupsearch.documents.document import Document, Table
+from groupsearch.documents.kinds import Fit, Memory, Profile, Search, Train, Verify
+from groupsearch.records import SCHEMA_VERSION
+
+KINDS: tuple[type[Document], ...] = (Profile, Fit, Search, Verify, Train)
+
+__all__ = ["KINDS", "Document", "Fit", "Memory", "Profile", "Search", "Table", "Train", "Verify", "json_schema"]
+
+
+def json_schema(kind: type[Document]) -> dict[str, object]:
+    """The JSON Schema of a kind of documents, as it is shipped in ``schemas/``."""
+    return schema(kind, schema_version=SCHEMA_VERSION, kind=kind.KIND)

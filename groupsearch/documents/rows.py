@@ -1,0 +1,389 @@
+"""What documents have in their lists and parts: estimates, measurements, candidates, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from groupsearch.documents.codec import Part
+
+Boundaries = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Part):
+    """What was looked at; ``extra`` has the settings it was made with."""
+
+    name: str
+    batch_size: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment(Part):
+    """Where numbers come from."""
+
+    device: str
+    python: str
+    torch: str | None
+    platform: str
+    machine: str
+    cpu_count: int | None
+    packages: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontRow(Part):
+    """The least peak with a number of groups."""
+
+    boundaries: Boundaries
+    groups: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupingRow(FrontRow):
+    """The peak of a grouping that has a name."""
+
+    grouping: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(GroupingRow):
+    """An estimated peak, what is alive then, and where that is.
+
+    Attributes:
+        site: where it happens; -1 in the forward pass and in the optimizer's step.
+        allocated_bytes: what a CUDA device's allocator hands out at most.
+        reserved_bytes: what it holds at most.
+    """
+
+    breakdown: Mapping[str, int]
+    site: int
+    where: str
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation(GroupingRow):
+    """A simulated peak; ``relative_error`` is estimate / simulation - 1."""
+
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Simulation):
+    """A measured peak; ``relative_error`` is estimate / measurement - 1."""
+
+    step_seconds: float
+    metric: str
+    reserved_bytes: int | None = None
+    fragmentation_bytes: int | None = None
+    requested_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Measurement):
+    """A peak measured again, and whether the estimate is within the tolerance."""
+
+    estimate_bytes: int
+    tolerance: float
+    within: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held(Part):
+    """What a CUDA device's allocator hands out and holds at most."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound(Part):
+    """What no choice goes below, and how far above it the choice may be."""
+
+    of: str
+    least: float
+    gap: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared(Part):
+    """What one norm method for all weights needs."""
+
+    norm_method: str
+    all_layer_bytes: int
+    floor_bytes: int
+    operations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint(Part):
+    """A grouping chosen together with norm methods; ``weights`` counts them by method."""
+
+    budget_bytes: int | None
+    boundaries: Boundaries
+    groups: int
+    peak_bytes: int
+    operations: float
+    bound: Bound
+    weights: Mapping[str, int]
+    compared: tuple[Compared, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing(Part):
+    """A measured step at one batch."""
+
+    batch_size: int
+    peak_bytes: int
+    step_seconds: float
+    metric: str
+    reserved_bytes: int | None = None
+    requested_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Part):
+    """Examples per second, ``measured`` or ``predicted``."""
+
+    value: float
+    batch_size: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRow(Part):
+    """The largest size that a grouping fits; see :func:`groupsearch.fit.fit_rows`."""
+
+    grouping: str
+    boundaries: Boundaries | None
+    groups: int | None
+    size: int
+    batch_size: int
+    expected_batch_size: int | None
+    pieces: tuple[int, ...] | None
+    peak_bytes: int | None
+    next_peak_bytes: int | None
+    limited_by: str
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    timings: tuple[Timing, ...] | None = None
+    examples_per_second: Rate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisson(Part):
+    """How expected batches are found; with a sampling rate, what batches it makes."""
+
+    quantile: float
+    dataset_size: int | None
+    sampling_rate: float | None
+    rule: str
+    expected_batch_size: float | None = None
+    quantile_batch_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting(Part):
+    """What fits into a memory; ``summary`` is None where it was interrupted."""
+
+    memory_bytes: int
+    margin: float
+    context_bytes: int
+    held_back: str
+    usable_bytes: int
+    varies: str
+    limit: int
+    poisson: Poisson
+    rows: tuple[FitRow, ...]
+    summary: str | None
+    traced: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Part):
+    """A metric's mean over seeds, and its interval."""
+
+    name: str
+    mean: float | None
+    half_width: float | None = None
+    interval: tuple[float | None, ...] | None = None
+    interval_from: str | None = None
+    seeds: int | None = None
+    seed_numbers: tuple[int, ...] | None = None
+    values: tuple[float | None, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Part):
+    """A grouping and, where they were searched, the clip rule and how thresholds are allotted."""
+
+    boundaries: Boundaries
+    rule: str | None = None
+    allocation: str | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What was chosen besides the grouping."""
+        return tuple(each for each in (self.rule, self.allocation) if each is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Chosen):
+    """A grouping that was trained; ``variant`` names the way of taking a step that its peak is of."""
+
+    groups: int
+    peak_bytes: int
+    metric: Metric
+    on_front: bool
+    source: str
+    step_seconds: float | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Chosen):
+    """A candidate against the best of the front."""
+
+    versus: Boundaries
+    versus_rule: str | None = None
+    versus_allocation: str | None = None
+    seeds: int
+    gap: float
+    half_width: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Chosen):
+    """What one rung found of a choice."""
+
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(Part):
+    """What one rung of a search found."""
+
+    rung: str
+    fraction: float
+    values: tuple[Score, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlation(Part):
+    """Whether a rung said beforehand what a dearer one then found."""
+
+    lower: str
+    upper: str
+    value: float
+    low: float
+    high: float
+    count: int
+    kendall: float
+    predicts: bool
+    used: bool | None
+    statement: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung(Part):
+    """What one kind of evidence cost."""
+
+    name: str
+    runs: int
+    seconds: float
+    steps: int
+    full_trainings: float
+    passes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Part):
+    """What choosing adds to epsilon."""
+
+    data: str
+    epsilon: float | None
+    statement: str
+    whole: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Part):
+    """What a search cost; of a private selection epsilon alone is told."""
+
+    epsilon: float | None
+    selection: Selection | None = None
+    seconds: float | None = None
+    trials: int | None = None
+    trained: int | None = None
+    steps: int | None = None
+    full_trainings: float | None = None
+    rejected: int | None = None
+    cached: int | None = None
+    failed: int | None = None
+    rungs: tuple[Rung, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure(Chosen):
+    """A training that failed."""
+
+    seed: int
+    error: str
+
+
+class Point(NamedTuple):
+    """Validation loss and metric after a step."""
+
+    step: int
+    loss: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(Chosen):
+    """Steps and values of one training."""
+
+    seed: int
+    points: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Part):
+    """How every run of a search was trained."""
+
+    epsilon: float | None
+    delta: float
+    steps: int
+    learning_rate: float
+    sampling_rate: float
+    rule: str
+    max_grad_norm: float
+    noise_multiplier: float
+    optimizer: str
+    curves: tuple[Curve, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Part):
+    """A way of taking a step."""
+
+    name: str
+    checkpoint: str
+    micro_batches: int
+    batch_size: int
+    norm_method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomness(Part):
+    """Where noise and batches came from."""
+
+    secret: bool
+    secure: bool
+    seed: int | None = None

@@ -1,0 +1,176 @@
+"""The tables of documents: what the command line prints and a notebook shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from groupsearch.documents.document import Table
+from groupsearch.documents.rows import Measurement, Simulation
+from groupsearch.units import (
+    format_bytes,
+    format_count,
+    format_interval,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_seconds,
+    format_signed_percent,
+)
+
+if TYPE_CHECKING:
+    from groupsearch.documents.kinds import Fit, Memory, Profile, Search, Train, Verify
+
+RESERVED = ("reserved", "fragmented")
+HELD = ("to allocate", "to hold")
+LIMITED = {"memory": "", "limit": "+", "model": " (all it takes)"}
+REFERENCES = ("all-layer", "layer-wise")
+
+
+def peaks(found: Memory) -> Table:
+    """Every estimate with its ratio to non-private training, its simulation and its measurement."""
+    reference = found.nonprivate_peak_bytes
+    simulated = {row.boundaries: row for row in found.simulations}
+    measured = {row.boundaries: row for row in found.measurements}
+    held = any(row.reserved_bytes is not None for row in found.estimates)
+    reserved = any(row.reserved_bytes is not None for row in found.measurements)
+    columns = ["grouping ", "groups", "estimate", "of non-private", *(HELD if held else ())]
+    columns += ["simulated", "error"] if simulated else []
+    columns += ["measured", "error", *(RESERVED if reserved else ()), "step"] if measured else []
+    rows = []
+    for row in found.estimates:
+        peak, check = row.peak_bytes, measured.get(row.boundaries)
+        cells = [row.grouping, str(row.groups), format_bytes(peak), format_ratio(peak / reference)]
+        cells += [_bytes(size) for size in (row.allocated_bytes, row.reserved_bytes)] if held else []
+        cells += _checked(simulated.get(row.boundaries)) if simulated else []
+        cells += [*_checked(check), *(_reserved(check) if reserved else ())] if measured else []
+        cells += ["" if check is None else format_seconds(check.step_seconds)] if measured else []
+        rows.append(tuple(cells))
+    title = f"{found.model.name}, batch {found.model.batch_size}: non-private {format_bytes(reference)}"
+    if found.nonprivate_held is not None:
+        title += f", {format_bytes(found.nonprivate_held.reserved_bytes)} held"
+    return Table(title, tuple(columns), tuple(rows))
+
+
+def joint(found: Profile) -> Table:
+    """What was chosen jointly against what each norm method alone needs."""
+    assert found.joint is not None
+    operations, rows = found.joint.operations, []
+    for row in found.joint.compared:
+        less = format_ratio(row.operations / operations) if operations else ""
+        sizes = format_bytes(row.all_layer_bytes), format_bytes(row.floor_bytes)
+        rows.append((row.norm_method, *sizes, format_number(row.operations), less))
+    columns = ("norm method ", "all-layer", "least of any grouping", "operations", "of joint")
+    return Table("Norms and clipped sums by method", columns, tuple(rows))
+
+
+def fits(found: Fit) -> Table:
+    """What fits, against non-private training."""
+    fit = found.fit
+    batch = fit.varies == "batch_size"
+    rated = any(row.examples_per_second is not None for row in fit.rows)
+    held = any(row.reserved_bytes is not None for row in fit.rows)
+    columns = ["grouping ", "groups", "batch" if batch else "length", "of non-private", "expected batch"]
+    columns += ["pieces"] if fit.poisson.sampling_rate else []
+    columns += ["peak", "with one more", *(["to hold"] if held else []), *(["examples per second"] if rated else [])]
+    rows = []
+    for row in fit.rows:
+        rate, reference = row.examples_per_second, fit.rows[0].size
+        cells = [row.grouping, str(row.groups or ""), f"{row.size}{LIMITED[row.limited_by]}"]
+        cells += [format_ratio(row.size / reference) if reference else "", str(row.expected_batch_size or "")]
+        cells += ["-".join(map(str, dict.fromkeys(row.pieces or ())))] if "pieces" in columns else []
+        cells += [_bytes(row.peak_bytes), _bytes(row.next_peak_bytes)]
+        cells += [_bytes(row.reserved_bytes)] if held else []
+        cells += [f"{format_number(rate.value, 4)} {rate.source}" if rate else ""] if rated else []
+        rows.append(tuple(cells))
+    fixed = "" if batch else f", batch {found.model.batch_size}"
+    return Table(f"{found.model.name}{fixed}: {fit.held_back}", tuple(columns), tuple(rows))
+
+
+def checks(found: Verify) -> Table:
+    """Estimates and what was measured now, side by side."""
+    known = any(row.reserved_bytes is not None for row in found.rows)
+    columns = ("grouping ", "groups", "estimate", "measured", "error", *(RESERVED if known else ()), "step", "within")
+    rows = tuple(
+        (
+            row.grouping,
+            str(row.groups),
+            format_bytes(row.estimate_bytes),
+            *_checked(row),
+            *(_reserved(row) if known else ()),
+            format_seconds(row.step_seconds),
+            "yes" if row.within else "no",
+        )
+        for row in found.rows
+    )
+    return Table(_about(found), columns, rows)
+
+
+def candidates(found: Search) -> Table:
+    """The front, all-layer, layer-wise, and what is recommended."""
+    best = found.recommended
+    shown = [c for c in found.candidates if c.on_front or c == best or c.source in REFERENCES]
+    rows = tuple(
+        (
+            ", ".join((c.source, *c.options)),
+            str(c.groups),
+            format_bytes(c.peak_bytes),
+            _value(c.metric.mean, c.metric.half_width, c.metric.name),
+            str(c.metric.seeds),
+            "yes" if c.on_front else "",
+            "<- recommended" if c == best else "",
+        )
+        for c in shown
+    )
+    names = {c.metric.name: None for c in found.candidates}
+    columns = ("from ", "groups", "peak", next(iter(names), "metric"), "seeds", "front", " ")
+    return Table(_about(found), columns, rows)
+
+
+def rungs(found: Search) -> Table:
+    """What each kind of evidence cost."""
+    rows = (
+        (
+            rung.name,
+            format_count(rung.runs) if rung.runs else "",
+            format_seconds(rung.seconds),
+            format_count(rung.steps),
+            format_number(rung.full_trainings),
+        )
+        for rung in found.cost.rungs or ()
+    )
+    return Table("", ("rung ", "runs", "time", "steps", "full trainings"), tuple(rows))
+
+
+def curve(found: Train) -> Table:
+    """Loss and metric along the steps."""
+    name = "metric" if found.metric is None else found.metric.name
+    rows = tuple(
+        (str(point.step), "" if point.loss is None else format_number(point.loss), _value(point.metric, None, name))
+        for point in found.curve
+    )
+    groups = f"{found.groups} group{'' if found.groups == 1 else 's'}"
+    return Table(f"{_about(found)}, {groups}, {found.steps} steps", ("step", "loss", name), rows)
+
+
+def _about(found: Memory | Verify | Train) -> str:
+    return f"{found.model.name}, batch {found.model.batch_size}"
+
+
+def _value(mean: float | None, half_width: float | None, name: str) -> str:
+    return "" if mean is None else format_interval(mean, half_width, percent="accuracy" in name)
+
+
+def _bytes(size_bytes: int | None) -> str:
+    return "" if size_bytes is None else format_bytes(size_bytes)
+
+
+def _checked(row: Simulation | None) -> Iterable[str]:
+    return ("", "") if row is None else (format_bytes(row.peak_bytes), format_signed_percent(row.relative_error))
+
+
+def _reserved(row: Measurement | None) -> Iterable[str]:
+    """What a GPU's caching allocator had reserved at a measured peak, and how much of that was not allocated."""
+    if row is None or row.reserved_bytes is None:
+        return "", ""
+    return format_bytes(row.reserved_bytes), format_percent(1 - row.peak_bytes / row.reserved_bytes)
