@@ -46,6 +46,7 @@ class Setup:
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
         device: where measurements run; ``cpu`` is traced on fake tensors, another device as it is. A card that is not
             there (``cuda:h100``) is traced and simulated on fake tensors, and not measured.
+        given: the workload itself, where no text loads it; then nothing can be measured.
     """
 
     workload: str
@@ -56,6 +57,7 @@ class Setup:
     micro_batches: int = 1
     autocast: str = "none"
     device: str = "cpu"
+    given: Workload | None = None
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], device: str | None = None) -> Setup:
@@ -81,8 +83,21 @@ class Setup:
 
     @cached_property
     def loaded(self) -> Workload:
-        """The workload, loaded once."""
-        return load_workload(self.workload, **self.settings)
+        """The workload, loaded once.
+
+        Raises:
+            GroupSearchError: when it cannot be loaded, or the one that is given is to have other settings.
+        """
+        if self.given is None:
+            return load_workload(self.workload, **self.settings)
+        made = {**self.given.settings, "batch_size": self.settings.get("batch_size")}
+        other = [key for key, value in self.settings.items() if key not in made or made[key] != value]
+        if other:
+            raise GroupSearchError(
+                f"Found the settings {', '.join(other)} of a Workload that is made already. Make it with them, or give "
+                f"the function that makes it, or its name, instead."
+            )
+        return replace(self.given, batch_size=int(self.settings.get("batch_size", self.given.batch_size)))
 
     def empty_model(self) -> torch.nn.Module:
         """The model on the meta device, so that no weights are allocated."""
@@ -138,6 +153,21 @@ class Setup:
         batch = self.loaded.make_batch(self.loaded.batch_size)
         return trace_model(model, batch, self.loaded.loss, **_how(self.step), device=device, copy_model=False)
 
+    def check_measurable(self) -> None:
+        """Raise a GroupSearchError where no fresh process can take the step.
+
+        Raises:
+            GroupSearchError: for a card that is not there, or a workload that no name loads.
+        """
+        check_measurable(self.device)
+        if self.given is not None:
+            raise GroupSearchError(
+                f"Found the Workload {self.workload!r} to measure with. Every measurement is taken in a fresh process, "
+                f"which loads the model by its name: put the function that makes it into a file, and give that "
+                f"function or path/to/file.py:function instead. Estimates and simulations (verify='simulate') need "
+                f"no such process."
+            )
+
     def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
         """One simulated row of a document: the engine itself, on fake tensors or, for a CUDA device, on real ones."""
         workload = self.loaded
@@ -155,9 +185,9 @@ class Setup:
         """One measured row of a document: the engine on the device, in a fresh process.
 
         Raises:
-            GroupSearchError: for a card that is not there, or when the process failed.
+            GroupSearchError: for a card that is not there, a workload without a name, or when the process failed.
         """
-        check_measurable(self.device)
+        self.check_measurable()
         measured = measure_peak(
             self.workload,
             grouping,

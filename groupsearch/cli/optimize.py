@@ -147,8 +147,8 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
     from groupsearch.cli.console import say
-    from groupsearch.cli.stages import start_document
     from groupsearch.cli.training import describe, training_setup
+    from groupsearch.jobs.stages import start_document
     from groupsearch.report.words import randomness
 
     if given["private_selection"]:
@@ -298,15 +298,19 @@ def _work(document: dict[str, Any], setup: Setup, training: TrainSettings, given
 
 def _profile(document: dict[str, Any], setup: Setup, settings: SearchSettings, level: str) -> Trace:
     """Trace a step and check its estimates, which is done before anything is trained."""
-    from groupsearch.cli.stages import add_checks, add_estimates, print_peaks
+    from groupsearch.cli.watch import Watch, show_peaks
+    from groupsearch.documents import Profile
     from groupsearch.grouping import fewest_groups
+    from groupsearch.jobs.stages import add_checks, add_estimates
 
     try:
-        trace = add_estimates(document, setup, (), max_groups=8)
+        watch = Watch(None, False, False)
+        trace = add_estimates(document, setup, (), max_groups=8, notify=watch)
         if settings.budget_bytes is not None and not set(COSTS) & set(document["settings"].get("vary", {})):
             fewest_groups(trace, settings.budget_bytes)  # refuses a budget below the floor before any check
-        add_checks(document, setup, trace, level, CHECKED)
-        print_peaks(document)
+        add_checks(document, setup, trace, level, watch, CHECKED)
+        watch.close()
+        show_peaks(Profile.from_json({**document, "kind": "profile"}))
     except KeyboardInterrupt as interrupt:
         kept = "An earlier search is kept as it was; running" if settings.resume else "Running"
         raise KeyboardInterrupt(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -19,7 +18,6 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 OPTIMIZER_VARIANTS = ("loop", "foreach", "fused")
 AUTOCASTS = ("none", "bfloat16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])
-_RANGE = re.compile(r"^(uniform|best):(\d+)\.\.(\d+)$")
 
 
 class Positive(click.ParamType[float]):
@@ -101,25 +99,6 @@ class KeyValue(click.ParamType[tuple[str, str]]):
         return key.strip(), text
 
 
-def expand_ranges(texts: Iterable[str]) -> list[str]:
-    """Groupings as text, with best:2..4 written out.
-
-    >>> expand_ranges(["all-layer", "best:2..4"])
-    ['all-layer', 'best:2', 'best:3', 'best:4']
-    """
-    expanded = []
-    for text in texts:
-        found = _RANGE.match(text.strip())
-        if found is None:
-            expanded.append(text.strip())
-            continue
-        style, first, last = found.group(1), int(found.group(2)), int(found.group(3))
-        if first > last:
-            raise GroupSearchError(f"Expected a range from few to many groups, found {text!r}. Turn it round.")
-        expanded += [f"{style}:{groups}" for groups in range(first, last + 1)]
-    return expanded
-
-
 def model_options(command: F) -> F:
     """What a step depends on: settings of the workload, batch, device, checkpointing, optimizer, norms."""
     for option in reversed(
@@ -127,9 +106,7 @@ def model_options(command: F) -> F:
             click.option(
                 "--batch-size", type=click.IntRange(min=1), help="Physical batch size. [default: the model's]"
             ),
-            click.option(
-                "--setting", "settings", type=KeyValue(), multiple=True, help="A setting of the workload; repeatable."
-            ),
+            click.option("--setting", type=KeyValue(), multiple=True, help="A setting of the workload; repeatable."),
             click.option(
                 "--dtype", help="Same as --setting dtype=..., for the models that have it: bfloat16, float32."
             ),

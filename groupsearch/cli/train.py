@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from groupsearch.cli.joint import joint_choice, names_document
 from groupsearch.cli.parameters import (
     Positive,
     model_options,
@@ -21,6 +20,7 @@ from groupsearch.cli.parameters import (
 from groupsearch.cli.training import describe, training_setup
 from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.joint import joint_choice, names_document
 from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, not_private_sentence
 from groupsearch.units import format_bytes, format_interval, format_seconds
 
@@ -97,8 +97,8 @@ def command(
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
     from groupsearch.cli.output import Output
-    from groupsearch.cli.stages import start_document
     from groupsearch.grouping import Grouping
+    from groupsearch.jobs.stages import start_document
 
     setup, settings = training_setup(model, given, evaluate_every)
     settings = replace(settings, **_mechanism(given))

@@ -31,9 +31,11 @@ def training_setup(
         GroupSearchError: when the model cannot be trained, for a value outside its range, or when micro-batches and
             sampling rate contradict each other.
     """
-    from groupsearch.cli.stages import make_setup
+    from groupsearch.jobs.request import StepRequest
+    from groupsearch.jobs.stages import make_setup
 
-    setup = make_setup(model, given)
+    step = ("batch_size", "setting", "dtype", "device", "checkpoint", "optimizer", "norm_method", "micro_batches")
+    setup = make_setup(StepRequest(model, autocast=given["autocast"], **{name: given[name] for name in step}))
     settings = train_settings(setup, given, evaluate_every)
     assert setup.loaded.data is not None  # else there would be no settings
     examples, physical, asked = setup.loaded.data.train_size, setup.loaded.batch_size, given["micro_batches"]

@@ -10,6 +10,8 @@ from groupsearch.fit.sizes import BATCH, Sizes
 from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak
 
+_OWN = ("workload", "settings", "given")
+
 
 def measured_batches(batch_size: int) -> tuple[int, ...]:
     """The two batches to measure for the sake of a larger one: a quarter and a half of it, or all there are.
@@ -56,7 +58,7 @@ def add_rates(row: dict[str, Any], sizes: Sizes) -> None:
     trace = sizes.at(row["size"])
     grouping = None if row["boundaries"] is None or trace is None else Grouping(tuple(row["boundaries"]), trace.sites)
     setup, timings = sizes.setup_at(row["size"]), []
-    how = {part.name: getattr(setup, part.name) for part in fields(setup) if part.name not in ("workload", "settings")}
+    how = {part.name: getattr(setup, part.name) for part in fields(setup) if part.name not in _OWN}
     for examples in measured_batches(row[BATCH]):
         measured = measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: examples}, **how)
         timings.append({BATCH: examples, **asdict(measured)})

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -17,7 +15,7 @@ from groupsearch.partition import floor_bytes, front
 from groupsearch.reserved import held_within, on_card
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
-from groupsearch.workloads import load_workload
+from groupsearch.workloads import Workload
 from groupsearch.workloads.batches import count_examples, tensors_of
 
 NON_PRIVATE = "non-private"
@@ -200,7 +198,6 @@ class _Refusal(GroupSearchError):
     """A size that the model or the device does not take."""
 
 
-def length_setting(workload: str, settings: Mapping[str, Any]) -> str:
+def length_setting(workload: Workload) -> str:
     """What a workload calls the length of its sequences: of :data:`LENGTHS` the one that it has, else the first."""
-    known = load_workload(workload, **settings).settings
-    return next((name for name in LENGTHS if name in known), LENGTHS[0])
+    return next((name for name in LENGTHS if name in workload.settings), LENGTHS[0])

@@ -49,7 +49,11 @@ def load_factory(text: str, settings: Mapping[str, Any]) -> Workload:
         GroupSearchError: when there is no such file, module or function, when the function does not
             take a setting, raises, or returns something else.
     """
-    factory = _find(text)
+    return workload_of(text, _find(text), settings)
+
+
+def workload_of(text: str, factory: Factory, settings: Mapping[str, Any]) -> Workload:
+    """The workload that a function makes, see :func:`load_factory`; ``text`` is what it is called."""
     values = {key: read_value(value) for key, value in settings.items()}
     batch_size = None if _accepts(factory, "batch_size") else values.pop("batch_size", None)
     _check_signature(text, factory, values)

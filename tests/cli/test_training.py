@@ -16,7 +16,7 @@ EXAMPLES = 1437  # training images of the digits
 NOTHING: dict[str, Any] = {
     **{key: None for key in ("batch_size", "dtype", "optimizer", "micro_batches", "epsilon", "delta", "steps")},
     **{key: None for key in ("learning_rate", "sampling_rate", "rule", "max_grad_norm")},
-    **{"settings": (), "device": "cpu", "checkpoint": "none", "norm_method": "mixed", "autocast": "none", "seed": 0},
+    **{"setting": (), "device": "cpu", "checkpoint": "none", "norm_method": "mixed", "autocast": "none", "seed": 0},
 }
 
 

@@ -1,60 +1,80 @@
-"""The stages that profile and optimize share: a setup, its trace, its estimates and their check."""
+"""The stages that jobs share: a setup, its trace, its estimates and their check."""
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from groupsearch.cards import card_of, named_cards
-from groupsearch.cli.console import print_table, progress, say
-from groupsearch.cli.joint import refuse_joint
-from groupsearch.cli.parameters import expand_ranges
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
+from groupsearch.jobs.events import Advanced, Notify, Said
+from groupsearch.jobs.joint import refuse_joint
+from groupsearch.jobs.request import LEVELS, StepRequest
 from groupsearch.joint import JOINT
 from groupsearch.options import EngineOptions
 from groupsearch.partition import floor_bytes
 from groupsearch.records import environment, new_document
 from groupsearch.report.finding import finding, joint_finding
 from groupsearch.trace import Trace
-from groupsearch.units import format_bytes, format_percent, format_ratio, format_seconds, format_signed_percent
 from groupsearch.verify import Setup, check_measurable, estimate_rows, front_rows, held_bytes
-from groupsearch.workloads import load_workload
+from groupsearch.workloads import Workload
+from groupsearch.workloads.factory import workload_of
 
 DEFAULT_GROUPINGS = ("all-layer", "layer-wise", "block-wise", "uniform:4", "best:2..8")
-LEVELS = {"none": (), "simulate": ("simulations",), "measure": ("measurements",)}
-RESERVED = ("reserved", "fragmented")
-HELD, HELD_PARTS = ["to allocate", "to hold"], ("allocated_bytes", "reserved_bytes")
-LEVELS["all"] = LEVELS["simulate"] + LEVELS["measure"]
+_RANGE = re.compile(r"^(uniform|best):(\d+)\.\.(\d+)$")
 
 
-def make_setup(model: str, given: Mapping[str, Any], *, cards: bool = False) -> Setup:
-    """The setup that the options of :func:`groupsearch.cli.parameters.model_options` describe.
+def make_setup(request: StepRequest, *, cards: bool = False) -> Setup:
+    """The setup that a request describes.
 
     Args:
-        model: the workload.
-        given: the options.
+        request: what was asked for.
         cards: whether the device may be a card that is not there.
 
     Raises:
         GroupSearchError: for a device that is not there, a model that cannot be loaded, or a joint choice of norms.
     """
-    refuse_joint(given["norm_method"])
-    check_device(given["device"], cards=cards)
-    settings = dict(given["settings"])
-    settings |= {key: given[key] for key in ("batch_size", "dtype") if given[key] is not None}
-    defaults = load_workload(model, **settings).training
-    return Setup(
-        workload=model,
+    refuse_joint(request.norm_method)
+    check_device(request.device, cards=cards)
+    settings = dict(request.setting)
+    name, given = named(request.model, settings)
+    settings |= {key: value for key in ("batch_size", "dtype") if (value := getattr(request, key)) is not None}
+    setup = Setup(
+        workload=name,
         settings=settings,
-        options=EngineOptions(norm_method=given["norm_method"]),
-        optimizer=given["optimizer"] or (defaults.optimizer if defaults else "adam"),
-        checkpoint=given["checkpoint"],
-        micro_batches=given["micro_batches"] or 1,
-        autocast=given["autocast"],
-        device=given["device"],
+        options=EngineOptions(norm_method=request.norm_method),
+        checkpoint=request.checkpoint,
+        micro_batches=request.micro_batches or 1,
+        autocast=request.autocast,
+        device=request.device,
+        given=given,
     )
+    defaults = setup.loaded.training
+    return replace(setup, optimizer=request.optimizer or (defaults.optimizer if defaults else "adam"))
+
+
+def named(model: str | Workload | Callable[..., object], settings: Mapping[str, object]) -> tuple[str, Workload | None]:
+    """The name that a model can be loaded by in another process; or the workload itself, and what it is called.
+
+    A function of a module is named by its file, as on the command line. Another one is called, also one of the program
+    itself: to load that by its name would run it again.
+    """
+    if isinstance(model, str):
+        return model, None
+    if isinstance(model, Workload):
+        return model.name, model
+    name, module = model.__qualname__, sys.modules.get(model.__module__)
+    if model.__module__ != "__main__" and getattr(module, name, None) is model and getattr(module, "__file__", None):
+        path = Path(inspect.getfile(model))
+        return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{name}", None
+    return name, workload_of(name, model, settings)
 
 
 def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
@@ -74,6 +94,7 @@ def add_estimates(  # noqa: PLR0913 - settings by name, each with a default
     randoms: int = 0,
     seed: int = 0,
     trace: Trace | None = None,
+    notify: Notify,
 ) -> Trace:
     """Trace one step and put the trace, the estimates and the front into the document.
 
@@ -87,12 +108,13 @@ def add_estimates(  # noqa: PLR0913 - settings by name, each with a default
         randoms: how many random groupings to add.
         seed: of the random groupings.
         trace: of the step, where it was taken already.
+        notify: is told.
 
     Returns:
         The trace.
     """
     if trace is None:
-        say_tracing(document)
+        notify(tracing(document))
         trace = setup.trace()
     joint = document.get(JOINT)
     chosen = {} if joint is None else {JOINT: Grouping.from_boundaries(trace, joint["boundaries"])}
@@ -114,13 +136,15 @@ def add_estimates(  # noqa: PLR0913 - settings by name, each with a default
     return trace
 
 
-def say_tracing(document: Mapping[str, Any], how: str = "") -> None:
-    """Say what takes its time now."""
+def tracing(document: dict[str, Any], how: str = "") -> Said:
+    """What takes its time now."""
     model = document["model"]
-    say(f"Tracing one step of {model['name']} at batch {model['batch_size']}{how}")
+    return Said(f"Tracing one step of {model['name']} at batch {model['batch_size']}{how}")
 
 
-def add_checks(document: dict[str, Any], setup: Setup, trace: Trace, level: str, names: Iterable[str] = ()) -> None:
+def add_checks(
+    document: dict[str, Any], setup: Setup, trace: Trace, level: str, notify: Notify, names: Iterable[str] = ()
+) -> None:
     """Simulate and measure estimates of the document; each row is in it as soon as it is known.
 
     Args:
@@ -128,69 +152,37 @@ def add_checks(document: dict[str, Any], setup: Setup, trace: Trace, level: str,
         setup: how a step is taken.
         trace: the document's trace.
         level: a key of :data:`LEVELS`.
+        notify: is told.
         names: which estimates to check; none for all.
     """
     wanted = set(names)
     rows = [row for row in document["estimates"] if not wanted or row["grouping"] in wanted]
-    with progress() as bars:
-        for part in LEVELS[level]:
-            check = setup.simulate if part == "simulations" else setup.measure
-            verb = "Simulating" if part == "simulations" else "Measuring"
-            bar = bars.add_task(verb, total=len(rows))
-            for row in rows:
-                bars.update(bar, description=f"{verb} {row['grouping']}")
-                grouping = Grouping.from_boundaries(trace, row["boundaries"])
-                document[part].append(check(row["grouping"], grouping, row["peak_bytes"]))
-                bars.advance(bar)
+    for part in LEVELS[level]:
+        check = setup.simulate if part == "simulations" else setup.measure
+        verb = "Simulating" if part == "simulations" else "Measuring"
+        for done, row in enumerate(rows):
+            notify(Advanced(verb, f"{verb} {row['grouping']}", done, len(rows)))
+            grouping = Grouping.from_boundaries(trace, row["boundaries"])
+            document[part].append(check(row["grouping"], grouping, row["peak_bytes"]))
 
 
-def print_peaks(document: Mapping[str, Any]) -> None:
-    """The table of groupings: estimate, ratio to non-private training, simulation and measurement."""
-    reference = document["nonprivate_peak_bytes"]
-    simulated = {tuple(row["boundaries"]): row for row in document["simulations"]}
-    measured = {tuple(row["boundaries"]): row for row in document["measurements"]}
-    columns = ["grouping ", "groups", "estimate", "of non-private"]
-    held = any("reserved_bytes" in row for row in document["estimates"])
-    columns += HELD if held else []
-    columns += ["simulated", "error"] if simulated else []
-    reserved = any("reserved_bytes" in row for row in measured.values())
-    columns += ["measured", "error", *(RESERVED if reserved else ()), "step"] if measured else []
-    rows = []
-    for row in document["estimates"]:
-        cuts, peak = tuple(row["boundaries"]), row["peak_bytes"]
-        cells = [row["grouping"], str(row["groups"]), format_bytes(peak), format_ratio(peak / reference)]
-        cells += [format_bytes(row[part]) if part in row else "" for part in HELD_PARTS] if held else []
-        cells += _checked(simulated.get(cuts)) if simulated else []
-        cells += _checked(measured.get(cuts)) if measured else []
-        cells += reserved_cells(measured.get(cuts, {})) if reserved else []
-        if measured:
-            cells.append(format_seconds(measured[cuts]["step_seconds"]) if cuts in measured else "")
-        rows.append(cells)
-    model = document["model"]
-    title = f"{model['name']}, batch {model['batch_size']}: non-private {format_bytes(reference)}"
-    if "nonprivate_held" in document:
-        title += f", {format_bytes(document['nonprivate_held']['reserved_bytes'])} held"
-    print_table(columns, rows, title=title)
-    say_not_measured(document)
-    say(document["summary"])
+def expand_ranges(texts: Iterable[str]) -> list[str]:
+    """Groupings as text, with best:2..4 written out.
 
-
-def say_not_measured(document: Mapping[str, Any]) -> None:
-    """Say of numbers for a card that is not there that they are of one."""
-    if "not_measured" in document:
-        say(document["not_measured"])
-
-
-def reserved_cells(row: Mapping[str, Any]) -> list[str]:
-    """What a GPU's caching allocator had reserved at a measured peak, and how much of that was not allocated."""
-    if "reserved_bytes" not in row:
-        return ["", ""]
-    reserved = row["reserved_bytes"]
-    return [format_bytes(reserved), format_percent(1 - row["peak_bytes"] / reserved)]
-
-
-def _checked(row: Mapping[str, Any] | None) -> list[str]:
-    return ["", ""] if row is None else [format_bytes(row["peak_bytes"]), format_signed_percent(row["relative_error"])]
+    >>> expand_ranges(["all-layer", "best:2..4"])
+    ['all-layer', 'best:2', 'best:3', 'best:4']
+    """
+    expanded = []
+    for text in texts:
+        found = _RANGE.match(text.strip())
+        if found is None:
+            expanded.append(text.strip())
+            continue
+        style, first, last = found.group(1), int(found.group(2)), int(found.group(3))
+        if first > last:
+            raise GroupSearchError(f"Expected a range from few to many groups, found {text!r}. Turn it round.")
+        expanded += [f"{style}:{groups}" for groups in range(first, last + 1)]
+    return expanded
 
 
 def _parse(trace: Trace, texts: Sequence[str], *, as_far_as_possible: bool = False) -> dict[str, Grouping]:

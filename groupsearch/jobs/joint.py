@@ -1,13 +1,11 @@
-"""Norm methods chosen together with the grouping: made by ``profile``, taken from its document by ``train``."""
+"""Norm methods chosen together with the grouping: made by a profile, taken from its document by a training."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from groupsearch.cli.console import print_table
 from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.joint import JOINT, Alternatives, Choice, fewest_operations, least_peak_choice
 from groupsearch.memory import peak_memory
@@ -15,7 +13,6 @@ from groupsearch.options import NORM_METHODS, SITE_METHODS, EngineOptions
 from groupsearch.partition import floor_bytes
 from groupsearch.records import read_document
 from groupsearch.trace import Trace
-from groupsearch.units import format_bytes, format_number, format_ratio
 
 if TYPE_CHECKING:
     from groupsearch.verify import Setup
@@ -95,17 +92,6 @@ def joint_choice(path: str, workload: str) -> tuple[tuple[int, ...], EngineOptio
 def names_document(text: str) -> bool:
     """Whether a grouping as text is the name of a document."""
     return text.endswith(".json") or Path(text).is_file()
-
-
-def print_joint(document: Mapping[str, Any]) -> None:
-    """What was chosen against what each norm method alone needs."""
-    rows, operations = [], document[JOINT]["operations"]
-    for row in document[JOINT]["compared"]:
-        sizes = (format_bytes(row[key]) for key in ("all_layer_bytes", "floor_bytes"))
-        less = format_ratio(row["operations"] / operations) if operations else ""
-        rows.append((row["norm_method"], *sizes, format_number(row["operations"]), less))
-    columns = ("norm method ", "all-layer", "least of any grouping", "operations", "of joint")
-    print_table(columns, rows, title="Norms and clipped sums by method")
 
 
 def _bound(choice: Choice, bound_bytes: int | None) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""What every grouping costs in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+
+from groupsearch.documents import Profile
+from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.events import Begun, Interrupted
+from groupsearch.jobs.joint import choose_jointly
+from groupsearch.jobs.request import LEVELS, StepRequest, bytes_of, texts_of
+from groupsearch.jobs.stages import add_checks, add_estimates, make_setup, start_document, tracing
+from groupsearch.joint import JOINT
+
+
+@dataclass(frozen=True)
+class ProfileRequest(StepRequest):
+    """Of which groupings to estimate the peak.
+
+    Attributes:
+        budget: peak that ``norm_method="joint"`` keeps within, as in ``12GiB``; None for the least there is.
+        grouping: groupings as text; none for all-layer, layer-wise, block-wise, uniform:4 and best:2..8.
+        max_groups: where the exact front of groups ends.
+        random: random groupings to add.
+        verify: check each estimate: ``none``, ``simulate``, ``measure`` or ``all``.
+        seed: of the random groupings.
+    """
+
+    _: KW_ONLY
+    budget: int | str | None = None
+    grouping: str | Sequence[str] = ()
+    max_groups: int = 8
+    random: int = 0
+    verify: str = "none"
+    seed: int = 0
+
+
+def profile(request: ProfileRequest) -> Profile:
+    """Trace one step, estimate the peaks of groupings, and check them as far as that is asked for.
+
+    Raises:
+        BudgetError: when the budget is below the least peak.
+        GroupSearchError: for a model, grouping or device that there is not.
+        Interrupted: with every estimate, once they are known.
+    """
+    joint, budget = request.norm_method == JOINT, bytes_of(request.budget)
+    if budget is not None and not joint:
+        raise GroupSearchError(
+            "Found --budget without --norm-method joint: with one rule for all norms there is nothing to choose but "
+            "the grouping. Give --norm-method joint too, or --grouping within:12GiB for the fewest groups in a budget."
+        )
+    setup = make_setup(replace(request, norm_method="mixed") if joint else request, cards=True)
+    if "measurements" in LEVELS[request.verify]:
+        setup.check_measurable()
+    texts = texts_of(request.grouping)
+    draft = start_document(
+        "profile",
+        setup,
+        device=setup.device,
+        groupings=list(texts),
+        max_groups=request.max_groups,
+        random=request.random,
+        seed=request.seed,
+        verify=request.verify,
+        **({"norm_method": JOINT, "budget_bytes": budget} if joint else {}),
+    )
+    request.notify(Begun(draft))
+    trace = None
+    if joint:
+        request.notify(tracing(draft, " by every norm method"))
+        setup, trace = choose_jointly(draft, setup, budget)
+    trace = add_estimates(
+        draft,
+        setup,
+        texts,
+        max_groups=request.max_groups,
+        randoms=request.random,
+        seed=request.seed,
+        trace=trace,
+        notify=request.notify,
+    )
+    try:
+        add_checks(draft, setup, trace, request.verify, request.notify)
+    except KeyboardInterrupt as interrupt:
+        done = len(draft["simulations"]) + len(draft["measurements"])
+        said = f"Interrupted; the document has every estimate and {done} checks of them."
+        raise Interrupted(said, Profile.from_json(draft)) from interrupt
+    return Profile.from_json(draft)

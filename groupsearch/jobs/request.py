@@ -1,0 +1,147 @@
+"""What requests share: the step that is looked at, how it is trained, and the check of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.events import Notify, ignore
+from groupsearch.units import parse_bytes
+
+if TYPE_CHECKING:
+    from groupsearch.workloads import Workload
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "simulate": ("simulations",),
+    "measure": ("measurements",),
+    "all": ("simulations", "measurements"),
+}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "verify": tuple(LEVELS),
+    "find": ("batch-size", "sequence-length"),
+    "objective": (None, "time"),
+}
+_FROM_ZERO = ("random", "evaluate_every")
+_FROM_ONE = (
+    *("batch_size", "micro_batches", "max_groups", "groups", "steps", "trials", "promote", "seeds", "max_runs"),
+    *("sequence_length", "limit", "dataset_size"),
+)
+_SHARES = ("short_fraction", "confidence")
+_POSITIVE = (
+    *("epsilon", "delta", "learning_rate", "sampling_rate", "max_grad_norm"),
+    *("count_noise", "score_noise"),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a job.
+
+    Attributes:
+        notify: is told what goes on; ``print`` will do.
+
+    Raises:
+        GroupSearchError: for a value outside its range.
+    """
+
+    _: KW_ONLY
+    notify: Notify = field(default=ignore, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in _CHOICES and value not in _CHOICES[each.name]:
+                known = ", ".join(map(str, _CHOICES[each.name]))
+                raise GroupSearchError(f"Expected {each.name} to be one of {known}, found {value!r}.")
+            expected = _expected(each.name, value)
+            if expected:
+                raise GroupSearchError(f"Expected {each.name} to be {expected}, found {value!r}.")
+
+
+@dataclass(frozen=True)
+class StepRequest(Request):
+    """A step of a model; the fields are the options of the command line.
+
+    Attributes:
+        model: a name as on the command line, a function in a file that returns a workload or ``(model, batch, loss)``,
+            or a :class:`~groupsearch.workloads.Workload`, of which nothing can be measured in fresh processes.
+        batch_size: physical batch; None for the model's.
+        setting: settings of the workload.
+        dtype: same as the setting ``dtype``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or to estimate a card: ``cuda:h100``.
+        checkpoint: ``none``, ``blocks`` or ``every:K``.
+        optimizer: None for the model's, else ``adam``.
+        norm_method: of :data:`groupsearch.options.NORM_METHODS`; in a profile also ``joint``.
+        micro_batches: batches accumulated before the optimizer's step.
+        autocast: ``none``, ``bfloat16`` or ``float16``.
+    """
+
+    model: str | Workload | Callable[..., object]
+    _: KW_ONLY
+    batch_size: int | None = None
+    setting: Mapping[str, object] | Sequence[tuple[str, object]] = ()
+    dtype: str | None = None
+    device: str = "cpu"
+    checkpoint: str = "none"
+    optimizer: str | None = None
+    norm_method: str = "mixed"
+    micro_batches: int | None = None
+    autocast: str = "none"
+
+
+@dataclass(frozen=True)
+class TrainingRequest(StepRequest):
+    """A training with privacy; what is None is the model's own.
+
+    Attributes:
+        epsilon: budget of one training.
+        delta: the other half of it.
+        steps: optimizer steps.
+        learning_rate: constant over them.
+        sampling_rate: probability of each example to be in a batch.
+        rule: clip rule.
+        max_grad_norm: R, that thresholds are allotted from.
+        watch: part of the batches of which one example is taken alone and compared; None for 0.01.
+        allow_state: buffers and attributes that a forward pass may leave data in, without noise.
+        seed: of everything random; None for the operating system's entropy.
+    """
+
+    _: KW_ONLY
+    epsilon: float | None = None
+    delta: float | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    sampling_rate: float | None = None
+    rule: str | None = None
+    max_grad_norm: float | None = None
+    watch: float | None = None
+    allow_state: Sequence[str] = ()
+    seed: int | None = None
+    secure: bool = False
+
+
+def bytes_of(size: int | str | None) -> int | None:
+    """Bytes of a size such as ``12GiB``, or of a number of them."""
+    return parse_bytes(size) if isinstance(size, str) else size
+
+
+def texts_of(grouping: str | Sequence[str]) -> tuple[str, ...]:
+    """Groupings as text, of which there may be one alone."""
+    return (grouping,) if isinstance(grouping, str) else tuple(grouping)
+
+
+def _expected(name: str, value: object) -> str:
+    """What a number was expected to be; empty where it is that."""
+    if value is None or not isinstance(value, (int, float)):
+        return ""
+    if name in _FROM_ONE + _FROM_ZERO:
+        least = int(name in _FROM_ONE)
+        return "" if value >= least else f"at least {least}"
+    if name in _SHARES:
+        return "" if 0 < value < 1 else "between 0 and 1"
+    if name in _POSITIVE:
+        return "" if 0 < value < float("inf") else "a number above zero"
+    return "" if name != "watch" or 0 <= value <= 1 else "from 0 to 1"

@@ -1,0 +1,64 @@
+"""Measure a document's groupings again."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+from groupsearch.documents import Profile, Search, Verify
+from groupsearch.jobs.events import Advanced, Begun, Interrupted
+from groupsearch.jobs.request import Request
+from groupsearch.jobs.stages import check_device, start_document
+from groupsearch.records import read_document
+from groupsearch.trace import Trace
+from groupsearch.verify import Setup, check_rows, rows_to_check
+
+
+@dataclass(frozen=True)
+class VerifyRequest(Request):
+    """What to measure again.
+
+    Attributes:
+        document: a profile or a search, or the file of one.
+        tolerance: largest relative error, either way.
+        device: to measure on; None for the document's.
+    """
+
+    document: Profile | Search | str | Path
+    _: KW_ONLY
+    tolerance: float = 0.01
+    device: str | None = None
+
+
+def verify(request: VerifyRequest) -> Verify:
+    """Measure the groupings of a document again, each in a fresh process.
+
+    Raises:
+        DocumentError: when there is nothing to measure in it.
+        GroupSearchError: when a measurement fails.
+        Interrupted: with the rows that were measured.
+    """
+    found, name = _found(request.document)
+    wanted = rows_to_check(found)
+    setup = Setup.from_document(found, device=request.device)
+    check_device(setup.device)
+    trace = Trace.from_json(found.get("trace") or {})
+    draft = start_document("verify", setup, device=setup.device, document=name, tolerance=request.tolerance)
+    draft["rows"] = rows = []
+    request.notify(Begun(draft))
+    try:
+        for row in check_rows(setup, trace, wanted, request.tolerance):
+            rows.append(row)
+            request.notify(Advanced("Measuring", "", len(rows), len(wanted)))
+    except KeyboardInterrupt as interrupt:
+        said = f"Interrupted; {len(rows)} of {len(wanted)} groupings were measured."
+        raise Interrupted(said, Verify.from_json(draft)) from interrupt
+    return Verify.from_json(draft)
+
+
+def _found(document: Profile | Search | str | Path) -> tuple[dict[str, Any], str | None]:
+    """What the document says, and the name of its file where it has one."""
+    if isinstance(document, (Profile, Search)):
+        return document.to_json(), None
+    return read_document(document, kind=("profile", "search")), str(document)
