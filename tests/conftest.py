@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
@@ -16,8 +17,38 @@ from hypothesis import settings
 settings.register_profile("groupsearch", deadline=None, derandomize=True)
 settings.load_profile("groupsearch")
 
+TESTS = Path(__file__).parent
+FAST = {
+    "norms and clipped sums, against a second implementation": ("engine/test_opacus.py", "engine/test_ieee.py"),
+    "what is refused, and the truth check": ("engine/test_refusals.py", "engine/test_truth.py"),
+    "noise, thresholds, sampling and what they cost": (
+        *("engine/test_mechanism.py", "engine/test_noise.py", "engine/test_sampling.py", "test_randomness.py"),
+        *("privacy/test_noise_distribution.py", "privacy/test_sizes.py", "privacy/test_statement.py"),
+    ),
+    "the optimizer's step": ("engine/test_optimizers.py",),
+    "groups, plans and the partition search": (
+        *("test_clipping.py", "test_grouping.py", "test_options.py", "test_partition.py", "test_gram.py"),
+        *("search/test_choice.py", "search/test_front.py", "search/test_intervals.py", "search/test_space.py"),
+        *("search/test_recommendation.py",),
+    ),
+    "the memory model": ("test_memory.py", "test_segments.py", "test_trace.py"),
+    "documents": ("documents/test_documents.py", "test_records.py", "test_export.py", "test_units.py"),
+    "the command line's errors and pages": ("cli/test_program.py", "cli/test_documents.py", "report/test_info.py"),
+}
+"""The fast tier: what each of its files protects. ``pytest -m fast`` collects no others."""
+_FAST_FILES = {TESTS / file for files in FAST.values() for file in files}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.option.markexpr != "fast" or not collection_path.is_file():
+        return None
+    return None if collection_path in _FAST_FILES or collection_path.name == "conftest.py" else True
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path in _FAST_FILES and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import FAST
+
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 WRITERS = [
@@ -26,6 +28,10 @@ def test_the_workflow_runs_scripts_that_exist():
     assert scripts == [".ci/run", ".ci/wheel"]
     assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
     assert all("@v" in step["uses"] for step in steps if "uses" in step)
+
+
+def test_the_files_of_the_fast_tier_exist():
+    assert all((ROOT / "tests" / file).is_file() for files in FAST.values() for file in files)
 
 
 def test_hooks_and_ci_call_the_same_linters():
