@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from groupsearch.cli.console import say
 from groupsearch.cli.output import Output, make_folder, writable
@@ -21,28 +22,75 @@ from groupsearch.cli.parameters import (
     training_options,
 )
 from groupsearch.cli.report import write_page
-from groupsearch.cli.searching import RUNGS, TRIALS, Rungs, print_result, search, search_settings, trials_of
-from groupsearch.cli.selecting import refuse_excluded, select
-from groupsearch.cli.varying import COSTS, Vary, Ways, varied
+from groupsearch.cli.watch import Watch, show, show_peaks, watching
+from groupsearch.documents import tables
 from groupsearch.errors import GroupSearchError
-from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, not_private_sentence
+from groupsearch.jobs.events import Event, Profiled
+from groupsearch.jobs.rungs import RUNGS, TRIALS, rungs_of
+from groupsearch.jobs.varying import check_values
+from groupsearch.privacy import not_private_sentence
 from groupsearch.records import default_path
+from groupsearch.units import format_number, format_seconds
 
 if TYPE_CHECKING:
-    from groupsearch.search import SearchSettings
-    from groupsearch.trace import Trace
-    from groupsearch.training import TrainSettings
-    from groupsearch.verify import Setup
+    from groupsearch.documents import Search
+    from groupsearch.jobs.search import Prepared
 
 GRANULARITIES = ("site", "layer", "block")  # of search.settings, without loading Optuna for --help
 SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
-_WORKER_PATIENCE_SECONDS = 3600.0  # the search begins when its profile is made and checked
-CHECKED = ("all-layer", "layer-wise", "best:2", "best:4")
-SEARCH_SETTINGS = (
-    *("budget", "rungs", "short_fraction", "trials", "promote", "seeds", "max_runs", "confidence", "selection_data"),
-    *("vary", "objective", "groups", "granularity", "max_groups", "sampler", "seed", "verify"),
-)
-SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "granularity", "max_groups", "verify")
+CHECKED = ("all-layer", "layer-wise", "best:2", "best:4")  # of jobs.search, likewise
+Values = tuple[str, ...]
+
+
+class Rungs(click.ParamType[tuple[str, ...]]):
+    """Rungs of evidence, as in short,full."""
+
+    name = "rungs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The rungs of the text, from the cheapest on."""
+        try:
+            return rungs_of(value)
+        except GroupSearchError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Vary(click.ParamType[tuple[str, Values]]):
+    """What is searched and among which values, as in rule=auto-s,abadi."""
+
+    name = "name[=values]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Values]:
+        """Name and values of the text."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        try:
+            return name, tuple(check_values(name, [word.strip() for word in text.split(",")] if equals else ()))
+        except GroupSearchError as error:
+            self.fail(str(error), param, ctx)
+
+
+def varied(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Values]]) -> dict[str, list[str]]:
+    """The values of every name; none where the defaults are meant."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"Expected every name once, found {', '.join(names)}. Give all values of one together."
+        )
+    return {name: list(values) for name, values in pairs}
+
+
+class _Watch(Watch):
+    """Shows what the search starts from as a table."""
+
+    def say(self, event: Event) -> None:
+        """Print an event that is no bar."""
+        if isinstance(event, Profiled):
+            self.close()
+            show_peaks(event.profile)
+        else:
+            super().say(event)
 
 
 @click.command("optimize")
@@ -128,7 +176,9 @@ SELECTION_SETTINGS = ("budget", "trials", "score_noise", "vary", "groups", "gran
 @training_options
 @seed_option
 @output_options
-def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:  # noqa: PLR0915 - stages in order
+def command(
+    model: str, output: str | None, force: bool, as_json: bool, worker: bool, report: str | None, **given: Any
+) -> None:
     """Search the front of accuracy against peak memory.
 
     A search is an experiment: its trainings use known seeds, so that they can be compared and the search can go on
@@ -146,62 +196,80 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch optimize digits-cnn --rungs full --max-runs 80 --confidence 0.9
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
-    from groupsearch.cli.console import say
-    from groupsearch.cli.training import describe, training_setup
-    from groupsearch.jobs.stages import start_document
+    from groupsearch.jobs.search import Prepared, SearchRequest, refuse_excluded
+
+    watch, storage = _Watch(output, force, as_json), given.pop("storage")
+    request = SearchRequest(model, notify=watch, storage=storage, **given)
+    if given["private_selection"]:
+        refuse_excluded(request, _asked())
+    prepared = Prepared.of(request)
+    if given["private_selection"]:
+        _select(prepared, watch, report)
+    elif worker:
+        asked = {"output": output, "force": force, "json": as_json, "report": report, "resume": given["resume"]}
+        _refuse_of_worker(storage, asked)
+        with watching(watch):
+            trained = prepared.work(storage)
+        say(f"The search has ended: {trained} training runs of all workers together.")
+    else:
+        _search(
+            prepared, watch, _Places.plan(prepared.header, given["resume"], storage, report, output, force, as_json)
+        )
+
+
+def _asked() -> list[str]:
+    """The options that were given, be it with their default value."""
+    context = click.get_current_context()
+    return [name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+
+
+def _search(prepared: Prepared, watch: Watch, places: _Places) -> None:
     from groupsearch.report.words import randomness
 
-    if given["private_selection"]:
-        refuse_excluded(given)
-    setup, training = training_setup(model, given)
-    given["trials"] = trials_of(given)
-    names = SELECTION_SETTINGS if given["private_selection"] else SEARCH_SETTINGS
-    chosen = {key: given[key] for key in names}
-    document = start_document("search", setup, device=setup.device, **chosen, **describe(training))
-    if given["private_selection"]:
-        training = replace(training, seed=None)
-    document["randomness"] = training.streams().describe()
-    if given["private_selection"]:
-        _select(document, setup, training, given, Output.plan(document, output, force, as_json))
-        return
-    if given["worker"]:
-        _refuse_of_worker(given, output=output, force=force, json=as_json)
-        _work(document, setup, training, given)
-        return
-    places = _Places.plan(document, given, output, force, as_json)
-    settings = search_settings(document, setup.loaded.metric_name, given, places.storage, force)
-    trace = _profile(document, setup, settings, given["verify"])
-    ways = Ways.of(setup, trace, training, given["vary"])
-    document["variants"] = ways.describe()
-    result = search(setup, ways, training, settings, given)
-    parts = result.to_json()
-    training_part = {**describe(training), **parts["training"]}
-    document |= {**parts, "training": training_part, "cost": {**parts["cost"], "epsilon": training_part["epsilon"]}}
-    statement = _statement(setup, training, settings.selection_data)
-    document["privacy"] = statement.to_json()
-    document["not_private"] = NOT_PRIVATE["search"] if settings.selection_data == "private" else {}
-    places.output.save(document)
-    if result.interrupted:
-        raise KeyboardInterrupt(
-            f"Interrupted. The {result.cost.trained} training runs that ended are kept in {places.shown}; the "
-            f"same command with --resume instead of --force goes on."
-        )
-    print_result(result)
-    say(str(statement))
-    if document["not_private"]:
-        say(not_private_sentence(document["not_private"]))
-    say(randomness(document))
+    watch.output = places.output
+    with watching(watch):
+        found = prepared.run(places.storage, force=watch.force)
+    watch.save(found)
+    _print_result(found)
+    say(str(found.privacy))
+    if found.not_private:
+        say(not_private_sentence(found.not_private))
+    say(randomness(found.to_json()))
     if places.page is not None:
-        write_page(document, places.page, force=places.output.force)
+        write_page(found.to_json(), places.page, force=places.output.force)
 
 
-def _statement(setup: Setup, training: TrainSettings, selection_data: str) -> PrivacyStatement:
-    """What one training costs, and what is known of the cost of having chosen it."""
-    from groupsearch.search.selection import adaptive_selection_cost
+def _select(prepared: Prepared, watch: Watch, report: str | None) -> None:
+    """Choose privately among fixed groupings."""
+    watch.begin(prepared.header)
+    assert watch.output is not None
+    page = _page(report, watch.output)
+    with watching(watch):
+        found = prepared.select()
+    say(found.reason)
+    say(str(found.privacy))
+    watch.save(found)
+    if page is not None:
+        write_page(found.to_json(), page, force=watch.force)
 
-    assert setup.loaded.data is not None  # it was trained
-    statement = training.statement(setup.loaded.data.train_size)
-    return replace(statement, selection=adaptive_selection_cost(selection_data))
+
+def _print_result(found: Search) -> None:
+    """The front, what is recommended, and what the search cost and is worth."""
+    show(found.table()._replace(title=""))
+    ways = {c.variant: None for c in found.candidates if c.on_front and c.variant is not None}
+    if ways:
+        say(f"What is on the front needs least with: {'; '.join(ways)}.")
+    say(found.reason)
+    show(tables.rungs(found))
+    for each in found.correlations or ():
+        say(each.statement)
+    cost, rungs = found.cost, found.cost.rungs or ()
+    before = sum(rung.full_trainings for rung in rungs if rung.name != "replication")
+    say(
+        f"{cost.trained} training runs in {format_seconds(cost.seconds or 0.0)}: the cost of "
+        f"{format_number(before)} full trainings to find the front and "
+        f"{format_number((cost.full_trainings or 0.0) - before)} to repeat it."
+    )
 
 
 @dataclass(frozen=True)
@@ -212,109 +280,53 @@ class _Places:
     page: Path | None
     storage: str
 
-    @property
-    def shown(self) -> str:
-        """The storage without a password."""
-        from groupsearch.search.storage import shown
-
-        return shown(self.storage)
-
     @classmethod
-    def plan(
-        cls, document: Mapping[str, Any], given: Mapping[str, Any], output: str | None, force: bool, as_json: bool
+    def plan(  # noqa: PLR0913 - places that the command was given
+        cls,
+        header: Mapping[str, Any],
+        resume: bool,
+        storage: str | None,
+        report: str | None,
+        output: str | None,
+        force: bool,
+        as_json: bool,
     ) -> _Places:
         """See that everything can be written before any work is done; ``--resume`` rewrites what it resumes.
 
         Raises:
             GroupSearchError: when something is there already, or a folder cannot be written.
         """
-        beside = Path(output) if output else default_path(document)
-        storage = given["storage"] or str(beside.with_suffix(".journal"))
-        replace_files = force or given["resume"]
+        beside = Path(output) if output else default_path(header)
+        storage = storage or str(beside.with_suffix(".journal"))
+        replace_files = force or resume
         if "://" not in storage and Path(storage).exists() and not replace_files:
             raise GroupSearchError(
                 f"{storage} holds a search already. Go on with it with --resume, begin anew with --force, or name "
                 f"another file with -o."
             )
-        planned = Output.plan(document, output, replace_files, as_json)
-        page = given["report"] or (planned.path.with_suffix(".html") if planned.path else None)
-        page = writable(page, force=replace_files) if page else None
+        planned = Output.plan(header, output, replace_files, as_json)
+        page = _page(report, planned)
         if "://" not in storage:
             make_folder(Path(storage).parent)
             writable(storage, force=True)
         return cls(planned, page, storage)
 
 
-def _select(
-    document: dict[str, Any], setup: Setup, training: TrainSettings, given: Mapping[str, Any], output: Output
-) -> None:
-    """Choose privately among fixed groupings; there is no study, and the document has the chosen one alone."""
-    from groupsearch.cli.training import describe
-
-    page = given["report"] or (output.path.with_suffix(".html") if output.path else None)
-    page = writable(page, force=output.force) if page else None
-    settings = search_settings(document, setup.loaded.metric_name, {**given, "rungs": ("full",)}, None, force=False)
-    trace = _profile(document, setup, settings, given["verify"])
-    select(document, setup, trace, training, settings, given["score_noise"])
-    document["training"] = describe(training)
-    document["not_private"] = {}
-    document["cost"]["epsilon"] = document["training"]["epsilon"]
-    output.save(document)
-    if page is not None:
-        write_page(document, page, force=output.force)
+def _page(report: str | None, output: Output) -> Path | None:
+    """Where the page goes: beside the document, unless something else was asked for."""
+    page = report or (output.path.with_suffix(".html") if output.path else None)
+    return writable(page, force=output.force) if page else None
 
 
-def _refuse_of_worker(given: Mapping[str, Any], **other: Any) -> None:
-    if given["storage"] is None:
+def _refuse_of_worker(storage: str | None, asked: Mapping[str, Any]) -> None:
+    if storage is None:
         raise GroupSearchError(
             "Expected --storage with --worker: a worker helps with the search that was begun there. Name the file or "
             "the database that the search was begun with."
         )
-    asked = {**other, "report": given["report"], "resume": given["resume"]}
     found = [f"--{name}" for name, value in asked.items() if value]
     if found:
         raise GroupSearchError(
             f"Found {', '.join(found)} with --worker: a worker writes no document, and begins and ends no search. "
             f"Give them to the command without --worker."
         )
-
-
-def _work(document: dict[str, Any], setup: Setup, training: TrainSettings, given: Mapping[str, Any]) -> None:
-    """Take trials of a search that another process began, until it ends."""
-    from groupsearch.search.storage import shown
-    from groupsearch.search.together import await_study
-
-    joined = {**given, "resume": True}
-    settings = search_settings(document, setup.loaded.metric_name, joined, given["storage"], force=False)
-    say(f"Tracing one step of {setup.workload} at batch {document['model']['batch_size']}")
-    trace = setup.trace()
-    say(f"Waiting for the search {settings.study_name!r} in {shown(settings.storage)}")
-    await_study(settings, _WORKER_PATIENCE_SECONDS)
-    result = search(setup, Ways.of(setup, trace, training, given["vary"]), training, settings, given)
-    if result.interrupted:
-        raise KeyboardInterrupt("Interrupted. What this worker was training is left to the others.")
-    say(f"The search has ended: {result.cost.trained} training runs of all workers together.")
-
-
-def _profile(document: dict[str, Any], setup: Setup, settings: SearchSettings, level: str) -> Trace:
-    """Trace a step and check its estimates, which is done before anything is trained."""
-    from groupsearch.cli.watch import Watch, show_peaks
-    from groupsearch.documents import Profile
-    from groupsearch.grouping import fewest_groups
-    from groupsearch.jobs.stages import add_checks, add_estimates
-
-    try:
-        watch = Watch(None, False, False)
-        trace = add_estimates(document, setup, (), max_groups=8, notify=watch)
-        if settings.budget_bytes is not None and not set(COSTS) & set(document["settings"].get("vary", {})):
-            fewest_groups(trace, settings.budget_bytes)  # refuses a budget below the floor before any check
-        add_checks(document, setup, trace, level, watch, CHECKED)
-        watch.close()
-        show_peaks(Profile.from_json({**document, "kind": "profile"}))
-    except KeyboardInterrupt as interrupt:
-        kept = "An earlier search is kept as it was; running" if settings.resume else "Running"
-        raise KeyboardInterrupt(
-            f"Interrupted before the search: nothing was searched yet and no document was written. {kept} the same "
-            f"command again starts over with the trace."
-        ) from interrupt
-    return trace

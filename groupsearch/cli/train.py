@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from groupsearch.cli.console import say
 from groupsearch.cli.parameters import (
     Positive,
     model_options,
@@ -17,20 +16,14 @@ from groupsearch.cli.parameters import (
     step_options,
     training_options,
 )
-from groupsearch.cli.training import describe, training_setup
-from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
+from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS
 from groupsearch.errors import GroupSearchError
-from groupsearch.jobs.joint import joint_choice, names_document
-from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, not_private_sentence
+from groupsearch.jobs.allotment import allotment
+from groupsearch.privacy import not_private_sentence
 from groupsearch.units import format_bytes, format_interval, format_seconds
 
 if TYPE_CHECKING:
-    from groupsearch.grouping import Grouping
-    from groupsearch.trace import Trace
-    from groupsearch.training import CurvePoint, TrainSettings
-    from groupsearch.verify import Setup
-
-MECHANISM = ("allocation", "noise_allocation")
+    from groupsearch.documents import Train
 
 
 class Allotment(click.ParamType[Any]):
@@ -44,16 +37,10 @@ class Allotment(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The name, the numbers, or adaptive thresholds at the quantile given."""
-        if not isinstance(value, str) or value in self._names:
-            return value
-        name, colon, quantile = value.partition(":")
         try:
-            if self._adaptive and name == "adaptive":
-                return AdaptiveQuantile(float(quantile)) if colon else AdaptiveQuantile()
-            return tuple(float(part) for part in value.split(","))
-        except (ValueError, GroupSearchError):
-            names = ", ".join((*self._names, *(("adaptive", "adaptive:0.7") if self._adaptive else ())))
-            self.fail(f"Expected {names} or a number for each group, such as 0.5,1,0.8, found {value!r}.", param, ctx)
+            return allotment(value, self._names, adaptive=self._adaptive)
+        except GroupSearchError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command("train")
@@ -69,7 +56,6 @@ class Allotment(click.ParamType[Any]):
 @training_options
 @click.option(
     "--thresholds",
-    "allocation",
     type=Allotment(ALLOCATIONS, adaptive=True),
     help="Clipping thresholds: uniform, dimension, adaptive (private median), adaptive:0.7 or 0.5,1,0.8. "
     "[default: uniform]",
@@ -84,9 +70,7 @@ class Allotment(click.ParamType[Any]):
 @private_seed_option
 @secure_option
 @output_options
-def command(
-    model: str, grouping: str, evaluate_every: int | None, output: str | None, force: bool, as_json: bool, **given: Any
-) -> None:
+def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Train MODEL with privacy and one grouping.
 
     The document has the curve, the metric, the epsilon that the run cost and what that means. Nobody can draw the noise
@@ -96,120 +80,30 @@ def command(
     groupsearch train digits-vit --grouping best:4 --epsilon 8
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
-    from groupsearch.cli.output import Output
-    from groupsearch.grouping import Grouping
-    from groupsearch.jobs.stages import start_document
+    from groupsearch.cli.watch import Watch, watching
+    from groupsearch.jobs.train import TrainRequest, train
 
-    setup, settings = training_setup(model, given, evaluate_every)
-    settings = replace(settings, **_mechanism(given))
-    boundaries = None
-    if names_document(grouping):
-        boundaries, options = joint_choice(grouping, model)
-        setup, settings = setup.with_options(options), replace(settings, options=options)
-    plan = describe(settings) | _describe_mechanism(settings)
-    document = start_document("train", setup, device=setup.device, grouping=grouping, **_known_of(settings), **plan)
-    document["randomness"] = settings.streams().describe()
-    planned = Output.plan(document, output, force, as_json)
-    trace = setup.trace()
-    chosen = Grouping.parse(trace, grouping) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
-    settings.plan(chosen)  # refused before anything runs
-    document |= {**plan, **_describe_grouping(trace, grouping, chosen), "curve": [], "thresholds": [], "steps": 0}
-    document["not_private"] = NOT_PRIVATE["train"]
-    try:
-        _run(setup, chosen, settings, document)
-    except KeyboardInterrupt as interrupt:
-        done = document["steps"]
-        spent = settings.statement(_train_size(setup), steps=done)
-        document |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
-        planned.save(document)
-        raise KeyboardInterrupt(
-            f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
-        ) from interrupt
-    _print_result(document)
-    planned.save(document)
+    watch = Watch(output, force, as_json)
+    with watching(watch):
+        found = train(TrainRequest(model, notify=watch, **given))
+    _print_result(found)
+    watch.save(found)
 
 
-def _known_of(settings: TrainSettings) -> dict[str, Any]:
-    """The seed of an experiment; a secret training has none to tell."""
-    return {} if settings.seed is None else {"seed": settings.seed}
-
-
-def _mechanism(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes of the settings that the mechanism's own options ask for."""
-    changes = {key: given[key] for key in MECHANISM if given[key] is not None}
-    if given["count_noise"] is not None:
-        if not isinstance(given["allocation"], AdaptiveQuantile):
-            raise GroupSearchError(
-                "Found --count-noise without --thresholds adaptive: fixed thresholds count nothing. Give both or none."
-            )
-        changes["allocation"] = replace(given["allocation"], count_noise=given["count_noise"])
-    return changes
-
-
-def _describe_mechanism(settings: TrainSettings) -> dict[str, Any]:
-    allocation = settings.allocation
-    found = {"adaptive": asdict(allocation)} if isinstance(allocation, AdaptiveQuantile) else allocation
-    return {"allocation": found, "noise_allocation": settings.noise_allocation, "sampling": "poisson"}
-
-
-def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str, Any]:
-    from groupsearch.memory import peak_memory
-
-    return {
-        "trace": trace.to_json(),
-        "grouping": text,
-        "boundaries": list(grouping.boundaries),
-        "groups": grouping.groups,
-        "peak_bytes": peak_memory(trace, grouping).peak_bytes,
-    }
-
-
-def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, document: dict[str, Any]) -> None:
-    """Train, and keep in the document what is known after every step."""
-    from groupsearch.cli.console import progress
-    from groupsearch.training import train
-
-    def on_step(step: int, point: CurvePoint | None) -> None:
-        document["steps"] = step
-        if point is not None:
-            document["curve"].append([point.step, point.loss, point.metric])
-            if point.thresholds:
-                document["thresholds"].append([point.step, *point.thresholds])
-        bars.update(bar, completed=step)
-
-    with progress() as bars:
-        bar = bars.add_task("Training", total=settings.steps)
-        result = train(setup.loaded, grouping, settings, on_step)
-    document |= {
-        "metric": {"name": result.metric_name, "mean": result.metric},
-        "step_seconds": result.step_seconds,
-        "expected_examples": settings.steps * settings.sampling_rate * _train_size(setup),
-        "privacy": settings.statement(_train_size(setup)).to_json(),
-        "added_delta": result.added_delta,
-        "checked": None if result.checked is None else result.checked.to_json(),
-        "watched": None if result.watched is None else result.watched.to_json(),
-    }
-
-
-def _train_size(setup: Setup) -> int:
-    assert setup.loaded.data is not None  # it is being trained
-    return setup.loaded.data.train_size
-
-
-def _print_result(document: Mapping[str, Any]) -> None:
-    from groupsearch.cli.console import say
+def _print_result(found: Train) -> None:
     from groupsearch.report.words import randomness
 
-    metric = document["metric"]
+    assert found.metric is not None  # it was not interrupted
+    assert found.step_seconds is not None
     reached = "finished"
-    if metric["mean"] is not None:
-        value = format_interval(metric["mean"], None, percent="accuracy" in metric["name"])
-        reached = f"reached {value} {metric['name']}"
-    groups = f"{document['groups']} group{'' if document['groups'] == 1 else 's'}"
+    if found.metric.mean is not None:
+        value = format_interval(found.metric.mean, None, percent="accuracy" in found.metric.name)
+        reached = f"reached {value} {found.metric.name}"
+    groups = f"{found.groups} group{'' if found.groups == 1 else 's'}"
     say(
-        f"{document['model']['name']} with {groups} {reached} after {document['steps']} steps of "
-        f"{format_seconds(document['step_seconds'])}; estimated peak {format_bytes(document['peak_bytes'])}."
+        f"{found.model.name} with {groups} {reached} after {found.steps} steps of "
+        f"{format_seconds(found.step_seconds)}; estimated peak {format_bytes(found.peak_bytes)}."
     )
-    say(str(PrivacyStatement.from_json(document["privacy"])))
-    say(not_private_sentence(document["not_private"]))
-    say(randomness(document))
+    say(str(found.privacy))
+    say(not_private_sentence(found.not_private))
+    say(randomness(found.to_json()))

@@ -19,6 +19,7 @@ class Watch:
 
     def __init__(self, output: str | None, force: bool, as_json: bool) -> None:
         self._asked = output, force, as_json
+        self.force = force
         self._stack = ExitStack()
         self._bars: Progress | None = None
         self._bar: tuple[str, TaskID] | None = None

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from groupsearch.documents import Profile
 from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.joint import JOINT, Alternatives, Choice, fewest_operations, least_peak_choice
 from groupsearch.memory import peak_memory
@@ -65,14 +66,15 @@ def choose_jointly(document: dict[str, Any], setup: Setup, budget_bytes: int | N
     return setup.with_options(EngineOptions("mixed", choice.methods)), trace
 
 
-def joint_choice(path: str, workload: str) -> tuple[tuple[int, ...], EngineOptions]:
-    """Boundaries and norm methods of a document that ``profile --norm-method joint`` wrote for a workload.
+def joint_choice(found: str | Profile, workload: str) -> tuple[tuple[int, ...], EngineOptions]:
+    """Boundaries and norm methods of a profile for a workload in which they were chosen together.
 
     Raises:
-        DocumentError: when the file holds no such document.
+        DocumentError: when it is no such profile, or the file holds none.
         GroupSearchError: when it is about another workload.
     """
-    document = read_document(path, kind="profile")
+    document: dict[str, Any] = read_document(found, kind="profile") if isinstance(found, str) else found.to_json()
+    path = found if isinstance(found, str) else "the one given"
     try:
         boundaries = tuple(int(boundary) for boundary in document[JOINT]["boundaries"])
         options = EngineOptions("mixed", dict(document["settings"]["methods"]))

@@ -120,7 +120,6 @@ class TrainingRequest(StepRequest):
     watch: float | None = None
     allow_state: Sequence[str] = ()
     seed: int | None = None
-    secure: bool = False
 
 
 def bytes_of(size: int | str | None) -> int | None:

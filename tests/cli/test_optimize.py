@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from groupsearch.cli.optimize import GRANULARITIES, SAMPLERS
+from groupsearch.cli.optimize import CHECKED, GRANULARITIES, SAMPLERS
 from groupsearch.cli.parameters import OPTIMIZERS
 from groupsearch.engine.optimizers import OPTIMIZERS as ENGINE_OPTIMIZERS
+from groupsearch.jobs import search as jobs_search
 from groupsearch.records import read_document
 from groupsearch.search import settings as search_settings
 from tests.cli.running import ROOT, refused, run
@@ -25,6 +26,7 @@ FULL = ("--rungs", "full")
 def test_choices_are_those_of_the_stages():
     assert GRANULARITIES == search_settings.GRANULARITIES
     assert SAMPLERS == search_settings.SAMPLERS
+    assert CHECKED == jobs_search.CHECKED
     assert OPTIMIZERS == ENGINE_OPTIMIZERS
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
-from groupsearch.cli.searching import FINGERPRINT
-from groupsearch.cli.training import training_setup
 from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.request import TrainingRequest
+from groupsearch.jobs.rungs import FINGERPRINT
+from groupsearch.jobs.training import training_setup
 from tests.cli.running import refused, run
 
 EXAMPLES = 1437  # training images of the digits
-NOTHING: dict[str, Any] = {
-    **{key: None for key in ("batch_size", "dtype", "optimizer", "micro_batches", "epsilon", "delta", "steps")},
-    **{key: None for key in ("learning_rate", "sampling_rate", "rule", "max_grad_norm")},
-    **{"setting": (), "device": "cpu", "checkpoint": "none", "norm_method": "mixed", "autocast": "none", "seed": 0},
-}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +29,7 @@ NOTHING: dict[str, Any] = {
     ids=str,
 )
 def test_micro_batches_are_the_pieces_that_training_takes(given, micro_batches, physical, rate):
-    setup, training = training_setup("digits-cnn", {**NOTHING, **given})
+    setup, training = training_setup(TrainingRequest("digits-cnn", seed=0, **given))
     assert (setup.micro_batches, training.physical_batch) == (micro_batches, physical)
     assert training.sampling_rate == pytest.approx(rate)
     assert setup.loaded.batch_size == (physical or 288)
@@ -42,17 +37,17 @@ def test_micro_batches_are_the_pieces_that_training_takes(given, micro_batches, 
 
 def test_a_rate_that_takes_less_than_one_example_in_a_step_is_refused():
     with pytest.raises(GroupSearchError, match=r"at least one example in a step, found 0\.0006.*at least 1/1437"):
-        training_setup("digits-cnn", {**NOTHING, "sampling_rate": 6e-4})
+        training_setup(TrainingRequest("digits-cnn", seed=0, sampling_rate=6e-4))
 
 
 @pytest.mark.parametrize("given", [{"micro_batches": 2, "sampling_rate": 0.5}, {"micro_batches": 6}], ids=str)
 def test_micro_batches_that_contradict_the_rate_or_the_data_are_refused(given):
     with pytest.raises(GroupSearchError, match=r"Expected --micro-batches [13], .*Leave it away"):
-        training_setup("digits-cnn", {**NOTHING, **given})
+        training_setup(TrainingRequest("digits-cnn", seed=0, **given))
 
 
 def test_autocast_is_traced_and_trained():
-    setup, training = training_setup("digits-cnn", {**NOTHING, "autocast": "bfloat16"})
+    setup, training = training_setup(TrainingRequest("digits-cnn", seed=0, autocast="bfloat16"))
     assert setup.autocast == training.autocast == "bfloat16"
     assert {"micro_batches", "autocast"} <= set(FINGERPRINT)
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from groupsearch.cli.varying import DEFAULTS, THRESHOLDS, Ways, mechanism_of, searched
 from groupsearch.clipping import RULES, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.varying import DEFAULTS, THRESHOLDS, Ways, mechanism_of, searched
 from groupsearch.memory import peak_memory
 from groupsearch.records import read_document
 from groupsearch.search import Choice, settings
@@ -100,15 +100,13 @@ def test_a_choice_changes_the_mechanism_and_nothing_else():
 
 
 def test_the_rule_of_the_training_is_tried_first_and_time_is_an_objective_on_request():
-    given = {"vary": {"rule": []}, "rule": None, "groups": None, "objective": "time"}
-    assert searched(given, {"rule": "auto-v"}) == {
-        "groups": None,
+    assert searched({"rule": []}, None, "auto-v", "time") == {
         "rules": ("auto-v", "abadi", "auto-s"),
         "allocations": (),
         "objectives": ("metric", "peak", "time"),
     }
     with pytest.raises(GroupSearchError):
-        searched({**given, "rule": "abadi"}, {"rule": "abadi"})
+        searched({"rule": []}, "abadi", "abadi", None)
 
 
 def test_every_way_is_trained_as_it_is_traced():

@@ -1,18 +1,14 @@
-"""``optimize --private-selection``: choose among fixed groupings on private data, at an epsilon that is known."""
+"""Choosing among fixed groupings on private data, at an epsilon that is known."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-import click
-from click.core import ParameterSource
-
-from groupsearch.cli.console import say
-from groupsearch.cli.varying import COSTS, mechanism_of
 from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.events import Interrupted, Notify, Said
+from groupsearch.jobs.varying import mechanism_of
 from groupsearch.units import format_bytes, format_count, format_interval, format_number
 
 if TYPE_CHECKING:
@@ -25,40 +21,17 @@ if TYPE_CHECKING:
     from groupsearch.verify import Setup
     from groupsearch.workloads import Workload
 
-# What would let something out besides the best, make candidates depend on scores, or make noise known.
-EXCLUDED = (
-    *("rungs", "short_fraction", "promote", "seeds", "max_runs", "confidence", "sampler"),
-    *("storage", "study", "worker", "resume", "seed", "objective"),
-)
 _CONFIDENCE = 0.95
 
 
-def refuse_excluded(given: Mapping[str, Any]) -> None:
-    """Raise when private selection was asked for with an option that its proof leaves no room for.
-
-    Raises:
-        GroupSearchError: which names the options.
-    """
-    context = click.get_current_context()
-    asked = [name for name in EXCLUDED if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
-    asked += [f"vary {name}" for name in COSTS if name in given["vary"]]
-    asked += ["selection_data"] if given["selection_data"] == "public" else []
-    if asked:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise GroupSearchError(
-            f"Found {names} with --private-selection. Its epsilon holds for one random number of trainings of "
-            f"groupings drawn independently, of which the best alone is kept: no search that learns from scores, no "
-            f"seed that is known, nothing on disk to go on with. Leave out the one or the other."
-        )
-
-
-def select(
+def select(  # noqa: PLR0913 - what a search is made of
     document: dict[str, Any],
     setup: Setup,
     trace: Trace,
     training: TrainSettings,
     settings: SearchSettings,
     noise: float,
+    notify: Notify,
 ) -> None:
     """Select, and put into the document what may be published: the best, its noisy score, and what it cost.
 
@@ -69,6 +42,7 @@ def select(
         training: how it is trained.
         settings: ``trials`` is the expected number of trainings; the limits are those of the groupings.
         noise: standard deviation of the noise of scores, in validation examples.
+        notify: is told, and never what is not published.
 
     Raises:
         GroupSearchError: when the workload does not state that its metric is a share, or a training raises.
@@ -80,15 +54,17 @@ def select(
     workload, space = _judged_by_shares(setup.loaded), Space.of(trace, settings)
     choices, scheme = space.fixed_choices(), RepeatAndSelect(settings.trials)
     cost = _cost(scheme, len(choices), training, noise)
-    say(
-        f"Training a random number of {format_count(len(choices))} groupings, {format_number(scheme.mean)} expected. "
-        f"How many they are, and how long it takes, is no part of what may be published."
+    notify(
+        Said(
+            f"Training a random number of {format_count(len(choices))} groupings, {format_number(scheme.mean)} "
+            f"expected. How many they are, and how long it takes, is no part of what may be published."
+        )
     )
     score = _scorer(workload, trace, training)
     try:
         best = select_privately(choices, score, scheme, noise, secret_rng())
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("Interrupted. Nothing of a private selection is kept.") from interrupt
+        raise Interrupted("Interrupted. Nothing of a private selection is kept.") from interrupt
     assert best is not None  # a geometric number is at least 1
     row = _row(space, best, workload, noise)
     metric = row["metric"]
@@ -102,8 +78,6 @@ def select(
     # Its trainings are drawn from the system's entropy, whatever seed the settings have.
     statement = replace(training.statement(workload.data.train_size), selection=cost, seeded=False)
     document["privacy"] = statement.to_json()
-    say(reason)
-    say(str(statement))
 
 
 def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise: float) -> SelectionCost:

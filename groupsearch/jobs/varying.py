@@ -1,4 +1,4 @@
-"""``optimize --vary``: what is searched besides the grouping, and the ways of taking a step that are compared."""
+"""What is searched besides the grouping, and the ways of taking a step that are compared."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from groupsearch.clipping import RULES, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
@@ -33,51 +31,46 @@ DEFAULTS = {
     "norm-method": NORM_METHODS,
 }
 COSTS = ("checkpoint", "micro-batches", "norm-method")
-Values = tuple[str, ...]
 
 
-class Vary(click.ParamType[tuple[str, Values]]):
-    """What is searched and among which values, as in rule=auto-s,abadi."""
+def values_of(vary: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, list[str]]:
+    """What is searched and among which values; none where the defaults are meant.
 
-    name = "name[=values]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Values]:
-        """Name and values of the text."""
-        if isinstance(value, tuple):
-            return value
-        name, equals, text = str(value).partition("=")
-        values = tuple(word.strip() for word in text.split(",")) if equals else ()
-        if name not in DEFAULTS:
-            self.fail(f"Expected {', '.join(DEFAULTS)}, as in rule or rule=auto-s,abadi, found {value!r}.", param, ctx)
-        if wrong := [each for each in values if not _is_known(name, each)]:
-            known = ", ".join(DEFAULTS[name] if name != "thresholds" else THRESHOLDS)
-            self.fail(f"Expected values of {name} such as {known}, found {wrong[0]!r}.", param, ctx)
-        return name, tuple(dict.fromkeys(values))
+    Raises:
+        GroupSearchError: for a name or a value that is not known.
+    """
+    found = dict(vary) if isinstance(vary, Mapping) else dict.fromkeys(vary, ())
+    return {name: check_values(name, values) for name, values in found.items()}
 
 
-def varied(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Values]]) -> dict[str, list[str]]:
-    """The values of every name; none where the defaults are meant."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise click.BadParameter(
-            f"Expected every name once, found {', '.join(names)}. Give all values of one together."
-        )
-    return {name: list(values) for name, values in pairs}
+def check_values(name: str, values: Sequence[str]) -> list[str]:
+    """The values, each once.
+
+    Raises:
+        GroupSearchError: for a name or a value that is not known.
+    """
+    if name not in DEFAULTS:
+        raise GroupSearchError(f"Expected {', '.join(DEFAULTS)}, as in rule or rule=auto-s,abadi, found {name!r}.")
+    if wrong := [each for each in values if not _is_known(name, each)]:
+        known = ", ".join(DEFAULTS[name] if name != "thresholds" else THRESHOLDS)
+        raise GroupSearchError(f"Expected values of {name} such as {known}, found {wrong[0]!r}.")
+    return list(dict.fromkeys(values))
 
 
-def searched(given: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+def searched(
+    vary: Mapping[str, Sequence[str]], given_rule: str | None, own_rule: str, objective: str | None
+) -> dict[str, Any]:
     """The part of the search's settings that says what is searched; the training's own rule is tried first.
 
     Raises:
         GroupSearchError: when the clip rule is both searched and given.
     """
-    vary = given["vary"]
-    if "rule" in vary and given["rule"] is not None:
+    if "rule" in vary and given_rule is not None:
         raise GroupSearchError("Found --rule and --vary rule: the one fixes it, the other searches it. Leave one out.")
-    rules = tuple(vary["rule"] or dict.fromkeys((training["rule"], *RULES))) if "rule" in vary else ()
+    rules = tuple(vary["rule"] or dict.fromkeys((own_rule, *RULES))) if "rule" in vary else ()
     allocations = tuple(vary["thresholds"] or DEFAULTS["thresholds"]) if "thresholds" in vary else ()
-    objectives = ("metric", "peak", *(["time"] if given["objective"] else []))
-    return {"groups": given["groups"], "rules": rules, "allocations": allocations, "objectives": objectives}
+    objectives = ("metric", "peak", *(["time"] if objective else []))
+    return {"rules": rules, "allocations": allocations, "objectives": objectives}
 
 
 @dataclass(frozen=True, eq=False)
