@@ -35,7 +35,9 @@ _forced: list[Habits] = []
 
 def habits_of(tensor: Tensor) -> Habits:
     """The habits on a tensor's device."""
-    return _forced[-1] if _forced else _KNOWN.get(tensor.device.type, CUDA)
+    if _forced:
+        return _forced[-1]
+    return CPU if tensor.is_cpu else CUDA
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 
 _set: Callable[[str, str, str], object] = torch._C._set_fp32_precision_setter
 _get: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+_EXACT = ("none", "ieee")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -38,7 +39,7 @@ class _Settings:
     def enter(self) -> None:
         with self._lock:
             self._users += 1
-            if self._users == 1 and self._cut():
+            if self._users == 1 and not self._are_exact():
                 before = [_get(*operation) for operation in self._operations]
                 for operation in self._operations:
                     _set(*operation, "ieee")
@@ -60,11 +61,15 @@ class _Settings:
                         _set(*operation, before)
                 self._before = None
 
-    def _cut(self) -> bool:
-        """Whether anything may be read as less than float32: asked at every layer of every step, which is cheap."""
-        if any(_get(*operation) not in ("none", "ieee") for operation in self._operations):
-            return True
-        return self._legacy and torch.get_float32_matmul_precision() != "highest"
+    def are_exact(self) -> bool:
+        """Whether there is nothing to set and nobody has set anything: asked at every layer of every step."""
+        return not self._users and self._are_exact()
+
+    def _are_exact(self) -> bool:
+        for operation in self._operations:
+            if _get(*operation) not in _EXACT:
+                return False
+        return not self._legacy or torch.get_float32_matmul_precision() == "highest"
 
 
 _PRODUCTS, _OTHERS = _Settings("matmul"), _Settings("conv", "rnn")
@@ -91,6 +96,8 @@ def in_ieee(function: Function) -> Function:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if _PRODUCTS.are_exact():
+            return function(*args, **kwargs)
         _PRODUCTS.enter()
         try:
             return function(*args, **kwargs)
