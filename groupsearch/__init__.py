@@ -3,6 +3,9 @@
 The names below are imported when they are first used, so ``import groupsearch`` takes no
 longer than it must and everything that needs no torch works without loading it.
 
+The work of every command is one function: ``profile``, ``fit``, ``search``, ``train``, ``verify`` and ``report``, with
+the command's options as arguments. Four of them are also the package of that name, which can be called.
+
 >>> import groupsearch
 >>> groupsearch.Grouping.__module__
 'groupsearch.grouping'
@@ -10,22 +13,32 @@ longer than it must and everything that needs no torch works without loading it.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from groupsearch.clipping import AdaptiveQuantile, ClipPlan
+    from groupsearch.documents import Fit, Profile, Search, Train, Verify
     from groupsearch.engine import PrivateEngine, make_private
     from groupsearch.engine.accounting import default_delta, noise_multiplier_for
     from groupsearch.engine.loading import PoissonBatches
     from groupsearch.errors import BudgetError, DocumentError, GroupSearchError, ToleranceError, UnsupportedModelError
     from groupsearch.export import to_fastdp, to_jax_privacy
     from groupsearch.grouping import Grouping, fewest_groups, least_peak
+    from groupsearch.jobs.fit import fit
+    from groupsearch.jobs.profile import profile
+    from groupsearch.jobs.search import search
+    from groupsearch.jobs.train import train
+    from groupsearch.jobs.verify import verify
     from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice
     from groupsearch.measure import Measurement, measure_peak
     from groupsearch.memory import PeakEstimate, peak_memory, peaks
     from groupsearch.options import EngineOptions
     from groupsearch.records import read_document, write_document
+    from groupsearch.report.file import report
     from groupsearch.reserved import Holding, replay_memory
     from groupsearch.simulate import simulate_peak
     from groupsearch.trace import Site, Trace
@@ -41,6 +54,7 @@ _HOMES = {
     "ClipPlan": "clipping",
     "DocumentError": "errors",
     "EngineOptions": "options",
+    "Fit": "documents",
     "GroupSearchError": "errors",
     "Grouping": "grouping",
     "Holding": "reserved",
@@ -48,10 +62,14 @@ _HOMES = {
     "PeakEstimate": "memory",
     "PoissonBatches": "engine.loading",
     "PrivateEngine": "engine",
+    "Profile": "documents",
+    "Search": "documents",
     "Site": "trace",
     "ToleranceError": "errors",
     "Trace": "trace",
+    "Train": "documents",
     "UnsupportedModelError": "errors",
+    "Verify": "documents",
     "Workload": "workloads",
     "default_delta": "engine.accounting",
     "fewest_groups": "grouping",
@@ -64,6 +82,7 @@ _HOMES = {
     "noise_multiplier_for": "engine.accounting",
     "peak_memory": "memory",
     "peaks": "memory",
+    "profile": "jobs.profile",
     "read_document": "records",
     "replay_memory": "reserved",
     "simulate_peak": "simulate",
@@ -71,8 +90,15 @@ _HOMES = {
     "to_jax_privacy": "export",
     "trace_methods": "tracer",
     "trace_model": "tracer",
+    "train": "jobs.train",
     "write_document": "records",
 }
+_DOORS = {
+    "fit": "jobs.fit",
+    "report": "report.file",
+    "search": "jobs.search",
+    "verify": "jobs.verify",
+}  # names of packages, too
 
 __all__ = [
     "AdaptiveQuantile",
@@ -81,6 +107,7 @@ __all__ = [
     "ClipPlan",
     "DocumentError",
     "EngineOptions",
+    "Fit",
     "GroupSearchError",
     "Grouping",
     "Holding",
@@ -88,14 +115,19 @@ __all__ = [
     "PeakEstimate",
     "PoissonBatches",
     "PrivateEngine",
+    "Profile",
+    "Search",
     "Site",
     "ToleranceError",
     "Trace",
+    "Train",
     "UnsupportedModelError",
+    "Verify",
     "Workload",
     "default_delta",
     "fewest_groups",
     "fewest_operations",
+    "fit",
     "least_peak",
     "least_peak_choice",
     "load_workload",
@@ -104,18 +136,25 @@ __all__ = [
     "noise_multiplier_for",
     "peak_memory",
     "peaks",
+    "profile",
     "read_document",
     "replay_memory",
+    "report",
+    "search",
     "simulate_peak",
     "to_fastdp",
     "to_jax_privacy",
     "trace_methods",
     "trace_model",
+    "train",
+    "verify",
     "write_document",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return import_module(f"groupsearch.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'groupsearch' has no attribute {name!r}")
     value = getattr(import_module(f"groupsearch.{_HOMES[name]}"), name)
@@ -125,3 +164,30 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Door(ModuleType):
+    """A package that is called as the function of its name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._function()(*arguments, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._function())
+
+    def _function(self) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(f"groupsearch.{_DOORS[name]}"), name)
+
+
+class _Package(ModuleType):
+    """This package: Python tells it of every package in it that is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _DOORS:
+            value.__class__ = _Door
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

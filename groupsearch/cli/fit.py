@@ -72,11 +72,11 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch fit hf:gpt2 --device cuda:h100
     """
     from groupsearch.cli.watch import Watch, say_not_measured, show, watching
-    from groupsearch.jobs.fit import FitRequest, fit
+    from groupsearch.jobs.fit import fit
 
     watch = Watch(output, force, as_json)
     with watching(watch):
-        found = fit(FitRequest(model, notify=watch, **given))
+        found = fit(model, notify=watch, **given)
     show(found.table())
     say_not_measured(found)
     say(f"{found.fit.summary} {found.fit.poisson.rule}")

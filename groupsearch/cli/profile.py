@@ -47,11 +47,11 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     """
     from groupsearch.cli.watch import Watch, show, show_peaks, watching
     from groupsearch.documents import tables
-    from groupsearch.jobs.profile import ProfileRequest, profile
+    from groupsearch.jobs.profile import profile
 
     watch = Watch(output, force, as_json)
     with watching(watch):
-        found = profile(ProfileRequest(model, notify=watch, **given))
+        found = profile(model, notify=watch, **given)
     if found.joint is not None:
         show(tables.joint(found))
     show_peaks(found)

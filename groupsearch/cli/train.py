@@ -81,11 +81,11 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
     from groupsearch.cli.watch import Watch, watching
-    from groupsearch.jobs.train import TrainRequest, train
+    from groupsearch.jobs.train import train
 
     watch = Watch(output, force, as_json)
     with watching(watch):
-        found = train(TrainRequest(model, notify=watch, **given))
+        found = train(model, notify=watch, **given)
     _print_result(found)
     watch.save(found)
 

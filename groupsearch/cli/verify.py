@@ -27,11 +27,11 @@ def command(
     groupsearch verify profiles/digits-vit-b288-cpu.json --tolerance 2%
     """
     from groupsearch.cli.watch import Watch, show, watching
-    from groupsearch.jobs.verify import VerifyRequest, verify
+    from groupsearch.jobs.verify import verify
 
     watch = Watch(output, force, as_json)
     with watching(watch):
-        found = verify(VerifyRequest(document, tolerance=tolerance, device=device, notify=watch))
+        found = verify(document, tolerance=tolerance, device=device, notify=watch)
     show(found.table()._replace(title=""))
     watch.save(found)
     if found.outside:

@@ -21,7 +21,7 @@ from groupsearch.fit import (
     summarise,
 )
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
-from groupsearch.jobs.request import StepRequest, bytes_of, texts_of
+from groupsearch.jobs.request import StepRequest, bytes_of, door, texts_of
 from groupsearch.jobs.stages import add_estimates, make_setup, start_document, tracing
 from groupsearch.reserved import CARD_MARGIN, CONTEXT_BYTES
 from groupsearch.units import format_bytes
@@ -57,7 +57,7 @@ class FitRequest(StepRequest):
     measure: bool = False
 
 
-def fit(request: FitRequest) -> Fit:
+def run(request: FitRequest) -> Fit:
     """Find the largest size that fits, for non-private training and for every grouping.
 
     Raises:
@@ -161,3 +161,6 @@ def _add_rates(fit: dict[str, Any], sizes: Sizes, request: FitRequest) -> None:
             add_rates(row, sizes)
         except GroupSearchError as error:
             request.notify(Said(f"Without a rate for {row['grouping']}: {error}"))
+
+
+fit = door(FitRequest, run)

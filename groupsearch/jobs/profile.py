@@ -9,7 +9,7 @@ from groupsearch.documents import Profile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Begun, Interrupted
 from groupsearch.jobs.joint import choose_jointly
-from groupsearch.jobs.request import LEVELS, StepRequest, bytes_of, texts_of
+from groupsearch.jobs.request import LEVELS, StepRequest, bytes_of, door, texts_of
 from groupsearch.jobs.stages import add_checks, add_estimates, make_setup, start_document, tracing
 from groupsearch.joint import JOINT
 
@@ -36,7 +36,7 @@ class ProfileRequest(StepRequest):
     seed: int = 0
 
 
-def profile(request: ProfileRequest) -> Profile:
+def run(request: ProfileRequest) -> Profile:
     """Trace one step, estimate the peaks of groupings, and check them as far as that is asked for.
 
     Raises:
@@ -87,3 +87,6 @@ def profile(request: ProfileRequest) -> Profile:
         said = f"Interrupted; the document has every estimate and {done} checks of them."
         raise Interrupted(said, Profile.from_json(draft)) from interrupt
     return Profile.from_json(draft)
+
+
+profile = door(ProfileRequest, run)

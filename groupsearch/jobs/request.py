@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Notify, ignore
@@ -120,6 +121,25 @@ class TrainingRequest(StepRequest):
     watch: float | None = None
     allow_state: Sequence[str] = ()
     seed: int | None = None
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+D = TypeVar("D")
+
+
+def door(request: Callable[P, R], job: Callable[[R], D]) -> Callable[P, D]:
+    """The job as a function of its request's fields."""
+
+    def call(*fields: P.args, **options: P.kwargs) -> D:
+        return job(request(*fields, **options))
+
+    name = job.__module__.rpartition(".")[2]
+    call.__module__, call.__name__, call.__qualname__ = job.__module__, name, name
+    call.__doc__ = f"{inspect.getdoc(job)}\n\nTakes the fields of :class:`{request.__name__}`."
+    found = inspect.signature(request).replace(return_annotation=inspect.signature(job).return_annotation)
+    call.__signature__ = found  # type: ignore[attr-defined]
+    return call
 
 
 def bytes_of(size: int | str | None) -> int | None:

@@ -10,7 +10,7 @@ from groupsearch.documents import Profile, Search
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import fewest_groups
 from groupsearch.jobs.events import Begun, Interrupted, Profiled, Said
-from groupsearch.jobs.request import TrainingRequest, bytes_of
+from groupsearch.jobs.request import LEVELS, TrainingRequest, bytes_of, door
 from groupsearch.jobs.rungs import RUNGS, rungs_of, search_settings, trials_of
 from groupsearch.jobs.rungs import search as search_rungs
 from groupsearch.jobs.select import select
@@ -99,7 +99,7 @@ class SearchRequest(TrainingRequest):
     seed: int | None = 0
 
 
-def search(request: SearchRequest) -> Search:
+def run(request: SearchRequest) -> Search:
     """Trace and check, then search for groupings that are worth having; or select privately, where that is asked for.
 
     Raises:
@@ -164,6 +164,8 @@ class Prepared:
             trials=trials_of(rungs, request.trials),
         )
         setup, training = training_setup(settled)
+        if "measurements" in LEVELS[request.verify]:
+            setup.check_measurable()
         chosen = {key: getattr(settled, key) for key in (_SELECTION_SETTINGS if private else _SEARCH_SETTINGS)}
         header = start_document("search", setup, device=setup.device, **chosen, **describe(training))
         training = replace(training, seed=None) if private else training
@@ -245,3 +247,6 @@ class Prepared:
                 f"same command again starts over with the trace."
             ) from interrupt
         return trace
+
+
+search = door(SearchRequest, run)

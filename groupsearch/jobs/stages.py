@@ -74,7 +74,7 @@ def named(model: str | Workload | Callable[..., object], settings: Mapping[str, 
     if model.__module__ != "__main__" and getattr(module, name, None) is model and getattr(module, "__file__", None):
         path = Path(inspect.getfile(model))
         return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{name}", None
-    return name, workload_of(name, model, settings)
+    return model.__name__, workload_of(model.__name__, model, settings)
 
 
 def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from groupsearch.grouping import Grouping
 from groupsearch.jobs.allotment import allotment
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Notify
 from groupsearch.jobs.joint import joint_choice, names_document
-from groupsearch.jobs.request import TrainingRequest
+from groupsearch.jobs.request import TrainingRequest, door
 from groupsearch.jobs.stages import start_document
 from groupsearch.jobs.training import describe, training_setup
 from groupsearch.memory import peak_memory
@@ -49,7 +49,7 @@ class TrainRequest(TrainingRequest):
     secure: bool = False
 
 
-def train(request: TrainRequest) -> Train:
+def run(request: TrainRequest) -> Train:
     """Train with privacy and one grouping.
 
     Raises:
@@ -157,3 +157,6 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, draft: dict[
 def _train_size(setup: Setup) -> int:
     assert setup.loaded.data is not None  # it is being trained
     return setup.loaded.data.train_size
+
+
+train = door(TrainRequest, run)

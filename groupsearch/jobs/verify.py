@@ -8,7 +8,7 @@ from typing import Any
 
 from groupsearch.documents import Profile, Search, Verify
 from groupsearch.jobs.events import Advanced, Begun, Interrupted
-from groupsearch.jobs.request import Request
+from groupsearch.jobs.request import Request, door
 from groupsearch.jobs.stages import check_device, start_document
 from groupsearch.records import read_document
 from groupsearch.trace import Trace
@@ -31,7 +31,7 @@ class VerifyRequest(Request):
     device: str | None = None
 
 
-def verify(request: VerifyRequest) -> Verify:
+def run(request: VerifyRequest) -> Verify:
     """Measure the groupings of a document again, each in a fresh process.
 
     Raises:
@@ -62,3 +62,6 @@ def _found(document: Profile | Search | str | Path) -> tuple[dict[str, Any], str
     if isinstance(document, (Profile, Search)):
         return document.to_json(), None
     return read_document(document, kind=("profile", "search")), str(document)
+
+
+verify = door(VerifyRequest, run)
