@@ -192,7 +192,7 @@ def test_an_interrupt_leaves_what_is_done():
         (lambda: gs.search("digits-vit", rungs="proxy"), "Expected full"),
         (lambda: gs.search("digits-vit", vary=["colour"]), "rule, thresholds"),
         (lambda: gs.search("digits-vit", private_selection=True, seeds=5, vary=["checkpoint"]), "--seeds, --vary chec"),
-        (lambda: gs.report(gs.profile("digits-vit", setting=SMALL, grouping="all-layer")), "file for the page"),
+        (lambda: gs.report(gs.profile("digits-vit", setting=SMALL, grouping="all-layer")), "file to write the page"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(ask, said):
