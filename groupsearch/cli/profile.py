@@ -53,6 +53,6 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     with watching(watch):
         found = profile(model, notify=watch, **given)
     if found.joint is not None:
-        show(tables.joint(found))
+        show(tables.joint(found.joint))
     show_peaks(found)
     watch.save(found)

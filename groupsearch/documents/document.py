@@ -105,6 +105,11 @@ class Document(Part):
         raise NotImplementedError
 
     @property
+    def about(self) -> str:
+        """Model and batch."""
+        return f"{self.model.name}, batch {self.model.batch_size}"
+
+    @property
     def finding(self) -> str:
         """What it found, in a sentence or two; empty where there is none."""
         return ""

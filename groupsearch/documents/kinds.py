@@ -34,6 +34,7 @@ from groupsearch.documents.rows import (
 )
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.trace import Trace
+from groupsearch.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -66,7 +67,10 @@ class Memory(Document):
 
     def peaks(self) -> Table:
         """Estimates, their ratio to non-private training, and how they were checked."""
-        return tables.peaks(self)
+        reference, held = self.nonprivate_peak_bytes, self.nonprivate_held
+        title = f"{self.about}: non-private {format_bytes(reference)}"
+        title += "" if held is None else f", {format_bytes(held.reserved_bytes)} held"
+        return tables.peaks(title, reference, self.estimates, self.simulations, self.measurements)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -116,7 +120,7 @@ class Fit(Profile):
 
     def table(self) -> Table:
         """What fits, against non-private training."""
-        return tables.fits(self)
+        return tables.fits(self.model, self.fit)
 
     @property
     def finding(self) -> str:
@@ -168,7 +172,7 @@ class Search(Memory):
 
     def table(self) -> Table:
         """The front, the references and what is recommended."""
-        return tables.candidates(self)
+        return tables.candidates(self.about, self.candidates, self.recommended)
 
     @property
     def finding(self) -> str:
@@ -199,7 +203,7 @@ class Verify(Document):
 
     def table(self) -> Table:
         """Estimates and measurements side by side."""
-        return tables.checks(self)
+        return tables.checks(self.about, self.rows)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -256,7 +260,8 @@ class Train(Document):
 
     def table(self) -> Table:
         """The curve."""
-        return tables.curve(self)
+        title = f"{self.about}, {self.groups} group{'' if self.groups == 1 else 's'}, {self.steps} steps"
+        return tables.curve(title, self.curve, "metric" if self.metric is None else self.metric.name)
 
     @property
     def finding(self) -> str:

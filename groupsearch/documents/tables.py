@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from groupsearch.documents.document import Table
-from groupsearch.documents.rows import Measurement, Simulation
+from groupsearch.documents.rows import (
+    Candidate,
+    Check,
+    Cost,
+    Estimate,
+    Fitting,
+    Joint,
+    Measurement,
+    Model,
+    Point,
+    Simulation,
+)
 from groupsearch.units import (
     format_bytes,
     format_count,
@@ -18,27 +28,29 @@ from groupsearch.units import (
     format_signed_percent,
 )
 
-if TYPE_CHECKING:
-    from groupsearch.documents.kinds import Fit, Memory, Profile, Search, Train, Verify
-
 RESERVED = ("reserved", "fragmented")
 HELD = ("to allocate", "to hold")
 LIMITED = {"memory": "", "limit": "+", "model": " (all it takes)"}
 REFERENCES = ("all-layer", "layer-wise")
 
 
-def peaks(found: Memory) -> Table:
-    """Every estimate with its ratio to non-private training, its simulation and its measurement."""
-    reference = found.nonprivate_peak_bytes
-    simulated = {row.boundaries: row for row in found.simulations}
-    measured = {row.boundaries: row for row in found.measurements}
-    held = any(row.reserved_bytes is not None for row in found.estimates)
-    reserved = any(row.reserved_bytes is not None for row in found.measurements)
+def peaks(
+    title: str,
+    reference: int,
+    estimates: Sequence[Estimate],
+    simulations: Sequence[Simulation],
+    measurements: Sequence[Measurement],
+) -> Table:
+    """Every estimate with its ratio to the reference, non-private training; its simulation and its measurement."""
+    simulated = {row.boundaries: row for row in simulations}
+    measured = {row.boundaries: row for row in measurements}
+    held = any(row.reserved_bytes is not None for row in estimates)
+    reserved = any(row.reserved_bytes is not None for row in measurements)
     columns = ["grouping ", "groups", "estimate", "of non-private", *(HELD if held else ())]
     columns += ["simulated", "error"] if simulated else []
     columns += ["measured", "error", *(RESERVED if reserved else ()), "step"] if measured else []
     rows = []
-    for row in found.estimates:
+    for row in estimates:
         peak, check = row.peak_bytes, measured.get(row.boundaries)
         cells = [row.grouping, str(row.groups), format_bytes(peak), format_ratio(peak / reference)]
         cells += [_bytes(size) for size in (row.allocated_bytes, row.reserved_bytes)] if held else []
@@ -46,17 +58,13 @@ def peaks(found: Memory) -> Table:
         cells += [*_checked(check), *(_reserved(check) if reserved else ())] if measured else []
         cells += ["" if check is None else format_seconds(check.step_seconds)] if measured else []
         rows.append(tuple(cells))
-    title = f"{found.model.name}, batch {found.model.batch_size}: non-private {format_bytes(reference)}"
-    if found.nonprivate_held is not None:
-        title += f", {format_bytes(found.nonprivate_held.reserved_bytes)} held"
     return Table(title, tuple(columns), tuple(rows))
 
 
-def joint(found: Profile) -> Table:
+def joint(found: Joint) -> Table:
     """What was chosen jointly against what each norm method alone needs."""
-    assert found.joint is not None
-    operations, rows = found.joint.operations, []
-    for row in found.joint.compared:
+    operations, rows = found.operations, []
+    for row in found.compared:
         less = format_ratio(row.operations / operations) if operations else ""
         sizes = format_bytes(row.all_layer_bytes), format_bytes(row.floor_bytes)
         rows.append((row.norm_method, *sizes, format_number(row.operations), less))
@@ -64,9 +72,8 @@ def joint(found: Profile) -> Table:
     return Table("Norms and clipped sums by method", columns, tuple(rows))
 
 
-def fits(found: Fit) -> Table:
+def fits(model: Model, fit: Fitting) -> Table:
     """What fits, against non-private training."""
-    fit = found.fit
     batch = fit.varies == "batch_size"
     rated = any(row.examples_per_second is not None for row in fit.rows)
     held = any(row.reserved_bytes is not None for row in fit.rows)
@@ -83,13 +90,13 @@ def fits(found: Fit) -> Table:
         cells += [_bytes(row.reserved_bytes)] if held else []
         cells += [f"{format_number(rate.value, 4)} {rate.source}" if rate else ""] if rated else []
         rows.append(tuple(cells))
-    fixed = "" if batch else f", batch {found.model.batch_size}"
-    return Table(f"{found.model.name}{fixed}: {fit.held_back}", tuple(columns), tuple(rows))
+    fixed = "" if batch else f", batch {model.batch_size}"
+    return Table(f"{model.name}{fixed}: {fit.held_back}", tuple(columns), tuple(rows))
 
 
-def checks(found: Verify) -> Table:
+def checks(title: str, checked: Sequence[Check]) -> Table:
     """Estimates and what was measured now, side by side."""
-    known = any(row.reserved_bytes is not None for row in found.rows)
+    known = any(row.reserved_bytes is not None for row in checked)
     columns = ("grouping ", "groups", "estimate", "measured", "error", *(RESERVED if known else ()), "step", "within")
     rows = tuple(
         (
@@ -101,15 +108,14 @@ def checks(found: Verify) -> Table:
             format_seconds(row.step_seconds),
             "yes" if row.within else "no",
         )
-        for row in found.rows
+        for row in checked
     )
-    return Table(_about(found), columns, rows)
+    return Table(title, columns, rows)
 
 
-def candidates(found: Search) -> Table:
+def candidates(title: str, found: Sequence[Candidate], best: Candidate | None) -> Table:
     """The front, all-layer, layer-wise, and what is recommended."""
-    best = found.recommended
-    shown = [c for c in found.candidates if c.on_front or c == best or c.source in REFERENCES]
+    shown = [c for c in found if c.on_front or c == best or c.source in REFERENCES]
     rows = tuple(
         (
             ", ".join((c.source, *c.options)),
@@ -122,12 +128,12 @@ def candidates(found: Search) -> Table:
         )
         for c in shown
     )
-    names = {c.metric.name: None for c in found.candidates}
+    names = {c.metric.name: None for c in found}
     columns = ("from ", "groups", "peak", next(iter(names), "metric"), "seeds", "front", " ")
-    return Table(_about(found), columns, rows)
+    return Table(title, columns, rows)
 
 
-def rungs(found: Search) -> Table:
+def rungs(cost: Cost) -> Table:
     """What each kind of evidence cost."""
     rows = (
         (
@@ -137,24 +143,18 @@ def rungs(found: Search) -> Table:
             format_count(rung.steps),
             format_number(rung.full_trainings),
         )
-        for rung in found.cost.rungs or ()
+        for rung in cost.rungs or ()
     )
     return Table("", ("rung ", "runs", "time", "steps", "full trainings"), tuple(rows))
 
 
-def curve(found: Train) -> Table:
+def curve(title: str, points: Sequence[Point], name: str) -> Table:
     """Loss and metric along the steps."""
-    name = "metric" if found.metric is None else found.metric.name
     rows = tuple(
         (str(point.step), "" if point.loss is None else format_number(point.loss), _value(point.metric, None, name))
-        for point in found.curve
+        for point in points
     )
-    groups = f"{found.groups} group{'' if found.groups == 1 else 's'}"
-    return Table(f"{_about(found)}, {groups}, {found.steps} steps", ("step", "loss", name), rows)
-
-
-def _about(found: Memory | Verify | Train) -> str:
-    return f"{found.model.name}, batch {found.model.batch_size}"
+    return Table(title, ("step", "loss", name), rows)
 
 
 def _value(mean: float | None, half_width: float | None, name: str) -> str:
