@@ -26,7 +26,8 @@ from groupsearch.cli.watch import Watch, show, show_peaks, watching
 from groupsearch.documents import tables
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Event, Profiled
-from groupsearch.jobs.rungs import RUNGS, TRIALS, rungs_of
+from groupsearch.jobs.request import RUNGS
+from groupsearch.jobs.rungs import TRIALS, rungs_of
 from groupsearch.jobs.varying import check_values
 from groupsearch.privacy import not_private_sentence
 from groupsearch.records import default_path
@@ -196,7 +197,8 @@ def command(
     groupsearch optimize digits-cnn --rungs full --max-runs 80 --confidence 0.9
     groupsearch optimize digits-cnn --storage postgresql://me@host/searches --worker --device cuda:1
     """
-    from groupsearch.jobs.search import Prepared, SearchRequest, refuse_excluded
+    from groupsearch.jobs.request import SearchRequest
+    from groupsearch.jobs.search import Prepared, refuse_excluded
 
     watch, storage = _Watch(output, force, as_json), given.pop("storage")
     request = SearchRequest(model, notify=watch, storage=storage, **given)
@@ -212,9 +214,7 @@ def command(
             trained = prepared.work(storage)
         say(f"The search has ended: {trained} training runs of all workers together.")
     else:
-        _search(
-            prepared, watch, _Places.plan(prepared.header, given["resume"], storage, report, output, force, as_json)
-        )
+        _search(prepared, watch, _Places.plan(prepared.header, watch, given["resume"], storage, report))
 
 
 def _asked() -> list[str]:
@@ -228,7 +228,7 @@ def _search(prepared: Prepared, watch: Watch, places: _Places) -> None:
 
     watch.output = places.output
     with watching(watch):
-        found = prepared.run(places.storage, force=watch.force)
+        found = prepared.run(places.storage, force=watch.asked[1])
     watch.save(found)
     _print_result(found)
     say(str(found.privacy))
@@ -250,7 +250,7 @@ def _select(prepared: Prepared, watch: Watch, report: str | None) -> None:
     say(str(found.privacy))
     watch.save(found)
     if page is not None:
-        write_page(found.to_json(), page, force=watch.force)
+        write_page(found.to_json(), page, force=watch.asked[1])
 
 
 def _print_result(found: Search) -> None:
@@ -260,7 +260,7 @@ def _print_result(found: Search) -> None:
     if ways:
         say(f"What is on the front needs least with: {'; '.join(ways)}.")
     say(found.reason)
-    show(tables.rungs(found))
+    show(tables.rungs(found.cost))
     for each in found.correlations or ():
         say(each.statement)
     cost, rungs = found.cost, found.cost.rungs or ()
@@ -281,21 +281,15 @@ class _Places:
     storage: str
 
     @classmethod
-    def plan(  # noqa: PLR0913 - places that the command was given
-        cls,
-        header: Mapping[str, Any],
-        resume: bool,
-        storage: str | None,
-        report: str | None,
-        output: str | None,
-        force: bool,
-        as_json: bool,
+    def plan(
+        cls, header: Mapping[str, Any], watch: Watch, resume: bool, storage: str | None, report: str | None
     ) -> _Places:
         """See that everything can be written before any work is done; ``--resume`` rewrites what it resumes.
 
         Raises:
             GroupSearchError: when something is there already, or a folder cannot be written.
         """
+        output, force, as_json = watch.asked
         beside = Path(output) if output else default_path(header)
         storage = storage or str(beside.with_suffix(".journal"))
         replace_files = force or resume

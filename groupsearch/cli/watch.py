@@ -18,8 +18,7 @@ class Watch:
     """Prints events, one bar at a time, and sees where the document can go before any work is done."""
 
     def __init__(self, output: str | None, force: bool, as_json: bool) -> None:
-        self._asked = output, force, as_json
-        self.force = force
+        self.asked = output, force, as_json
         self._stack = ExitStack()
         self._bars: Progress | None = None
         self._bar: tuple[str, TaskID] | None = None
@@ -36,7 +35,7 @@ class Watch:
 
     def begin(self, header: Mapping[str, Any]) -> None:
         """See that the document can be written."""
-        self.output = Output.plan(header, *self._asked)
+        self.output = Output.plan(header, *self.asked)
 
     def say(self, event: Event) -> None:
         """Print an event that is no bar."""

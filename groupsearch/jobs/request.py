@@ -20,6 +20,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "measure": ("measurements",),
     "all": ("simulations", "measurements"),
 }
+RUNGS = ("proxy", "short", "full")
 _CHOICES: dict[str, tuple[object, ...]] = {
     "verify": tuple(LEVELS),
     "find": ("batch-size", "sequence-length"),
@@ -121,6 +122,62 @@ class TrainingRequest(StepRequest):
     watch: float | None = None
     allow_state: Sequence[str] = ()
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class SearchRequest(TrainingRequest):
+    """What to search; ``seed`` is of the sampler, and the first one of the trainings.
+
+    Attributes:
+        budget: largest estimated peak, as in ``12GiB``; others are never trained.
+        rungs: kinds of evidence, the cheapest first: ``proxy``, ``short`` and ``full`` runs.
+        short_fraction: steps of a short run, as a share of those of a full one.
+        trials: groupings to train before the front is repeated; None for 18 in short runs, 16 in full ones.
+        promote: groupings to train in full after short runs.
+        seeds: training runs of every grouping on the front.
+        max_runs: repeat the front until groupings are told apart or so many full runs are made.
+        confidence: of all that is declared of the front together.
+        selection_data: ``public`` or ``private``: what is trained on and judged by.
+        private_selection: choose at a known epsilon instead of searching.
+        score_noise: of its scores, in validation examples.
+        vary: what to search, too, and its values; without values the usual ones.
+        objective: ``time`` to search for a short step, too.
+        groups: exactly so many groups.
+        granularity: where to cut: ``site``, ``layer`` or ``block``.
+        max_groups: the most groups.
+        sampler: ``front``, ours, or one of Optuna's.
+        storage: a journal file or a database URL; None to keep the study in memory.
+        study: its name there.
+        resume: go on with the study in the storage.
+        force: throw away the study in the storage.
+        verify: check estimates first: ``none``, ``simulate``, ``measure`` or ``all``.
+    """
+
+    model: str | Workload | Callable[..., object] = "digits-vit"
+    _: KW_ONLY
+    budget: int | str | None = None
+    rungs: str | Sequence[str] = RUNGS
+    short_fraction: float = 0.125
+    trials: int | None = None
+    promote: int = 7
+    seeds: int = 3
+    max_runs: int | None = None
+    confidence: float = 0.95
+    selection_data: str = "private"
+    private_selection: bool = False
+    score_noise: float = 5.0
+    vary: Mapping[str, Sequence[str]] | Sequence[str] = ()
+    objective: str | None = None
+    groups: int | None = None
+    granularity: str = "site"
+    max_groups: int | None = None
+    sampler: str = "front"
+    storage: str | None = None
+    study: str = "groupsearch"
+    resume: bool = False
+    force: bool = False
+    verify: str = "all"
+    seed: int | None = 0
 
 
 P = ParamSpec("P")

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 from groupsearch.clipping import AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import LOSS, Advanced, Evaluated, Notify, Said, described
-from groupsearch.jobs.request import bytes_of
+from groupsearch.jobs.request import RUNGS, SearchRequest, bytes_of
 from groupsearch.jobs.varying import Ways, mechanism_of, searched, values_of
 
 if TYPE_CHECKING:
-    from groupsearch.jobs.search import SearchRequest
     from groupsearch.search import Choice, Event, Outcome, Proxy, SearchResult, SearchSettings, Short
     from groupsearch.training import TrainSettings
     from groupsearch.verify import Setup
 
-RUNGS = ("proxy", "short", "full")
 TRIALS = {"short": 18, "full": 16}  # where the lowest rung of runs is this one and nothing else is said
 FINGERPRINT = (
     *("norm_method", "checkpoint", "optimizer", "micro_batches", "autocast", "device"),

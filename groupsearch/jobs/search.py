@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from groupsearch.documents import Profile, Search
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import fewest_groups
 from groupsearch.jobs.events import Begun, Interrupted, Profiled, Said
-from groupsearch.jobs.request import LEVELS, TrainingRequest, bytes_of, door
-from groupsearch.jobs.rungs import RUNGS, rungs_of, search_settings, trials_of
+from groupsearch.jobs.request import LEVELS, SearchRequest, bytes_of, door
+from groupsearch.jobs.rungs import rungs_of, search_settings, trials_of
 from groupsearch.jobs.rungs import search as search_rungs
 from groupsearch.jobs.select import select
 from groupsearch.jobs.stages import add_checks, add_estimates, start_document, tracing
@@ -26,9 +26,6 @@ from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings
 from groupsearch.verify import Setup
 
-if TYPE_CHECKING:
-    from groupsearch.workloads import Workload
-
 CHECKED = ("all-layer", "layer-wise", "best:2", "best:4")
 _WORKER_PATIENCE_SECONDS = 3600.0  # the search begins when its profile is made and checked
 _SEARCH_SETTINGS = (
@@ -41,62 +38,6 @@ EXCLUDED = (
     *("rungs", "short_fraction", "promote", "seeds", "max_runs", "confidence", "sampler"),
     *("storage", "study", "worker", "resume", "seed", "objective"),
 )
-
-
-@dataclass(frozen=True)
-class SearchRequest(TrainingRequest):
-    """What to search; ``seed`` is of the sampler, and the first one of the trainings.
-
-    Attributes:
-        budget: largest estimated peak, as in ``12GiB``; others are never trained.
-        rungs: kinds of evidence, the cheapest first: ``proxy``, ``short`` and ``full`` runs.
-        short_fraction: steps of a short run, as a share of those of a full one.
-        trials: groupings to train before the front is repeated; None for 18 in short runs, 16 in full ones.
-        promote: groupings to train in full after short runs.
-        seeds: training runs of every grouping on the front.
-        max_runs: repeat the front until groupings are told apart or so many full runs are made.
-        confidence: of all that is declared of the front together.
-        selection_data: ``public`` or ``private``: what is trained on and judged by.
-        private_selection: choose at a known epsilon instead of searching.
-        score_noise: of its scores, in validation examples.
-        vary: what to search, too, and its values; without values the usual ones.
-        objective: ``time`` to search for a short step, too.
-        groups: exactly so many groups.
-        granularity: where to cut: ``site``, ``layer`` or ``block``.
-        max_groups: the most groups.
-        sampler: ``front``, ours, or one of Optuna's.
-        storage: a journal file or a database URL; None to keep the study in memory.
-        study: its name there.
-        resume: go on with the study in the storage.
-        force: throw away the study in the storage.
-        verify: check estimates first: ``none``, ``simulate``, ``measure`` or ``all``.
-    """
-
-    model: str | Workload | Callable[..., object] = "digits-vit"
-    _: KW_ONLY
-    budget: int | str | None = None
-    rungs: str | Sequence[str] = RUNGS
-    short_fraction: float = 0.125
-    trials: int | None = None
-    promote: int = 7
-    seeds: int = 3
-    max_runs: int | None = None
-    confidence: float = 0.95
-    selection_data: str = "private"
-    private_selection: bool = False
-    score_noise: float = 5.0
-    vary: Mapping[str, Sequence[str]] | Sequence[str] = ()
-    objective: str | None = None
-    groups: int | None = None
-    granularity: str = "site"
-    max_groups: int | None = None
-    sampler: str = "front"
-    storage: str | None = None
-    study: str = "groupsearch"
-    resume: bool = False
-    force: bool = False
-    verify: str = "all"
-    seed: int | None = 0
 
 
 def run(request: SearchRequest) -> Search:
@@ -200,7 +141,7 @@ class Prepared:
         document, request = self.header, replace(self.request, rungs=("full",))
         settings = search_settings(document, self.setup.loaded.metric_name, request, None, force=False)
         trace = self._profile(settings)
-        select(document, self.setup, trace, self.training, settings, request.score_noise, request.notify)
+        select(document, self.setup, trace, self.training, settings, request)
         document["training"] = describe(self.training)
         document["not_private"] = {}
         document["cost"]["epsilon"] = document["training"]["epsilon"]

@@ -7,7 +7,8 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.jobs.events import Interrupted, Notify, Said
+from groupsearch.jobs.events import Interrupted, Said
+from groupsearch.jobs.request import SearchRequest
 from groupsearch.jobs.varying import mechanism_of
 from groupsearch.units import format_bytes, format_count, format_interval, format_number
 
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
 _CONFIDENCE = 0.95
 
 
-def select(  # noqa: PLR0913 - what a search is made of
+def select(
     document: dict[str, Any],
     setup: Setup,
     trace: Trace,
     training: TrainSettings,
     settings: SearchSettings,
-    noise: float,
-    notify: Notify,
+    request: SearchRequest,
 ) -> None:
     """Select, and put into the document what may be published: the best, its noisy score, and what it cost.
 
@@ -41,8 +41,8 @@ def select(  # noqa: PLR0913 - what a search is made of
         trace: of its step.
         training: how it is trained.
         settings: ``trials`` is the expected number of trainings; the limits are those of the groupings.
-        noise: standard deviation of the noise of scores, in validation examples.
-        notify: is told, and never what is not published.
+        request: says the standard deviation of the noise of scores, in validation examples; whom it notifies is never
+            told what is not published.
 
     Raises:
         GroupSearchError: when the workload does not state that its metric is a share, or a training raises.
@@ -53,8 +53,9 @@ def select(  # noqa: PLR0913 - what a search is made of
 
     workload, space = _judged_by_shares(setup.loaded), Space.of(trace, settings)
     choices, scheme = space.fixed_choices(), RepeatAndSelect(settings.trials)
+    noise = request.score_noise
     cost = _cost(scheme, len(choices), training, noise)
-    notify(
+    request.notify(
         Said(
             f"Training a random number of {format_count(len(choices))} groupings, {format_number(scheme.mean)} "
             f"expected. How many they are, and how long it takes, is no part of what may be published."
