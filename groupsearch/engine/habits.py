@@ -37,7 +37,7 @@ def habits_of(tensor: Tensor) -> Habits:
     """The habits on a tensor's device."""
     if _forced:
         return _forced[-1]
-    return CPU if tensor.is_cpu else CUDA
+    return _KNOWN["cpu" if tensor.is_cpu else "cuda"]
 
 
 @contextmanager
