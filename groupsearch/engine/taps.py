@@ -53,7 +53,12 @@ class _Tell(torch.autograd.Function):
 
 
 def _take(ctx: Any) -> tuple[Tensor, ...]:
-    tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    """What a node saved, cut off from the graph.
+
+    Whoever keeps what it is handed is known to the graph's nodes, a circle that goes through C++ and is never
+    collected.
+    """
+    tensors = tuple(tensor.detach() for tensor in ctx.saved_tensors)
     ctx.maybe_clear_saved_tensors()
     return tensors
 
@@ -77,7 +82,7 @@ class Saved:
 
     def take(self) -> tuple[Tensor, ...]:
         """The tensors, recomputed or fetched where a saved-tensor hook says so."""
-        tensors = () if self._node is None else self._node.saved_tensors
+        tensors = () if self._node is None else tuple(tensor.detach() for tensor in self._node.saved_tensors)
         self._node = None
         return tensors
 
