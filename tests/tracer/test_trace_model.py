@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from groupsearch.engine.truth import signature
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.grouping import Grouping
 from groupsearch.lifetimes import lifetimes
@@ -18,6 +21,7 @@ from groupsearch.memory import cost_table, peak_memory
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
+from groupsearch.tracer.live import LiveBytes
 from groupsearch.workloads import load_workload
 from tests.cases import EVERY_CASE, LAYER_CASES, MODEL_CASES, Case
 from tests.reference import trainable
@@ -54,6 +58,24 @@ def test_a_trace_is_consistent(name: str) -> None:
         assert booked.released > step.hook_at[booked.last_site]
     assert all(site.close_bytes >= site.gradient_bytes >= 0 for site in trace.sites)
     assert all(term.transient_bytes > 0 for term in trace.cross_terms)
+
+
+KEPT = (
+    *("gpt2", "t5", "vit", "tied-embedding-head", "tied-linears", "reused-parameter", "reused-function", "temperature"),
+    *("parameter-used-three-ways", "checkpoint-tied-reentrant", "checkpoint-non-reentrant", "bilinear"),
+)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_nothing_of_a_model_is_alive_after_its_trace(name: str) -> None:
+    case, live = EVERY_CASE[name], LiveBytes()
+    model = case.model(torch.float32)
+    with live:
+        trace_model(copy.deepcopy(model), case.batch(torch.float32), case.loss, device="cpu", copy_model=False)
+    gc.collect()  # a circle that goes through the graph of autograd would stay
+    assert live.live_bytes == 0
+    assert len(live.sizes) > 50
+    assert signature._signs.cache_info().currsize == 0  # hooks of gradients run unwatched
 
 
 @pytest.mark.parametrize("name", CHOSEN)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from groupsearch.engine.truth.signature import forget_signs
+
 # what nn.Module keeps for itself, other than its mode
 _OWN = frozenset(vars(nn.Module())) - {"training"}
 _DEPTH = 4
@@ -213,9 +215,10 @@ def _set(setter: Callable[[Any], Any], state: Any) -> None:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[Memory]:
-    """The memory of a model, which is put back in the end, also after an exception."""
+    """The memory of a model, which is put back in the end, also after an exception. Nothing else stays on its device."""
     memory = Memory(model)
     try:
         yield memory
     finally:
         memory.put_back()
+        forget_signs()

@@ -43,3 +43,8 @@ def _signs(count: int, salt: int, device: torch.device, dtype: torch.dtype) -> T
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
     return (1 - 2 * ((x ^ (x >> 15)) & 1)).view(_TIMES, count).to(device=device, dtype=dtype)
+
+
+def forget_signs() -> None:
+    """Let go of the signs, which lie on the devices that gradients had lain on."""
+    _signs.cache_clear()
