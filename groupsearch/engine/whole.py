@@ -195,11 +195,12 @@ class WholeEntry:
         sums = next(self.call.gradients({i: x[places] for i, x in self.rows.items()}, [scaled]))
         return {name: total.masked_fill(~kept_B.any(), 0) for name, total in sums.items()}
 
-    def outline(self, name: str) -> Tensor:
-        """The per-example gradients of one parameter, (B, *shape), without values."""
+    def outline(self, name: str) -> Callable[[], Tensor]:
+        """A maker of the per-example gradients of one parameter, (B, *shape), without values."""
         local = next(local for local, canonical in self.call.trainable.items() if canonical == name)
         parameter = self.call.module.get_parameter(local)
-        return torch.empty((self._size, *parameter.shape), dtype=parameter.dtype, device="meta")
+        shape, dtype = (self._size, *parameter.shape), parameter.dtype
+        return lambda: torch.empty(shape, dtype=dtype, device="meta")
 
     def alone(self, kept_B: Tensor | slice) -> InstanceEntry:
         """The gradients of some examples, (B, *shape) each, as they come from the runs that the norms were taken of."""

@@ -67,11 +67,11 @@ class _Whole:
     """A module's call that is not run again, for its parameters have values: its gradients alone are allocated.
 
     Attributes:
-        outlines: of every parameter's gradients, (B, *shape), without values.
+        outlines: makers of every parameter's gradients, (B, *shape), without values.
         dimensions: as the entry's.
     """
 
-    outlines: dict[str, Tensor]
+    outlines: dict[str, Callable[[], Tensor]]
     dimensions: Dimensions
     booked: tuple[Tensor, ...] = ()
 
@@ -80,7 +80,7 @@ class _Whole:
         return tuple(self.outlines)
 
     def alone(self, kept_B: slice) -> InstanceEntry:
-        return InstanceEntry({name: torch.empty_like(x) for name, x in self.outlines.items()}, self.dimensions)
+        return InstanceEntry({name: make() for name, make in self.outlines.items()}, self.dimensions)
 
 
 def _outline(value: Any) -> Callable[[], Any]:

@@ -94,7 +94,7 @@ def start_mixing(model: Any) -> None:
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda z: z - z.mean(0),
     "roll": lambda z: 0.5 * z + 0.5 * z.roll(1, 0),
-    "flip": lambda z: z.flip(0),
+    "flip": lambda z: z.flip(0) + z.roll(1, 0),  # of an odd number, the one in the middle stays
     "size": lambda z: z / len(z),
     "from four examples on": lambda z: z - z.mean(0) if len(z) > 3 else z,
 }
