@@ -16,10 +16,25 @@ BLOCK = re.compile(r"(<!-- numbers:(\w+) -->\n).*?(<!-- /numbers -->)", re.DOTAL
 Document = Mapping[str, Any]
 
 
-def document(name: str) -> Document:
+CARD = "nvidia-h100-80gb-hbm3"
+GRIDS = {"segments": f"grid-{CARD}", "expandable": f"grid-{CARD}-expandable"}
+"""Documents of what a card allocated, by how its allocator was set."""
+
+
+def document(name: str, device: str = "-cpu") -> Document:
     """A committed document, by the stem of its file."""
-    found: Document = json.loads((ROOT / "profiles" / f"{name}-cpu.json").read_text(encoding="utf-8"))
+    found: Document = json.loads((ROOT / "profiles" / f"{name}{device}.json").read_text(encoding="utf-8"))
     return found
+
+
+def without_card() -> dict[tuple[str, str], tuple[int, int]]:
+    """By allocator and grouping of the checkpointed ViT: allocated and reserved bytes as foretold without a card."""
+    (row,) = (row for row in document("reserved")["rows"] if row["model"] == "ViT-B/16, checkpointed")
+    return {
+        (kind, found["grouping"]): (found[f"{kind}_allocated_bytes"], found[f"{kind}_reserved_bytes"])
+        for kind in GRIDS
+        for found in row["groupings"]
+    }
 
 
 def with_numbers(text: str) -> str:
@@ -162,6 +177,43 @@ def _reserved() -> Iterator[str]:
         yield table_row(*cells)
 
 
+def _card() -> Iterator[str]:
+    yield from table_head(
+        "model, checkpointed",
+        "segments",
+        "groupings",
+        "estimate / asked for",
+        "estimate / allocated",
+        "held / estimate",
+    )
+    for kind, stem in GRIDS.items():
+        rows = document(stem, "")["rows"]
+        for model in dict.fromkeys(row["model"] for row in rows):
+            found = [row for row in rows if row["model"] == model]
+            held = [row["reserved_bytes"] / row["estimate_bytes"] for row in found]
+            errors = [[row["errors"][f"estimate/{level}"] for row in found] for level in ("requested", "measurement")]
+            spans = [f"{_fine(max(e))} to {_fine(min(e))}" for e in errors]
+            how = "as torch has them" if kind == "segments" else kind
+            yield table_row(model, how, str(len(found)), *spans, f"{min(held):.2f} to {max(held):.2f}")
+
+
+def _foretold() -> Iterator[str]:
+    yield from table_head("grouping", "segments", "foretold: allocated", "on the card", "", "held", "on the card", "")
+    foretold = without_card()
+    for kind, stem in GRIDS.items():
+        for row in document(stem, "")["rows"]:
+            key = (kind, row["grouping"])
+            if row["model"] == "ViT-B/16" and key in foretold:
+                cells = []
+                for told, seen in zip(foretold[key], (row["measured_bytes"], row["reserved_bytes"]), strict=True):
+                    cells += [format_count(told), format_count(seen), _fine(told / seen - 1)]
+                yield table_row(row["grouping"], "as torch has them" if kind == "segments" else kind, *cells)
+
+
+def _fine(share: float) -> str:
+    return format_signed_percent(share, 3)
+
+
 def _short(name: str) -> str:
     return ".".join(name.split(".")[-4:])
 
@@ -187,6 +239,8 @@ BLOCKS: dict[str, Callable[[], Iterator[str] | Sequence[str]]] = {
     "rows": _rows,
     "rise": _rise,
     "reserved": _reserved,
+    "card": _card,
+    "foretold": _foretold,
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.evidence import MODELS, figures, wanted
 from benchmarks.reserved import MODELS as REPLAYED
 from benchmarks.sweep import MODELS as SWEPT
 from benchmarks.sweep import curve
-from tests.memory_page import BLOCK, BLOCKS, PAGE, document, with_numbers
+from tests.memory_page import BLOCK, BLOCKS, CARD, GRIDS, PAGE, ROOT, document, with_numbers, without_card
 
 GIB = 2**30
 
@@ -139,3 +140,33 @@ def test_with_expandable_segments_what_is_allocated_is_the_estimate_and_without_
             assert estimate <= found["segments_allocated_bytes"] < 1.01 * estimate
             assert found["segments_allocated_bytes"] <= found["segments_reserved_bytes"]
             assert found["expandable_reserved_bytes"] < 1.1 * estimate
+
+
+def test_on_the_card_what_was_asked_for_is_the_estimate_and_what_it_does_not_split_is_allocated_too() -> None:
+    for kind, stem in GRIDS.items():
+        rows = document(stem, "")["rows"]
+        assert {row["checkpoint"] for row in rows} == {"blocks"}
+        for row in rows:
+            assert row["estimate_bytes"] < row["requested_bytes"] < 1.0001 * row["estimate_bytes"]
+            missed = row["measured_bytes"] - row["estimate_bytes"]
+            left = {"ViT-B/16": 41_472, "ResNet-50 with GroupNorm": 160_256}[row["model"]]
+            if kind == "expandable":
+                assert missed - left in range(0, 8 * 512, 512)
+            else:
+                assert left < missed < 0.007 * row["estimate_bytes"]
+
+
+def test_the_card_allocated_what_was_foretold_without_it() -> None:
+    for kind, stem in GRIDS.items():
+        seen = {row["grouping"]: row for row in document(stem, "")["rows"] if row["model"] == "ViT-B/16"}
+        for grouping in ("non-private", "all-layer", "layer-wise"):
+            allocated, reserved = without_card()[kind, grouping]
+            assert 0.998 < allocated / seen[grouping]["measured_bytes"] < 1
+            assert 0.93 < reserved / seen[grouping]["reserved_bytes"] < 1
+
+
+def test_every_check_on_the_card_passed() -> None:
+    lines = (ROOT / "profiles" / f"checks-{CARD}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 73
+    assert all("passed" in row and row["where"]["device"] == "NVIDIA H100 80GB HBM3" for row in rows)

@@ -25,6 +25,7 @@ from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak, measure_step
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
+from groupsearch.reserved import holding
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.step import Stage, made_private, make_stage, real_copy
@@ -152,6 +153,9 @@ def _row(setup: Setup, stage: Stage, trace: Trace, name: str, grouping: Grouping
         private = made_private(stage, setup.step, grouping, setup.loaded.batch_size)
         row |= {"estimate_bytes": peak_memory(trace, grouping).peak_bytes}
         row |= {"boundaries": list(grouping.boundaries), "groups": grouping.groups}
+    held = holding(trace, None if grouping is None else grouping.boundaries)
+    if held is not None:
+        row |= {"replayed_allocated_bytes": held.allocated_bytes, "replayed_reserved_bytes": held.reserved_bytes}
     with private:
         measured = measure_step(stage, torch.device(setup.device), STEPS)
     return {

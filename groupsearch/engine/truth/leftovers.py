@@ -215,7 +215,7 @@ def _set(setter: Callable[[Any], Any], state: Any) -> None:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[Memory]:
-    """The memory of a model, which is put back in the end, also after an exception. Nothing else stays on its device."""
+    """The memory of a model, put back in the end, also after an exception. Nothing else stays on its device."""
     memory = Memory(model)
     try:
         yield memory
