@@ -35,7 +35,7 @@ from groupsearch.partition import front
 from groupsearch.simulate import private_peak
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
-from groupsearch.tracer.profiled import profiled_peak
+from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import Stage, StepSettings, fake_stage, made_private, make_stage
 from groupsearch.units import format_bytes

@@ -33,7 +33,7 @@ from benchmarks.bench_step import (
 )
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private, mechanism
-from groupsearch.engine.noise import Gaussians, add_noise_
+from groupsearch.engine.mechanism import Gaussians, add_noise_
 from groupsearch.grouping import Grouping
 from groupsearch.randomness import SecureStream, secret_generator
 from groupsearch.tracer.sites import observe_sites

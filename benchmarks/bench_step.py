@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.accuracy import version_of
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.habits import as_on
+from groupsearch.engine.arithmetic import as_on
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload

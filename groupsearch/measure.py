@@ -23,7 +23,7 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Site
-from groupsearch.tracer.profiled import profiled_peak
+from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.step import Stage, StepSettings, made_private, make_stage, real_copy
 from groupsearch.workloads import load_workload
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from groupsearch.engine.arrival import Arrival
+from groupsearch.engine.arithmetic import widened
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry, MatrixEntry, matrix_instances, of_examples
 from groupsearch.engine.layout import Layouts
-from groupsearch.engine.widening import widened
+from groupsearch.engine.passes import Arrival
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.gram import Grams, sharing_pairs
 from groupsearch.grouping import Grouping

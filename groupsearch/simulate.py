@@ -10,9 +10,17 @@ from torch import nn
 from groupsearch.cards import card_of
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.scratch import cpu_scratch
-from groupsearch.tracer.step import Loss, Stage, StepSettings, card_stage, fake_stage, made_private, real_stage
+from groupsearch.tracer.step import (
+    Loss,
+    Stage,
+    StepSettings,
+    card_stage,
+    fake_stage,
+    held_interrupts,
+    made_private,
+    real_stage,
+)
 from groupsearch.workloads.batches import count_examples
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from groupsearch import ClipPlan, Grouping, UnsupportedModelError, make_private, trace_model
-from groupsearch.engine.sampling import PoissonSampler
+from groupsearch.engine.loading import PoissonSampler
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import load_workload
 

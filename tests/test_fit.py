@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.fit import CONFIGURATIONS, MODELS, check_row, setup_of
-from groupsearch.engine.sampling import batch_quantile
+from groupsearch.engine.loading import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit import BATCH, Room, Sizes, add_rates, fit_rows, largest_expected, largest_within, summarise
 from groupsearch.fit.rates import measured_batches, rate

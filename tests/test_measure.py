@@ -11,7 +11,7 @@ from benchmarks.accuracy import Subject
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.measure import CPU_METRIC, CUDA_METRIC, Measurement, measure_peak, measure_step
-from groupsearch.tracer.profiled import profiled_peak
+from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.workloads import load_workload
 
 SETTINGS = {"batch_size": 16, "width": 8}

@@ -15,7 +15,7 @@ from groupsearch.events import Close, StepEvents
 from groupsearch.reserved import replay_memory
 from groupsearch.segments import MIB, NoRoomError, Rules
 from groupsearch.trace import Trace
-from groupsearch.tracer.events import step_events
+from groupsearch.tracer.record import step_events
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import StepSettings, fake_stage, made_private
 

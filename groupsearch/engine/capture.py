@@ -20,17 +20,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from groupsearch.engine.arrival import Arrival, Receiver
+from groupsearch.engine.bare_parameters import Meeting
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
-from groupsearch.engine.expansions import Expansions
-from groupsearch.engine.hooks import Hook
 from groupsearch.engine.layers import Layer
-from groupsearch.engine.layout import Layouts
-from groupsearch.engine.meeting import Meeting
+from groupsearch.engine.layout import Expansions, Layouts
 from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient, refuse_mixing
-from groupsearch.engine.passes import Passes, in_backward
-from groupsearch.engine.sources import Arrive, Source
-from groupsearch.engine.taps import Take, with_gradient
+from groupsearch.engine.passes import Arrival, Passes, Receiver, in_backward
+from groupsearch.engine.substitutes import Arrive, Source
+from groupsearch.engine.taps import Hook, Take, with_gradient
 from groupsearch.engine.whole import Left, Randomness, WholeCall, check_nothing_left, left_on
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions

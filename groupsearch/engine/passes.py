@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from groupsearch.engine.entries import Entry
+from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import ONE_ROW, by_example, rows_per_example
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.trace import Rows
@@ -158,3 +160,29 @@ class Passes:
 def in_backward() -> bool:
     """Whether autograd runs backward in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+# -- What a backward pass delivers: sites, one after the other -------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A site whose output gradient is there.
+
+    Attributes:
+        key: the layer's name, or ``layer.parameter`` for a bare parameter.
+        layer: the layer.  kind: of the site.
+        make_entry: forms the book entry (this is where norms by instantiation cost memory).
+        source_pass: the forward pass it belongs to.
+        expansions: what it was expanded to, if it is a parameter or a layer that saw no batch.
+    """
+
+    key: str
+    layer: Layer
+    kind: str
+    make_entry: Callable[[], Entry] = field(repr=False)
+    source_pass: Pass = field(repr=False)
+    expansions: tuple[tuple[int, int], ...] | None = None
+
+
+Receiver = Callable[[Arrival], None]

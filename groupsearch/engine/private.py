@@ -3,29 +3,392 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from groupsearch.checked import Checked
 from groupsearch.clipping import ClipPlan
-from groupsearch.engine.coverage import check_covered, check_optimizer_kind, check_plain
+from groupsearch.engine.accounting import Accountant
+from groupsearch.engine.book import Groups, Ledger
+from groupsearch.engine.capture import Capture
 from groupsearch.engine.layout import Layouts
 from groupsearch.engine.loading import PoissonBatches
-from groupsearch.engine.loop import LoopSettings, PrivateEngine
-from groupsearch.engine.mechanism import Mechanism
-from groupsearch.engine.truth.check import check_before
+from groupsearch.engine.mechanism import Mechanism, added_delta
+from groupsearch.engine.ownership import check_covered, check_optimizer_kind, check_plain
+from groupsearch.engine.step import LossScale, PrivateStep, ZeroGrad, check_surroundings, nothing_yet
+from groupsearch.engine.truth.check import Reading, Subject, check_before
+from groupsearch.engine.truth.comparison import Loss
 from groupsearch.engine.truth.draws import alike
-from groupsearch.engine.truth.gradients import Loss
-from groupsearch.engine.truth.reading import Reading
-from groupsearch.engine.truth.watch import RATE
+from groupsearch.engine.truth.watch import RATE, EngineReport, Watch
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.privacy import PrivacyStatement
+from groupsearch.privacy.sizes import SizesSeen
 from groupsearch.randomness import source_of
-from groupsearch.trace import shared_parameters, weights_with_choice
+from groupsearch.trace import Rows, Site, shared_parameters, weights_with_choice
+
+# -- The engine's state as plain types and tensors, and what must agree for a run to be resumed ----
+
+VERSION = 2
+
+
+def describe_plan(plan: ClipPlan) -> dict[str, Any]:
+    """Everything of a plan that changes what is clipped and how: two plans do the same if these are equal."""
+    settings = {field.name: repr(getattr(plan, field.name)) for field in fields(plan) if field.name != "grouping"}
+    sites = [[site.name, _layout(site), *site.parameters] for site in plan.grouping.sites]
+    return {"sites": sites, "boundaries": list(plan.grouping.boundaries), **settings}
+
+
+def check_state(state: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Check that a state is one of an engine with these fixed settings.
+
+    Raises:
+        GroupSearchError: naming what is missing or differs.
+    """
+    if state.get("version") != VERSION or not all(key in state for key in ("steps", "mechanism", "accountant")):
+        raise GroupSearchError(
+            f"Expected the state of an engine of version {VERSION}, found one with {sorted(map(str, state))}. Give "
+            "what engine.state_dict() returned."
+        )
+    for name, here in fixed.items():
+        there = state.get(name)
+        if there == here:
+            continue
+        found = f"{name}={there}, this engine has {here}"
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            differing = [key for key in here if there.get(key) != here[key]]
+            found = f"another {name}, which differs in {', '.join(differing)}"
+        raise GroupSearchError(
+            f"The state was written with {found}. Resume with the same {name}; to go on under another one, start a new "
+            "engine and load the accountant's state alone."
+        )
+
+
+def _layout(site: Site) -> str:
+    return site.layout if site.rows == Rows() else f"{site.layout}, {site.rows}"
+
+
+# -- PrivateEngine: the engine as the training loop sees it ----------------------------------------
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the engine must know of the loop, as :func:`~groupsearch.engine.private.make_private` explains it."""
+
+    expected_batch_size: float
+    loss_reduction: str = "mean"
+    sampling_rate: float | None = None
+    batches: PoissonBatches | None = None
+    grad_scaler: GradScaler | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
+    sampling: str = "poisson"
+    loss_divisor: float | None = None
+    seeded: bool = False
+    loss: Loss | None = None
+    watch: float = RATE
+    checked: Checked | None = None
+
+
+class PrivateEngine:
+    """What :func:`~groupsearch.engine.private.make_private` attached to a model and its optimizer.
+
+    A logical batch is all that is backpropagated between two steps; every example may be in it once.
+    What was summed of it is dropped
+
+    * by ``zero_grad`` of the optimizer or the model;
+    * after a backward pass that raised: all micro-batches before the accident are dropped with it,
+      whatever they summed. (A forward pass that raised adds nothing and drops nothing.)
+
+    Take the batch again from its beginning then: every batch that was drawn must be stepped on. One that is left out
+    because of what was seen of it (a loss that is not finite, say) tells of its examples without any noise, which no
+    epsilon counts; with ``batches`` the next one is refused, with a loader of the loop's own it can only be counted
+    (``given_up``). Whether an accident happens is not covered by the guarantee: let it not depend on the data.
+
+    Attributes:
+        plan: the clip plan.
+        mechanism: clips and adds noise.
+        settings: what was said of the loop.
+        accountant: counts the steps; None where no sampling rate was given.
+        given_up: logical batches of the loop's own loader that were summed and dropped by ``zero_grad``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        mechanism: Mechanism,
+        settings: LoopSettings,
+        accountant: Accountant | None = None,
+    ) -> None:
+        self.plan: ClipPlan = mechanism.plan
+        self.mechanism = mechanism
+        self.settings = settings
+        self.accountant = accountant
+        self._model = model
+        self.given_up = 0
+        self._sizes = None if accountant is None or settings.batches is not None else SizesSeen(*self._population())
+        grouping = self.plan.grouping
+        groups = Groups(grouping.sites, grouping.group_of, grouping.groups)
+        layouts = Layouts.of_sites(grouping.sites)
+        self._ledger = Ledger(
+            groups, mechanism.clip, self._scale_of, lambda: self._capture.passes.current, mechanism.abandon
+        )
+        self._capture = Capture(model, self._ledger.receive, settings.options, layouts)
+        self._capture.passes.on_begin = self._settle
+        self._loss_scale = LossScale(optimizer, settings.grad_scaler)
+        self._step = PrivateStep(
+            model, optimizer, mechanism, self._ledger, settings.expected_batch_size, self._loss_scale, self._settle
+        )
+        self._watch = self._new_watch(Reading(settings.options, layouts))
+        self._step.on_check = self._check_step
+        if settings.batches is not None:
+            settings.batches.private = True
+        if accountant is not None:
+            self._step.on_release = accountant.step
+        self._zero_grads = [ZeroGrad(owner, self._discard) for owner in (optimizer, model)]
+
+    def report(self) -> EngineReport:
+        """How every site is clipped, what was checked of the model and how, and what the watch has seen."""
+        watched = None if self._watch is None else self._watch.watched
+        return EngineReport.of(self.plan, self.settings.options.methods, self.settings.checked, watched)
+
+    @property
+    def steps(self) -> int:
+        """Noisy gradients handed to the optimizer so far."""
+        return self._step.count
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Sigma of the whole release of a step."""
+        return self.mechanism.noise_multiplier
+
+    @property
+    def expected_batch_size(self) -> float:
+        """What the noisy sum is divided by."""
+        return self.settings.expected_batch_size
+
+    @property
+    def norms(self) -> Tensor:
+        """Gradient norms before clipping, (B, M), of the last forward pass that backward has reached.
+
+        Infinite where an example's gradient was not finite; such an example adds nothing to the group's sum.
+        """
+        norms = self._ledger.norms
+        return torch.stack([norms[m] for m in sorted(norms)], dim=1)
+
+    def clipped_sums(self) -> dict[str, Tensor]:
+        """The clipped sums of the logical batch so far, without noise, by parameter name; not private."""
+        self._settle()
+        return {name: self._ledger.sums.get(name, nothing_yet(p)) for name, p in self._step.parameters.items()}
+
+    def same_examples(self) -> AbstractContextManager[None]:
+        """Inside ``with``: several forward passes before one backward, row i of each being the same example.
+
+        An example's gradient is that of all passes together, clipped once, as in a contrastive loss.
+        The plan must come from a trace of a loss that makes as many passes. Rows that are not the same example
+        void the guarantee.
+        """
+        return self._with_passes("same")
+
+    def different_examples(self) -> AbstractContextManager[None]:
+        """Inside ``with``: several forward passes before one backward, no example being in two of them.
+
+        Every pass is clipped by itself, as micro-batches are. An example that is in two passes voids the guarantee.
+        """
+        return self._with_passes("different")
+
+    @contextmanager
+    def _with_passes(self, passes: str) -> Iterator[None]:
+        self._settle()
+        before, self._capture.passes.policy = self._capture.passes.policy, passes
+        self._capture.passes.current = (
+            None  # a forward pass from before, perhaps of other examples, is not gone on with
+        )
+        try:
+            yield
+        finally:
+            self._capture.passes.policy = before
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon at ``delta`` of all steps so far, by the accountant.
+
+        Raises:
+            GroupSearchError: when the engine has no accountant.
+        """
+        if self.accountant is None:
+            raise GroupSearchError(
+                "Expected a sampling rate to account with, found none. Give make_private(..., sampling_rate=...): the "
+                "probability with which each example enters a logical batch, under Poisson sampling."
+            )
+        return self.accountant.epsilon(delta)
+
+    def statement(self, delta: float) -> PrivacyStatement:
+        """Epsilon at ``delta`` of all steps so far and all that belongs to it; ``print`` it to read it.
+
+        Raises:
+            GroupSearchError: when the engine has no accountant.
+        """
+        self.epsilon(delta)
+        assert self.accountant is not None
+        _, examples, _ = self._population()
+        return self.accountant.statement(delta, examples, seeded=self.settings.seeded, given_up=self.given_up)
+
+    @property
+    def added_delta(self) -> float:
+        """What all steps so far add to delta because noise ends somewhere: no epsilon of any accountant has it.
+
+        A bound, see :func:`groupsearch.engine.mechanism.added_delta`; infinite noise would add nothing, none adds 1.
+        """
+        if not self.steps:
+            return 0.0
+        if not self.noise_multiplier:
+            return 1.0
+        adaptive = 0 if self.plan.adaptive is None else self.plan.grouping.groups
+        return added_delta(self._step.numbers + adaptive, self.noise_multiplier, self.steps)
+
+    def state_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """Steps, accountant and thresholds, for ``torch.save``; loads with ``weights_only=True``.
+
+        Args:
+            exact: whether to save the state of the noise's generator, too. With the states of the model, the
+                optimizer, the batches (saved with ``exact``; and of a GradScaler and torch's own generators where
+                they are used) a run that is resumed with ``exact`` goes on as if it had not stopped, bit for bit
+                on the CPU. **Whoever reads such a state can take all noise away**, that of the steps before
+                included: it is for experiments.
+
+        Raises:
+            GroupSearchError: in the middle of a logical batch, whose sums are not saved, or when the state of
+                a secure stream is asked for, which has none.
+        """
+        self._check_between_steps("saved")
+        return {
+            "version": VERSION,
+            **self._fixed(),
+            "steps": self.steps,
+            "mechanism": self.mechanism.state_dict(exact=exact),
+            "accountant": None if self.accountant is None else self.accountant.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Go on where the engine that wrote the state stood, with fresh noise.
+
+        The generator, also one that ``make_private`` was given, is filled anew from the operating system.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            exact: whether to go on with the noise of the run that saved, bit for bit. **Epsilon holds for one
+                continuation alone**: two with the same noise show by their difference what no noise hides.
+
+        Raises:
+            GroupSearchError: when the state is of another plan, noise, sampling rate or expected batch size,
+                or in the middle of a logical batch, or holds no generator to go on with.
+        """
+        self._check_between_steps("loaded")
+        check_state(state, self._fixed())
+        self.mechanism.load_state_dict(state["mechanism"], exact=exact)
+        if self.accountant is not None:
+            self.accountant.load_state_dict(state["accountant"])
+        self._step.count = int(state["steps"])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """An engine belongs to one model and its optimizer, and is neither copied nor pickled.
+
+        Raises:
+            GroupSearchError: always.
+        """
+        raise GroupSearchError(
+            "An engine can be neither copied nor pickled: noise would be drawn twice. Save engine.state_dict(); a copy "
+            "of the model is a plain model, which can be made private by itself."
+        )
+
+    def detach(self) -> None:
+        """Take the engine away; model and optimizer are as they were."""
+        self._capture.remove()
+        self._step.remove()
+        for zero_grad in self._zero_grads:
+            zero_grad.remove()
+        self._loss_scale.detach()
+        if self.settings.batches is not None:
+            self.settings.batches.private = False
+            self.settings.batches.on_piece = lambda piece: None
+        self._ledger.abandon()
+        self._ledger.norms = {}
+
+    def _new_watch(self, reading: Reading) -> Watch | None:
+        batches, loss = self.settings.batches, self.settings.loss
+        if batches is None or loss is None or not self.settings.watch:
+            return None
+        shared = shared_parameters(self.plan.grouping.sites)
+        subject = Subject(self._model, loss, lambda model, receive: self._capture.turned_to(receive), shared)
+        mode = self.settings.checked.mode if self.settings.checked else None
+        watch = Watch(subject, self._capture.set_aside, reading, self.settings.watch, mode)
+        batches.on_piece = watch.see
+        return watch
+
+    def _fixed(self) -> dict[str, Any]:
+        return {
+            "plan": describe_plan(self.plan),
+            "noise_multiplier": float(self.noise_multiplier),
+            "expected_batch_size": float(self.expected_batch_size),
+            "sampling_rate": self.settings.sampling_rate,
+        }
+
+    def _check_between_steps(self, what: str) -> None:
+        self._settle()
+        if not self._ledger.empty:
+            raise GroupSearchError(
+                f"The engine's state cannot be {what} in the middle of a logical batch: its clipped sums are no part "
+                "of it. Do it after optimizer.step(), or give the batch up with optimizer.zero_grad()."
+            )
+
+    def _scale_of(self, batch_size: int) -> float | Tensor:
+        if self.settings.batches is not None:
+            self.settings.batches.check_handed_out(self._ledger.examples)
+        divisor = self.settings.loss_divisor or 1.0
+        return self._loss_scale.over((batch_size if self.settings.loss_reduction == "mean" else 1.0) * divisor)
+
+    def _population(self) -> tuple[str, int, float]:
+        """How batches are drawn, from how many examples, at which rate."""
+        rate = self.settings.sampling_rate
+        assert rate is not None
+        return self.settings.sampling, round(self.expected_batch_size / rate), rate
+
+    def _check_step(self, examples: int) -> None:
+        """Refuse a step that the watch objects to, or on a batch not drawn or scaled as the engine was told."""
+        if self._watch is not None:
+            self._watch.check()
+        check_surroundings(
+            loss_divisor=self.settings.loss_divisor,
+            poisson=self._sizes is not None and self.settings.sampling == "poisson",
+        )
+        if self.settings.batches is not None:
+            self.settings.batches.check_step(examples)
+        wrong = None if self._sizes is None else self._sizes.add(examples)
+        if wrong is not None:
+            raise GroupSearchError(
+                f"Expected batches drawn by {self.settings.sampling} sampling at the rate that was given, found "
+                f"{wrong}: epsilon would be that of another run. Name what the loader does with make_private(..., "
+                "sampling='shuffled') or 'fixed-size', give its rate and expected batch size, or take PoissonBatches."
+            )
+
+    def _settle(self) -> None:
+        self._ledger.settle(self._capture.passes.open)
+
+    def _discard(self) -> None:
+        self._settle()
+        if self.settings.batches is None and not self._ledger.empty:
+            self.given_up += 1
+        self._ledger.abandon()
+
+
+# -- private ---------------------------------------------------------------------------------------
 
 REDUCTIONS = ("mean", "sum")
 _SHOWN = 16

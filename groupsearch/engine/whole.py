@@ -22,15 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from groupsearch.engine.entries import Dimensions, InstanceEntry
-from groupsearch.engine.habits import habits_of
-from groupsearch.engine.ieee import ieee
+from groupsearch.engine.arithmetic import habits_of, ieee, is_half
+from groupsearch.engine.entries import Dimensions, InstanceEntry, instance_sqnorm
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import fold_rows
-from groupsearch.engine.norms import instance_sqnorm
 from groupsearch.engine.passes import Pass
 from groupsearch.engine.taps import Autocast, Take, with_gradients
-from groupsearch.engine.widening import is_half
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.trace import Rows
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from groupsearch.engine.sampling import batch_quantile
+from groupsearch.engine.loading import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit.largest import largest_within
 from groupsearch.fit.sizes import BATCH, BEST, LIMIT, NON_PRIVATE, Sizes, held_on_card

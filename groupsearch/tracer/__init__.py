@@ -14,11 +14,10 @@ from groupsearch.joint import Alternatives
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.trace import Trace
 from groupsearch.tracer.fake import ValuesNeededError
-from groupsearch.tracer.interrupts import held_interrupts
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.sites import Examined, examine, is_real, observe_sites
-from groupsearch.tracer.step import Loss, StepSettings, card_stage, fake_stage, real_stage
+from groupsearch.tracer.step import Loss, StepSettings, card_stage, fake_stage, held_interrupts, real_stage
 from groupsearch.workloads.batches import count_examples
 
 __all__ = ["StepSettings", "observe_sites", "trace_methods", "trace_model"]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations, islice, pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.book import Book
-from groupsearch.engine.entries import Entry
-from groupsearch.engine.noise import Gaussians, add_noises_
+from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry, inner
+from groupsearch.engine.mechanism import Gaussians, add_noises_
+from groupsearch.engine.passes import Arrival
 from groupsearch.engine.truth.draws import USUAL, alike
+from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
-from groupsearch.trace import Booked, Site, Trace, weights_with_choice
-from groupsearch.tracer.crossing import blueprint, cross_terms
-from groupsearch.tracer.events import step_events
+from groupsearch.events import Close, StepEvents
+from groupsearch.trace import Booked, CrossTerm, Instant, Site, Trace, weights_with_choice
+from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import NEEDS_VALUES
-from groupsearch.tracer.instants import Hook, cut_instants
+from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.sites import (
     Examined,
     Observed,
@@ -32,6 +38,231 @@ from groupsearch.tracer.sites import (
 )
 from groupsearch.tracer.step import Stage, StepSettings
 from groupsearch.workloads.batches import first_examples
+
+# -- Cuts the log of one step into the instants of a Trace -----------------------------------------
+
+FORWARD_PIECES = 60
+
+
+@dataclass
+class Hook:
+    """Where in the log one site's hook began, closed its group and ended, and what it told.
+
+    Attributes:
+        sums_before: bytes of clipped sums when it began.
+        close_live: bytes alive when sums began to be formed, clipped sums left out.
+        close_peak: the most alive until they were formed, earlier clipped sums left out.
+        gradient_bytes: bytes of the sums it left.
+        storages: numbers of the storages the site books.
+    """
+
+    begin: int
+    closing: int = 0
+    end: int = 0
+    sums_before: int = 0
+    close_live: int = 0
+    close_peak: int = 0
+    gradient_bytes: int = 0
+    storages: tuple[int, ...] = ()
+
+
+class _Segment(NamedTuple):
+    site: int
+    in_hook: bool
+    begin: int
+    end: int
+    sums_bytes: int
+
+
+def cut_instants(
+    live: LiveBytes, hooks: Sequence[Hook], span: tuple[int, int], booked: Iterable[int]
+) -> tuple[tuple[Instant, ...], dict[int, int]]:
+    """Cut time at hooks and wherever a booked storage is released.
+
+    Args:
+        live: the log.
+        hooks: in order of time.
+        span: positions in the log between which forward and backward lie.
+        booked: numbers of the storages that sites book.
+
+    Returns:
+        The instants (live bytes without static ones and clipped sums), and for every booked
+        storage the index of the first instant at which it is released.
+    """
+    start, end = span
+    log = np.asarray(live.log, dtype=np.int64)
+    forward = _forward_bytes(live, (start, hooks[0].begin), len(log))
+    deaths = sorted({live.deaths[n] for n in booked if n in live.deaths})
+    cuts = [d for d, following in zip(deaths, [*deaths[1:], -1], strict=True) if following != d + 1]
+    instants: list[Instant] = []
+    begins: list[int] = []
+    for segment in _segments(hooks, start, end):
+        inside = cuts[bisect_left(cuts, segment.begin + 1) : bisect_left(cuts, segment.end)]
+        if segment.site < 0:
+            inside = [int(x) for x in np.linspace(segment.begin, segment.end, FORWARD_PIECES + 1)[1:-1]]
+        edges = [segment.begin, *inside, segment.end]
+        for piece, (low, high) in enumerate(pairwise(edges)):
+            # a piece after a release begins with what is alive then; a segment, with what was alive before it
+            first = low if piece and segment.site >= 0 else max(low - 1, 0)
+            values = log[first : max(high, first + 1)]
+            top = first + int(values.argmax())
+            begins.append(low)
+            instants.append(
+                Instant(segment.site, segment.in_hook, int(log[top]) - segment.sums_bytes, int(forward[top]))
+            )
+    released = {n: _released(live.deaths.get(n), end, begins, hooks) for n in booked}
+    return tuple(instants), released
+
+
+def _segments(hooks: Sequence[Hook], start: int, end: int) -> Iterable[_Segment]:
+    yield _Segment(-1, False, start, hooks[0].begin, hooks[0].sums_before)
+    for step, hook in enumerate(hooks):
+        site = len(hooks) - 1 - step
+        yield _Segment(site, True, hook.begin, hook.closing, hook.sums_before)
+        following = hooks[step + 1].begin if site else end
+        yield _Segment(site, False, hook.end, following, hook.sums_before + hook.gradient_bytes)
+
+
+def _released(death: int | None, end: int, begins: Sequence[int], hooks: Sequence[Hook]) -> int:
+    if death is None or death >= end:
+        return len(begins)
+    return bisect_left(begins, death)
+
+
+def _forward_bytes(live: LiveBytes, span: tuple[int, int], length: int) -> npt.NDArray[np.int64]:
+    """Per position of the log the bytes alive that the forward pass and the loss allocated."""
+    changes = np.zeros(length + 1, dtype=np.int64)
+    for number, birth in enumerate(live.births):
+        if span[0] <= birth < span[1]:
+            changes[birth] += live.sizes[number]
+            changes[live.deaths.get(number, length)] -= live.sizes[number]
+    return np.cumsum(changes)[:length]
+
+
+# -- Reads the births and deaths of a step out of the log of what was alive ------------------------
+
+_DEATH, _INSIDE, _LOGGED = -1, 0, 1
+"""At one position of the log what an operation had beside its results ends first, then the next one's begins."""
+
+
+def step_events(live: LiveBytes, passes: Sequence[Sequence[Hook]], private_begin: int) -> StepEvents:
+    """The events of a non-private step and the private one after it.
+
+    Args:
+        live: the log of both.
+        passes: hooks of every micro-batch of the private step, in order of time.
+        private_begin: position in the log where the private step begins.
+    """
+    events = sorted(_events(live))
+    keys = [(position, order) for position, order, _ in events]
+    sequence = tuple(event for *_, event in events)
+
+    def place(position: int) -> int:
+        return bisect_left(keys, (position, _INSIDE))
+
+    begin = place(private_begin)
+    closes = tuple(
+        Close(
+            site=len(hooks) - 1 - step,
+            begin=place(hook.closing) - begin,
+            end=place(hook.end) - begin,
+            booked=hook.storages,
+        )
+        for hooks in passes
+        for step, hook in enumerate(hooks)
+    )
+    sizes = (*live.sizes, *(size for _, _, size in live.insides))
+    return StepEvents(tuple(live.kept), sizes, sequence[begin:], sequence[:begin], closes, dict(live.heirs))
+
+
+def _events(live: LiveBytes) -> list[tuple[int, int, int]]:
+    """(position, order there, event) of every birth and death."""
+    births = [(at, _LOGGED, number) for number, at in enumerate(live.births)]
+    deaths = [(at, _LOGGED, ~number) for number, at in live.deaths.items()]
+    for number, (began, done, _) in enumerate(live.insides, len(live.sizes)):
+        births.append((began, _INSIDE, number))
+        deaths.append((done, _DEATH, ~number))
+    return births + deaths
+
+
+# -- What the inner products of sites that share a parameter cost, which no trace of single sites shows
+
+
+def blueprint(entry: Entry) -> Callable[[], Entry]:
+    """A maker of entries of the same shapes on the meta device; keeps no tensor of the entry."""
+    if isinstance(entry, WholeEntry):
+        whole: Any = _Whole({name: entry.outline(name) for name in entry.parameters}, entry.dimensions)
+        return lambda: whole
+    cls = type(entry)
+    outlines = {f.name: _outline(getattr(entry, f.name)) for f in fields(entry)}  # type: ignore[arg-type]
+    return lambda: cls(**{name: make() for name, make in outlines.items()})
+
+
+def cross_terms(
+    arrivals: Sequence[Observed], blueprints: Sequence[Callable[[], Entry]], granularity_bytes: int = 1
+) -> tuple[CrossTerm, ...]:
+    """For every two sites on one parameter the bytes that their inner product takes.
+
+    Args:
+        arrivals: in the order backward reached the sites.
+        blueprints: of their entries.
+        granularity_bytes: what every storage is rounded up to a multiple of.
+    """
+    allocator = Allocator(granularity_bytes)
+    last = len(arrivals) - 1
+    users: dict[str, list[int]] = {}
+    for step, seen in enumerate(arrivals):
+        for name in seen.parameters:
+            users.setdefault(name, []).append(step)
+    pairs = sorted({pair for steps in users.values() for pair in combinations(steps, 2)})
+    return tuple(
+        CrossTerm(last - early, last - late, _transient(blueprints[early], blueprints[late], allocator))
+        for early, late in pairs
+    )
+
+
+def _transient(early: Callable[[], Entry], late: Callable[[], Entry], allocator: Allocator) -> int:
+    with _disable_current_modes():
+        one, other = early(), late()
+        live = LiveBytes(allocator=allocator)
+        live.ignore((*one.booked, *other.booked))
+        with torch.no_grad(), live:
+            inner(one, other)
+    return live.peak_since(0)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A module's call that is not run again, for its parameters have values: its gradients alone are allocated.
+
+    Attributes:
+        outlines: makers of every parameter's gradients, (B, *shape), without values.
+        dimensions: as the entry's.
+    """
+
+    outlines: dict[str, Callable[[], Tensor]]
+    dimensions: Dimensions
+    booked: tuple[Tensor, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.outlines)
+
+    def alone(self, kept_B: slice) -> InstanceEntry:
+        return InstanceEntry({name: make() for name, make in self.outlines.items()}, self.dimensions)
+
+
+def _outline(value: Any) -> Callable[[], Any]:
+    if isinstance(value, Tensor):
+        shape, dtype = value.shape, value.dtype
+        return lambda: torch.empty(shape, dtype=dtype, device="meta")
+    if isinstance(value, dict):
+        parts = {key: _outline(part) for key, part in value.items()}
+        return lambda: {key: make() for key, make in parts.items()}
+    return lambda: value
+
+
+# -- record ----------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -14,14 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from groupsearch.checked import Checked, merged
-from groupsearch.engine.arrival import Arrival
 from groupsearch.engine.entries import Dimensions
 from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ownership import owned_layers
-from groupsearch.engine.truth.check import Subject, Tried, check_truth, try_rows
+from groupsearch.engine.passes import Arrival
+from groupsearch.engine.truth.check import Reading, Subject, Tried, check_truth, try_rows
 from groupsearch.engine.truth.draws import OTHERS, USUAL, Constants, alike
 from groupsearch.engine.truth.leftovers import left_as_it_was
-from groupsearch.engine.truth.reading import Reading
 from groupsearch.engine.truth.rows import joined
 from groupsearch.engine.whole import WholeEntry, called
 from groupsearch.errors import OutsideUseError, UnsupportedModelError, is_out_of_memory

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,11 +23,10 @@ from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.trace import StaticBytes, weights_with_choice
-from groupsearch.tracer.allocator import Allocator
-from groupsearch.tracer.card import card_scratch
+from groupsearch.tracer.allocator import Allocator, workspace_bytes
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch
-from groupsearch.tracer.workspaces import workspace_bytes
+from groupsearch.tracer.scratch import card_scratch
 from groupsearch.workloads.batches import check_loss, map_tensors, tensors_of
 from groupsearch.workloads.blocks import checkpoint_as
 from groupsearch.workloads.copies import copy_of
@@ -292,3 +294,40 @@ def _on_host(optimizer: Optimizer) -> Iterator[Tensor]:
 
 def _state(optimizer: Optimizer) -> list[Mapping[str, Any]]:
     return [dict(state) for state in optimizer.state.values()]
+
+
+# -- Ctrl-C while operations are watched: held until they are done ---------------------------------
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Hold an interrupt until what runs inside is done, and handle it then; a second one is handled at once.
+
+    A traced step runs Python from within torch at every operation and every release of a tensor. An
+    exception raised there by a signal can be swallowed, as in a weak reference's callback, or end the process, as in a
+    destructor of C++. A step takes seconds.
+
+    Outside the main thread, and where interrupts are ignored, nothing is changed.
+
+    Raises:
+        KeyboardInterrupt: at the end, when there was one, by Python's own handler.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    held = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal held
+        if held:
+            before(number, frame)
+        held = True
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        before(signal.SIGINT, None)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.loading import LogicalBatch, PoissonBatches
+from groupsearch.engine.loading import LogicalBatch, PoissonBatches, physical_chunks
 from groupsearch.engine.optimizers import make_optimizer
-from groupsearch.engine.sampling import physical_chunks
-from groupsearch.engine.truth.report import EngineReport
+from groupsearch.engine.truth.watch import EngineReport
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import sites_of

@@ -54,7 +54,7 @@ class TrainResult:
         steps: optimizer steps taken.
         statement: what that means; None where nothing was made private.
         added_delta: what noise that ends somewhere adds to ``delta``, see
-            :func:`groupsearch.engine.noise.added_delta`; 0 without privacy.
+            :func:`groupsearch.engine.mechanism.added_delta`; 0 without privacy.
         checked: how the engine was held to plain autograd before the first step; None without privacy.
         watched: what the watch in training did; None where there was none.
     """

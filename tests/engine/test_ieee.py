@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from groupsearch.clipping import ClipPlan
-from groupsearch.engine import grads, norms
-from groupsearch.engine.ieee import ieee
-from groupsearch.engine.recompute import sliced_sqnorm
+from groupsearch.engine import entries as grads
+from groupsearch.engine import entries as norms
+from groupsearch.engine.arithmetic import ieee
+from groupsearch.engine.entries import sliced_sqnorm
 from groupsearch.engine.truth import check
 from groupsearch.grouping import Grouping
 from groupsearch.options import NORM_METHODS, EngineOptions

@@ -15,8 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.loading import LogicalBatch, PoissonBatches
-from groupsearch.engine.sampling import PoissonSampler
+from groupsearch.engine.loading import LogicalBatch, PoissonBatches, PoissonSampler
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites

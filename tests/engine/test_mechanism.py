@@ -17,8 +17,7 @@ from torch import Tensor
 
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.mechanism import Mechanism
-from groupsearch.engine.noise import Gaussians, add_noise_
+from groupsearch.engine.mechanism import Gaussians, Mechanism, add_noise_
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer import observe_sites

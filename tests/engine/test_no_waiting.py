@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.habits import CUDA, as_on, habits_of
+from groupsearch.engine.arithmetic import CUDA, as_on, habits_of
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.grouping import Grouping
 from groupsearch.options import NORM_METHODS, EngineOptions

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import groupsearch.engine.noise as noise_module
-from groupsearch.engine.noise import CHUNK, POOL, REACH, Gaussians, add_noise_, add_noises_, added_delta
+import groupsearch.engine.mechanism as noise_module
+from groupsearch.engine.mechanism import CHUNK, POOL, REACH, Gaussians, add_noise_, add_noises_, added_delta
 from groupsearch.errors import GroupSearchError
 
 

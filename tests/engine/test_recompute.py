@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from groupsearch.clipping import ClipPlan
-from groupsearch.engine import grads, habits, make_private, norms
-from groupsearch.engine.recompute import sliced_sqnorm
+from groupsearch.engine import arithmetic as habits
+from groupsearch.engine import entries as grads
+from groupsearch.engine import entries as norms
+from groupsearch.engine import make_private
+from groupsearch.engine.entries import sliced_sqnorm
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, chisquare, kstest
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from groupsearch.engine.sampling import PoissonCollate, PoissonSampler, batch_quantile, physical_chunks
+from groupsearch.engine.loading import PoissonCollate, PoissonSampler, batch_quantile, physical_chunks
 from groupsearch.errors import GroupSearchError
 
 

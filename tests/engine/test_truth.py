@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from groupsearch.engine.truth.comparison import signature
 from groupsearch.engine.truth.draws import OTHERS, USUAL, alike
 from groupsearch.engine.truth.rows import choose_rows, joined
-from groupsearch.engine.truth.signature import signature
 from groupsearch.errors import TruthError, UnsupportedModelError
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.sites import examine

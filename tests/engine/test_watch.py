@@ -17,7 +17,7 @@ from torch.nn import functional
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.loading import PoissonBatches
-from groupsearch.engine.truth.reading import Reading
+from groupsearch.engine.truth.check import Reading
 from groupsearch.engine.truth.watch import Watch
 from groupsearch.errors import GroupSearchError, TruthError
 from groupsearch.grouping import Grouping

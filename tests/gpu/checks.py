@@ -21,17 +21,16 @@ import torch
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.ieee import ieee
-from groupsearch.engine.norms import matrix_sqnorm
+from groupsearch.engine.arithmetic import ieee
+from groupsearch.engine.entries import matrix_sqnorm
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, EngineOptions
 from groupsearch.simulate import simulate_peak
 from groupsearch.tracer import observe_sites, trace_model
-from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator
+from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, workspace_bytes
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.step import StepSettings, real_stage
-from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.workloads import load_workload
 from tests.cases import EVERY_CASE, Case, plain
 from tests.gpu.lines import Lines

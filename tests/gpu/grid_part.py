@@ -28,8 +28,8 @@ from groupsearch.partition import front
 from groupsearch.reserved import holding
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
+from groupsearch.tracer.allocator import workspace_bytes
 from groupsearch.tracer.step import Stage, made_private, make_stage, real_copy
-from groupsearch.tracer.workspaces import workspace_bytes
 from groupsearch.verify import Setup
 from groupsearch.workloads import Workload
 

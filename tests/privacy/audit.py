@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.noise import Gaussians, add_noise_
-from groupsearch.engine.sampling import PoissonSampler
+from groupsearch.engine.loading import PoissonSampler
+from groupsearch.engine.mechanism import Gaussians, add_noise_
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.case import Batch, Case, Wrap

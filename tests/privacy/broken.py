@@ -15,8 +15,7 @@ from torch import Tensor
 from groupsearch.engine import PrivateEngine
 from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry, InstanceEntry, MatrixEntry
-from groupsearch.engine.mechanism import Mechanism
-from groupsearch.engine.noise import Gaussians
+from groupsearch.engine.mechanism import Gaussians, Mechanism
 from groupsearch.engine.passes import Pass
 
 Damage = Callable[[PrivateEngine], None]

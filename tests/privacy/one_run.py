@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.sampling import PoissonSampler
+from groupsearch.engine.loading import PoissonSampler
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.case import Batch, Wrap

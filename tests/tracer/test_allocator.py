@@ -14,10 +14,10 @@ from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.simulate import private_peak, simulate_peak
 from groupsearch.trace import StaticBytes, Trace
-from groupsearch.tracer import trace_model, workspaces
-from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator
+from groupsearch.tracer import allocator as workspaces
+from groupsearch.tracer import trace_model
+from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, allocated_peak
 from groupsearch.tracer.live import LiveBytes
-from groupsearch.tracer.profiled import allocated_peak
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
 from tests.cases import EVERY_CASE

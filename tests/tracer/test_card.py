@@ -14,10 +14,9 @@ import groupsearch as gs
 from groupsearch.cards import CARDS
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.allocator import Allocator
-from groupsearch.tracer.attention import attention_kernel, kernels_of
-from groupsearch.tracer.card import card_scratch
-from groupsearch.tracer.fake import FakeTensors, fake_model
+from groupsearch.tracer.fake import FakeTensors, attention_kernel, fake_model, kernels_of
 from groupsearch.tracer.live import LiveBytes
+from groupsearch.tracer.scratch import card_scratch
 
 HALF, SINGLE, DOUBLE, BRAIN = torch.float16, torch.float32, torch.float64, torch.bfloat16
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from groupsearch.tracer import frugal
-from groupsearch.tracer.frugal import needs_nothing
-from groupsearch.tracer.profiled import profiled_peak
+from groupsearch.tracer import scratch as frugal
+from groupsearch.tracer.allocator import profiled_peak
+from groupsearch.tracer.scratch import needs_nothing
 
 aten = torch.ops.aten
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

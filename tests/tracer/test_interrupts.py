@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from groupsearch.tracer.interrupts import held_interrupts
+from groupsearch.tracer.step import held_interrupts
 
 
 def interrupted(times: int, done: list[str]) -> None:

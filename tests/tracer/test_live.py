@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.accuracy import Subject
 from groupsearch.grouping import Grouping
+from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.live import LiveBytes
-from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
 from groupsearch.workloads import Workload
 from tests.cases import EVERY_CASE, Wrap

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from groupsearch.tracer import scratch
+from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.live import LiveBytes
-from groupsearch.tracer.profiled import profiled_peak
 from groupsearch.tracer.scratch import CpuScratch
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.engine.truth import signature
+from groupsearch.engine.truth import comparison as signature
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.grouping import Grouping
 from groupsearch.lifetimes import lifetimes

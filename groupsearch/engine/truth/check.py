@@ -19,27 +19,67 @@ import torch
 from torch import Tensor, nn
 
 from groupsearch.checked import Checked
-from groupsearch.engine.arrival import Receiver
-from groupsearch.engine.ieee import ieee
+from groupsearch.engine.arithmetic import ieee
+from groupsearch.engine.capture import Capture
+from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ownership import owned_layers
+from groupsearch.engine.passes import Receiver
 from groupsearch.engine.truth.comparison import (
     TOLERANCES,
+    Booked,
     Difference,
+    Gradient,
+    Loss,
     Truth,
+    booked_pass,
     compare,
     compare_losses,
+    described,
+    first_difference,
+    not_linear,
+    plain_pass,
     sum_faults,
     tolerance_of,
 )
 from groupsearch.engine.truth.draws import USUAL, Constants, alike
-from groupsearch.engine.truth.finding import described, first_difference, not_linear
-from groupsearch.engine.truth.gradients import Booked, Gradient, Loss, booked_pass, plain_pass
 from groupsearch.engine.truth.leftovers import Memory, left_as_it_was, same_values
-from groupsearch.engine.truth.poison import PoisonedIds, poisoned
-from groupsearch.engine.truth.reading import Reading
-from groupsearch.engine.truth.rows import Crowd, Rows, choose_rows, joined
+from groupsearch.engine.truth.rows import Crowd, PoisonedIds, Rows, choose_rows, joined, poisoned
 from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
+from groupsearch.options import EngineOptions
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
+
+# -- Reading: how the engine reads a model, as one value that whoever attaches a Capture passes on -
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a :class:`~groupsearch.engine.capture.Capture` is told besides the model and its receiver.
+
+    Attributes:
+        options: decide the norm method per site.
+        layouts: where layers keep the examples of a batch.
+    """
+
+    options: EngineOptions = field(default_factory=EngineOptions)
+    layouts: Layouts = field(default_factory=Layouts)
+
+    def capture(self, model: nn.Module, receive: Receiver) -> Capture:
+        """A capture whose forward passes, until the next backward, are of the same examples."""
+        capture = Capture(model, receive, self.options, self.layouts)
+        capture.passes.policy = "same"  # a batch is one set of examples, however often the loss calls the model
+        return capture
+
+    @contextmanager
+    def attached(self, model: nn.Module, receive: Receiver) -> Iterator[None]:
+        """A capture for a while."""
+        capture = self.capture(model, receive)
+        try:
+            yield
+        finally:
+            capture.remove()
+
+
+# -- check -----------------------------------------------------------------------------------------
 
 Attach = Callable[[nn.Module, Receiver], AbstractContextManager[Any]]
 

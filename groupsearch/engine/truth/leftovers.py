@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groupsearch.engine.truth.signature import forget_signs
+from groupsearch.engine.truth.comparison import forget_signs
 
 # what nn.Module keeps for itself, other than its mode
 _OWN = frozenset(vars(nn.Module())) - {"training"}

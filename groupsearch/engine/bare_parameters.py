@@ -26,11 +26,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from groupsearch.engine.expansions import Expansions
 from groupsearch.engine.layers import Layer, Matrix, linear_operands, matrix_entry
+from groupsearch.engine.layout import Expansions
 from groupsearch.engine.passes import Pass
-from groupsearch.engine.sources import Arrive, Source, Sources, Tracked
-from groupsearch.engine.substitutes import SUBSTITUTES
+from groupsearch.engine.substitutes import SUBSTITUTES, Arrive, Source, Sources, Tracked
 from groupsearch.engine.taps import Autocast, Take, with_gradient
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
