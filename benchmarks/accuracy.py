@@ -30,9 +30,9 @@ from torch import nn
 
 from benchmarks.architectures import ARCHITECTURES, CONFIGURATIONS, CONVOLUTIONS, WITHOUT_BLOCKS, small_workload
 from groupsearch.grouping import Grouping
+from groupsearch.measure import private_peak
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
-from groupsearch.simulate import private_peak
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.allocator import profiled_peak

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from groupsearch.lifetimes import lifetimes
-from groupsearch.memory import cost_table, peak_memory, peaks
+from groupsearch.memory import cost_table, lifetimes, peak_memory, peaks
 from groupsearch.partition import fewest_groups, floor_bytes, least_peak
 from groupsearch.units import format_count, format_ratio, format_seconds
 from tests.strategies import random_trace

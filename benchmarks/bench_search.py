@@ -38,7 +38,7 @@ import optuna
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peaks
 from groupsearch.search import Choice, SearchSettings, hypervolume, run_search
-from groupsearch.search.front import pareto
+from groupsearch.search.candidates import pareto
 from groupsearch.search.space import Space
 from groupsearch.units import format_seconds
 from tests.search.problem import Boundaries, Problem

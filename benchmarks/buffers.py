@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from groupsearch.lifetimes import lifetimes
+from groupsearch.memory import lifetimes
 from groupsearch.trace import Trace
 from groupsearch.tracer.step import StepSettings, fake_stage
 from groupsearch.workloads import Workload

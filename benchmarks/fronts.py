@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.accuracy import environment
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
-from groupsearch.search.intervals import half_width
+from groupsearch.search.statistics import half_width
 from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings, train
 from groupsearch.units import format_bytes, format_interval, format_number

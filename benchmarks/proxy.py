@@ -29,7 +29,7 @@ from groupsearch.gram import Grams
 from groupsearch.grouping import Grouping, named_groupings
 from groupsearch.partition import front
 from groupsearch.proxy import gram_matrices
-from groupsearch.search.correlation import rank_correlation
+from groupsearch.search.statistics import rank_correlation
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.training import TrainSettings, train

@@ -21,8 +21,7 @@ from benchmarks.evidence import MODELS as EVIDENCE
 from groupsearch.grouping import named_groupings
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
-from groupsearch.reserved import replay_memory
-from groupsearch.segments import Rules
+from groupsearch.reserved import Rules, replay_memory
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
 

@@ -37,9 +37,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from groupsearch.records import new_document
 from groupsearch.report import render_page
 from groupsearch.search import Choice, Evaluation, Outcome, SearchSettings, run_search
-from groupsearch.search.orders import trial_of
 from groupsearch.search.space import Space
-from groupsearch.search.study import open_study
+from groupsearch.search.study import open_study, trial_of
 from groupsearch.units import format_bytes, format_ratio, format_seconds
 from tests.search.crew import Crew, Sleeper
 from tests.search.postgres import missing, running_server

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from groupsearch.clipping import AdaptiveQuantile, ClipPlan
     from groupsearch.documents import Fit, Profile, Search, Train, Verify
     from groupsearch.engine import PrivateEngine, make_private
-    from groupsearch.engine.accounting import default_delta, noise_multiplier_for
     from groupsearch.engine.loading import PoissonBatches
     from groupsearch.errors import BudgetError, DocumentError, GroupSearchError, ToleranceError, UnsupportedModelError
     from groupsearch.export import to_fastdp, to_jax_privacy
@@ -34,13 +33,13 @@ if TYPE_CHECKING:
     from groupsearch.jobs.train import train
     from groupsearch.jobs.verify import verify
     from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice
-    from groupsearch.measure import Measurement, measure_peak
+    from groupsearch.measure import Measurement, measure_peak, simulate_peak
     from groupsearch.memory import PeakEstimate, peak_memory, peaks
     from groupsearch.options import EngineOptions
+    from groupsearch.privacy.accounting import default_delta, noise_multiplier_for
     from groupsearch.records import read_document, write_document
     from groupsearch.report.file import report
     from groupsearch.reserved import Holding, replay_memory
-    from groupsearch.simulate import simulate_peak
     from groupsearch.trace import Site, Trace
     from groupsearch.tracer import trace_methods, trace_model
     from groupsearch.workloads import Workload, load_workload
@@ -71,7 +70,7 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "Verify": "documents",
     "Workload": "workloads",
-    "default_delta": "engine.accounting",
+    "default_delta": "privacy.accounting",
     "fewest_groups": "grouping",
     "fewest_operations": "joint",
     "least_peak": "grouping",
@@ -79,13 +78,13 @@ _HOMES = {
     "load_workload": "workloads",
     "make_private": "engine",
     "measure_peak": "measure",
-    "noise_multiplier_for": "engine.accounting",
+    "noise_multiplier_for": "privacy.accounting",
     "peak_memory": "memory",
     "peaks": "memory",
     "profile": "jobs.profile",
     "read_document": "records",
     "replay_memory": "reserved",
-    "simulate_peak": "simulate",
+    "simulate_peak": "measure",
     "to_fastdp": "export",
     "to_jax_privacy": "export",
     "trace_methods": "tracer",

@@ -17,8 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.lifetimes import Bytes
-from groupsearch.memory import UNREACHABLE_BYTES, CostTable, cost_table
+from groupsearch.memory import UNREACHABLE_BYTES, Bytes, CostTable, cost_table
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 

@@ -18,13 +18,12 @@ from groupsearch.cards import card_of
 from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.joint import JOINT, Alternatives
-from groupsearch.measure import measure_peak
+from groupsearch.measure import measure_peak, simulate_peak
 from groupsearch.memory import peak_memory
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.partition import front
 from groupsearch.records import COMMANDS
 from groupsearch.reserved import holding
-from groupsearch.simulate import simulate_peak
 from groupsearch.trace import Trace
 from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.fake import ValuesNeededError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ import torch
 
 from groupsearch.clipping import RULES, AdaptiveQuantile, ClipPlan
 from groupsearch.engine import mechanism
-from groupsearch.errors import DocumentError, GroupSearchError
-from groupsearch.gram import Grams, clip_factors, read_grams, sharing_pairs, write_grams
+from groupsearch.errors import GroupSearchError
+from groupsearch.gram import Grams, clip_factors, sharing_pairs
 from groupsearch.grouping import Grouping
 from groupsearch.trace import Site
 from tests.reference import SiteGradients, combine
@@ -222,30 +221,6 @@ def test_a_quiet_group_beside_a_loud_one_keeps_its_digits() -> None:
     plan = ClipPlan(Grouping((1,), sites), rule="auto-v")
     found = grams_of(sites, [batch]).moments(plan).clipped[0]
     assert found == pytest.approx(4.0, rel=1e-9)  # both groups at their threshold in both examples
-
-
-def test_grams_come_back_from_a_file(tmp_path: Path) -> None:
-    sites = make_sites(SHARED)
-    grams = grams_of(sites, [random_gradients(sites, 3, seed) for seed in (0, 1)], (0, 5))
-    path = write_grams(tmp_path / "grams.npz", grams)
-    found = read_grams(path)
-    assert (found.sites, found.steps, found.pairs) == (grams.sites, grams.steps, grams.pairs)
-    assert found.score((1,), noise_multiplier=1.0, expected_batch_size=8.0) == grams.score(
-        (1,), noise_multiplier=1.0, expected_batch_size=8.0
-    )
-    assert path.stat().st_mode & 0o077 == 0  # as safe as the data
-    assert [p.name for p in tmp_path.iterdir()] == ["grams.npz"]
-    with pytest.raises(GroupSearchError, match="exists already"):
-        write_grams(path, grams)
-
-
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut"])
-def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "grams.npz").write_bytes(content)
-    with pytest.raises(DocumentError, match="Expected a file of Grams"):
-        read_grams(tmp_path / "grams.npz")
-    with pytest.raises(DocumentError, match="Expected a file of Grams"):
-        read_grams(tmp_path / "none.npz")
 
 
 def test_incomplete_grams_are_refused() -> None:

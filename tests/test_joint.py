@@ -19,8 +19,7 @@ from benchmarks.architectures import small_workload
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice, operations
-from groupsearch.lifetimes import lifetimes
-from groupsearch.memory import peak_memory, peaks
+from groupsearch.memory import lifetimes, peak_memory, peaks
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.partition import floor_bytes
 from groupsearch.trace import Booked, Site, Trace

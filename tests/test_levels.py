@@ -21,9 +21,9 @@ from benchmarks.architectures import BUILT_IN, small_workload
 from groupsearch.cli import parameters
 from groupsearch.engine.optimizers import OPTIMIZER_VARIANTS, OPTIMIZERS
 from groupsearch.grouping import Grouping
+from groupsearch.measure import simulate_peak
 from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, EngineOptions
-from groupsearch.simulate import simulate_peak
 from groupsearch.tracer.step import AUTOCASTS, StepSettings
 from groupsearch.workloads import Workload
 from tests.cases import EVERY_CASE

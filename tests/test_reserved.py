@@ -11,10 +11,8 @@ import torch
 
 import groupsearch as gs
 from groupsearch.errors import GroupSearchError
-from groupsearch.events import Close, StepEvents
-from groupsearch.reserved import replay_memory
-from groupsearch.segments import MIB, NoRoomError, Rules
-from groupsearch.trace import Trace
+from groupsearch.reserved import MIB, NoRoomError, Rules, replay_memory
+from groupsearch.trace import Close, StepEvents, Trace
 from groupsearch.tracer.record import step_events
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import StepSettings, fake_stage, made_private

@@ -30,7 +30,7 @@ from groupsearch.workloads.views import group_views
 
 # -- Poisson sampling of logical batches, and their division into physical ones --------------------
 #
-# Poisson sampling is what :mod:`groupsearch.engine.accounting` counts: every example enters a
+# Poisson sampling is what :mod:`groupsearch.privacy.accounting` counts: every example enters a
 # batch independently with the same probability, so batches vary in size and may be empty.
 
 Drawn = tuple[tuple[int, ...], Tensor | None]  # sizes of the physical batches, generator's state afterwards

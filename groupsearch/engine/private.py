@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from groupsearch.checked import Checked
 from groupsearch.clipping import ClipPlan
-from groupsearch.engine.accounting import Accountant
 from groupsearch.engine.book import Groups, Ledger
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.layout import Layouts
@@ -30,7 +29,7 @@ from groupsearch.engine.truth.watch import RATE, EngineReport, Watch
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from groupsearch.privacy import PrivacyStatement
-from groupsearch.privacy.sizes import SizesSeen
+from groupsearch.privacy.accounting import Accountant, SizesSeen
 from groupsearch.randomness import source_of
 from groupsearch.trace import Rows, Site, shared_parameters, weights_with_choice
 
@@ -440,8 +439,8 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
         sampling_rate: probability with which each example enters a logical batch (else the batch size over the
             number of examples); with it ``engine.epsilon(delta)`` tells what the steps so far cost.
         sampling: what the loop's own loader does: ``poisson``, ``shuffled`` or ``fixed-size``, each with an epsilon
-            of its own (:mod:`groupsearch.engine.composition`). Batches that are visibly drawn otherwise are refused:
-            see :class:`~groupsearch.privacy.sizes.SizesSeen`, also for what that may tell of private sizes.
+            of its own (:mod:`groupsearch.privacy.accounting`). Batches that are visibly drawn otherwise are refused:
+            see :class:`~groupsearch.privacy.accounting.SizesSeen`, also for what that may tell of private sizes.
         loss_reduction: "mean" when the loss is the mean of per-example losses over the
             micro-batch, "sum" when it is their sum.
         loss_divisor: what the loop divides that mean or sum by before backward, as libraries do that accumulate
@@ -506,7 +505,7 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
         raise GroupSearchError(f"Found sampling={sampling!r} without a sampling_rate to account with. Give both.")
     accountant = None
     if sampling_rate is not None:
-        from groupsearch.engine.accounting import Accountant  # its libraries take as long to load as torch does
+        from groupsearch.privacy.accounting import Accountant  # its libraries take as long to load as torch does
 
         accountant = Accountant(noise_multiplier, sampling_rate, sampling)
     seeded = generator is not None or (batches is not None and batches.seeded)

@@ -83,7 +83,7 @@ def search(
 ) -> SearchResult:
     """Search in the rungs that were asked for; every training run is one evaluation."""
     from groupsearch.search import search_in_rungs
-    from groupsearch.search.together import run_together
+    from groupsearch.search.run import run_together
 
     notify = request.notify
     short = _short(setup, ways, training, request) if "short" in request.rungs else None

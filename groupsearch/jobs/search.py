@@ -19,9 +19,9 @@ from groupsearch.jobs.training import describe, training_setup
 from groupsearch.jobs.varying import COSTS, Ways, values_of
 from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement
 from groupsearch.search import SearchSettings
+from groupsearch.search.run import await_study
 from groupsearch.search.selection import adaptive_selection_cost
-from groupsearch.search.storage import shown
-from groupsearch.search.together import await_study
+from groupsearch.search.shared import shown
 from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings
 from groupsearch.verify import Setup

@@ -15,7 +15,7 @@ from groupsearch.units import format_bytes, format_count, format_interval, forma
 if TYPE_CHECKING:
     from groupsearch.privacy import SelectionCost
     from groupsearch.search import Choice, SearchSettings
-    from groupsearch.search.privacy import RepeatAndSelect, Selected
+    from groupsearch.search.selection import RepeatAndSelect, Selected
     from groupsearch.search.space import Space
     from groupsearch.trace import Trace
     from groupsearch.training import TrainSettings
@@ -48,7 +48,7 @@ def select(
         GroupSearchError: when the workload does not state that its metric is a share, or a training raises.
     """
     from groupsearch.randomness import secret_rng
-    from groupsearch.search.privacy import RepeatAndSelect, select_privately
+    from groupsearch.search.selection import RepeatAndSelect, select_privately
     from groupsearch.search.space import Space
 
     workload, space = _judged_by_shares(setup.loaded), Space.of(trace, settings)
@@ -82,8 +82,7 @@ def select(
 
 
 def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise: float) -> SelectionCost:
-    from groupsearch.search.privacy import candidate_event, training_event
-    from groupsearch.search.selection import repeated_selection_cost
+    from groupsearch.search.selection import candidate_event, repeated_selection_cost, training_event
 
     assert training.noise_multiplier is not None
     assert training.delta is not None

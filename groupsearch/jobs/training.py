@@ -6,10 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from groupsearch.engine.accounting import default_delta, epsilon, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.request import TrainingRequest
 from groupsearch.jobs.stages import make_setup
+from groupsearch.privacy.accounting import default_delta, epsilon, noise_multiplier_for
 from groupsearch.training import TrainSettings
 from groupsearch.units import format_number
 from groupsearch.verify import Setup

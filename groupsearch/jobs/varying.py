@@ -16,7 +16,7 @@ from groupsearch.options import NORM_METHODS, EngineOptions, checkpoint_interval
 if TYPE_CHECKING:
     from groupsearch.grouping import Grouping
     from groupsearch.search import Choice
-    from groupsearch.search.variants import Variants
+    from groupsearch.search.space import Variants
     from groupsearch.trace import Trace
     from groupsearch.training import TrainSettings
     from groupsearch.verify import Setup
@@ -107,7 +107,7 @@ class Ways:
     @cached_property
     def variants(self) -> Variants:
         """What says which way needs least for a grouping."""
-        from groupsearch.search.variants import Variants
+        from groupsearch.search.space import Variants
 
         return Variants(self.traces)
 

@@ -13,8 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from groupsearch.grouping import Grouping
-from groupsearch.lifetimes import lifetimes
-from groupsearch.memory import PeakEstimate, peak_memory, timeline
+from groupsearch.memory import PeakEstimate, lifetimes, peak_memory, timeline
 from groupsearch.partition import floor_bytes, front
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes, format_percent, format_ratio

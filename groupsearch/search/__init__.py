@@ -7,16 +7,13 @@ choice (a grouping and what else is searched) and seed, never twice for the same
 
 from __future__ import annotations
 
-from groupsearch.search.candidates import Candidate
+from groupsearch.search.candidates import Candidate, hypervolume
 from groupsearch.search.choice import Choice, Evaluate, Evaluation, Outcome
-from groupsearch.search.comparison import Comparison
-from groupsearch.search.front import hypervolume
 from groupsearch.search.proxied import Proxy
-from groupsearch.search.recommendation import Recommendation
 from groupsearch.search.result import Cost, Rung, SearchResult
-from groupsearch.search.run import run_search
-from groupsearch.search.rungs import Short, search_in_rungs
+from groupsearch.search.run import Short, run_search, search_in_rungs
 from groupsearch.search.settings import Event, SearchSettings
+from groupsearch.search.verdict import Comparison, Recommendation
 
 __all__ = [
     "Candidate",

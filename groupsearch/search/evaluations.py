@@ -14,9 +14,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.search.choice import Choice, Evaluate, Evaluation, Outcome
-from groupsearch.search.patience import WORKER
+from groupsearch.search.shared import WORKER, beating
 from groupsearch.search.study import SharedStudy
-from groupsearch.search.workers import beating
 
 POLL_SECONDS = 0.5
 _STALE_SECONDS = 0.5

@@ -10,16 +10,14 @@ from typing import Any
 import optuna
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.search.agreement import Agreement, Evidence
-from groupsearch.search.candidates import Candidate, gather
+from groupsearch.search.candidates import Candidate, gather, share_dominated
 from groupsearch.search.choice import Evaluation
-from groupsearch.search.comparison import Comparison, answer, compare
-from groupsearch.search.front import share_dominated
-from groupsearch.search.recommendation import Recommendation, recommend
+from groupsearch.search.proxied import Agreement, Evidence
 from groupsearch.search.selection import adaptive_selection_cost
 from groupsearch.search.settings import SearchSettings
 from groupsearch.search.space import Space
 from groupsearch.search.study import count_answers
+from groupsearch.search.verdict import Comparison, Recommendation, answer, compare, recommend
 
 
 @dataclass(frozen=True)

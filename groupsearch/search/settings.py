@@ -30,8 +30,8 @@ class SearchSettings:
         seed: seeds the sampler; evaluations get seed, seed + 1, ... , the same for all groupings.
         max_runs: evaluations in all. With None the front gets ``seeds`` seeds and no more; with a number those
             that are not yet told from the best get further ones until they are, or until it is reached.
-        confidence: of everything that is declared together, see :func:`groupsearch.search.comparison.compare`.
-        sampler: ``front``, ours (see :class:`groupsearch.search.samplers.FrontSampler`), or one of Optuna's:
+        confidence: of everything that is declared together, see :func:`groupsearch.search.verdict.compare`.
+        sampler: ``front``, ours (see :class:`groupsearch.search.sampler.FrontSampler`), or one of Optuna's:
             ``tpe`` (multivariate), ``nsga2``, ``gp`` or ``random``.
         storage: a file for Optuna's journal, a database URL (``sqlite:///study.db``), or None to
             keep the study in memory, where nothing can be resumed.

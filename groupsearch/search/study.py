@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -16,13 +18,113 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.choice import Choice
-from groupsearch.search.fingerprint import differences, problem_fingerprint
-from groupsearch.search.orders import Order, Proposer, begun_anew, trial_of
-from groupsearch.search.patience import WORKER, SharedStorage
 from groupsearch.search.settings import SearchSettings
-from groupsearch.search.space import Space
-from groupsearch.search.storage import open_storage, shown, study_names
-from groupsearch.search.workers import Watch, is_known_dead
+from groupsearch.search.shared import WORKER, SharedStorage, Watch, is_known_dead, open_storage, shown, study_names
+from groupsearch.search.space import Space, digest
+
+# -- What makes two runs runs of one problem -------------------------------------------------------
+
+
+def problem_fingerprint(space: Space, settings: SearchSettings) -> dict[str, Any]:
+    """What must be equal for evaluations of one run to count in another; as it reads back from JSON."""
+    problem = {
+        "metric_name": settings.metric_name,
+        "seed": settings.seed,
+        "budget_bytes": settings.budget_bytes,
+        "max_groups": settings.max_groups,
+        "granularity": settings.granularity,
+        "trace": digest(space.trace),
+        # None, as in a study of before these could be searched, where they are not.
+        "variants": space.variants.fingerprint() if space.variants.free else None,
+        "groups": settings.groups,
+        "rules": list(settings.rules) or None,
+        "allocations": list(settings.allocations) or None,
+        "objectives": list(settings.objectives) if settings.timed else None,
+    }
+    clash = sorted(problem.keys() & settings.fingerprint.keys())
+    if clash:
+        raise GroupSearchError(
+            f"Found {', '.join(clash)} in the fingerprint, which the search keeps there itself. Leave it out."
+        )
+    plain: dict[str, Any] = json.loads(json.dumps({**problem, **settings.fingerprint}))
+    return plain
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What differs, by dotted name and with both values; empty where nothing does."""
+    old, new = _flat(stored), _flat(given)
+    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in different)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value under its dotted name, so that a message can name the one that differs."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# -- What is to be evaluated next, as a trial of Optuna's: queued, begun, or begun anew ------------
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """A sampler that chooses without asking for one parameter after the other."""
+
+    def propose(self, trials: Sequence[FrozenTrial], number: int) -> Choice | None:
+        """What the trial of this number is to be, given the others; None while nothing is known."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A trial that this worker runs.
+
+    Attributes:
+        choice: what it is to be.
+        trial_id: what the storage calls it.
+        trial: the same as Optuna's samplers know it, or None: ours needs nothing of it.
+    """
+
+    choice: Choice
+    trial_id: int
+    trial: Trial | None = None
+
+
+def trial_of(space: Space, choice: Choice, state: TrialState, *, sparse: bool) -> FrozenTrial:
+    """A trial that is this choice; ``sparse`` without a parameter for a cut that is not made.
+
+    Optuna's samplers learn from parameters and need them all. Ours learns from the choice, and of 100 allowed
+    cuts few are made: a database takes three statements for every parameter.
+    """
+    parameters = {name: value for name, value in space.parameters(choice).items() if not sparse or value != 0}
+    distributions = space.distributions()
+    return create_trial(
+        state=state,
+        params=parameters,
+        distributions={name: distributions[name] for name in parameters},
+        user_attrs=choice.to_json(),
+        constraints=space.limits(choice.boundaries),
+    )
+
+
+def begun_anew(trial: FrozenTrial) -> FrozenTrial:
+    """The same to be begun anew; its parameters need not be suggested again."""
+    return create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=Choice.from_json(trial.user_attrs).to_json(),
+        constraints=trial.constraints,
+    )
+
+
+# -- study -----------------------------------------------------------------------------------------
 
 _ANSWER = "answer"  # the user attribute that says why a trial was not trained
 _DIRECTIONS = {"metric": StudyDirection.MAXIMIZE, "peak": StudyDirection.MINIMIZE, "time": StudyDirection.MINIMIZE}

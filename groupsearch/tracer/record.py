@@ -21,8 +21,7 @@ from groupsearch.engine.passes import Arrival
 from groupsearch.engine.truth.draws import USUAL, alike
 from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
-from groupsearch.events import Close, StepEvents
-from groupsearch.trace import Booked, CrossTerm, Instant, Site, Trace, weights_with_choice
+from groupsearch.trace import Booked, Close, CrossTerm, Instant, Site, StepEvents, Trace, weights_with_choice
 from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.tracer.live import LiveBytes

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan
-from groupsearch.engine.accounting import Accountant, default_delta, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.privacy import PrivacyStatement
+from groupsearch.privacy.accounting import Accountant, default_delta, noise_multiplier_for
 from groupsearch.randomness import Streams
 from groupsearch.tracer.step import AUTOCASTS
 from groupsearch.workloads.workload import Workload
@@ -27,7 +27,7 @@ class TrainSettings:
         optimizer: one of :data:`groupsearch.engine.optimizers.OPTIMIZERS`.
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: budget that the noise multiplier is calibrated for, when that is not given.
-        delta: None for 1e-2 / n, see :func:`groupsearch.engine.accounting.default_delta`.
+        delta: None for 1e-2 / n, see :func:`groupsearch.privacy.accounting.default_delta`.
         noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
         rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the three below.
         max_grad_norm: R.

@@ -10,8 +10,7 @@ from groupsearch.cards import CARDS
 from groupsearch.fit import BATCH, Room, Sizes, fit_rows
 from groupsearch.grouping import Grouping
 from groupsearch.records import read_document
-from groupsearch.reserved import CONTEXT_BYTES, replay_memory
-from groupsearch.segments import MIB, NoRoomError, Rules
+from groupsearch.reserved import CONTEXT_BYTES, MIB, NoRoomError, Rules, replay_memory
 from groupsearch.verify import Setup
 from tests.cli.running import refused, run
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from groupsearch.search.storage import open_storage
+from groupsearch.search.shared import open_storage
 from tests.search.postgres import Server, missing, running_server
 
 COMMAND = [sys.executable, "-m", "groupsearch", "optimize", "digits-vit"]

@@ -21,8 +21,8 @@ from scipy.signal import fftconvolve
 from scipy.stats import norm
 
 from groupsearch.clipping import gradient_noise_multiplier
-from groupsearch.engine.accounting import SAMPLINGS, Accountant, default_delta, epsilon, noise_multiplier_for
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy.accounting import SAMPLINGS, Accountant, default_delta, epsilon, noise_multiplier_for
 
 noises = st.floats(0.4, 8.0)
 rates = st.floats(0.001, 1.0)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.accounting import epsilon
 from groupsearch.grouping import Grouping
+from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.test_parity import assert_agree, by_name, step, truth, typical_norm

@@ -16,9 +16,8 @@ from groupsearch.engine import make_private
 from groupsearch.engine.entries import sliced_sqnorm
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
-from groupsearch.measure import measure_peak
+from groupsearch.measure import measure_peak, simulate_peak
 from groupsearch.options import SITE_METHODS, EngineOptions
-from groupsearch.simulate import simulate_peak
 from groupsearch.trace import weights_with_choice
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.live import LiveBytes

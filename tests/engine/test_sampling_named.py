@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.accounting import epsilon
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
+from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
 
 SIZE = 96

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.accounting import epsilon
 from groupsearch.engine.loading import PoissonSampler
 from groupsearch.errors import GroupSearchError
+from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import EVERY_CASE
 from tests.engine.loop import CASE, part, plan_of, private

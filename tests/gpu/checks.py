@@ -24,9 +24,9 @@ from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.arithmetic import ieee
 from groupsearch.engine.entries import matrix_sqnorm
 from groupsearch.grouping import Grouping
+from groupsearch.measure import simulate_peak
 from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, EngineOptions
-from groupsearch.simulate import simulate_peak
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, workspace_bytes
 from groupsearch.tracer.live import LiveBytes

@@ -9,7 +9,7 @@ import numpy as np
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.stats import beta, binom
 
-from groupsearch.engine.accounting import epsilon
+from groupsearch.privacy.accounting import epsilon
 
 CONFIDENCE = 0.95
 

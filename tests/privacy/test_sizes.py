@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from groupsearch.privacy import sizes
-from groupsearch.privacy.sizes import SizesSeen
+from groupsearch.privacy import accounting as sizes
+from groupsearch.privacy.accounting import SizesSeen
 
 
 def told_after(seen: SizesSeen, stream: Iterator[int], limit: int = 2000) -> tuple[int, str] | None:

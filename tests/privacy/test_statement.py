@@ -17,10 +17,10 @@ from torch import nn
 
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.engine.accounting import Accountant, epsilon
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.grouping import Grouping
 from groupsearch.privacy import PrivacyStatement, SelectionCost, not_private_sentence
+from groupsearch.privacy.accounting import Accountant, epsilon
 from groupsearch.report import render_page
 from groupsearch.search.selection import adaptive_selection_cost, repeated_selection_cost
 from groupsearch.tracer.sites import observe_sites
@@ -172,7 +172,7 @@ def test_a_search_states_what_is_left_out_and_marks_what_is_exact(tmp_path: Any)
 
 
 def test_reading_it_needs_no_torch() -> None:
-    code = "import sys; import groupsearch.privacy.sizes; sys.exit('torch' in sys.modules)"
+    code = "import sys; import groupsearch.privacy.accounting; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

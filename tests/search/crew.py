@@ -13,9 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from groupsearch.search import Choice, Outcome, SearchResult, SearchSettings, journal, workers
-from groupsearch.search.patience import SharedStorage
-from groupsearch.search.together import await_study, run_together
+from groupsearch.search import Choice, Outcome, SearchResult, SearchSettings
+from groupsearch.search import shared as journal
+from groupsearch.search import shared as workers
+from groupsearch.search.run import await_study, run_together
+from groupsearch.search.shared import SharedStorage
 from tests.search.problem import Boundaries, Problem
 
 _FORK = multiprocessing.get_context("forkserver")  # a new process in milliseconds, without this one's threads

@@ -11,7 +11,7 @@ import numpy as np
 
 from groupsearch.memory import cost_table
 from groupsearch.search import Choice, Outcome
-from groupsearch.search.front import pareto
+from groupsearch.search.candidates import pareto
 from groupsearch.trace import Booked, Instant, Site, StaticBytes, Trace
 
 Boundaries = tuple[int, ...]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from groupsearch.memory import cost_table, peaks
-from groupsearch.search.acquisition import Slices, Stairs, best_with, best_within
-from groupsearch.search.front import hypervolume
+from groupsearch.search.candidates import hypervolume
+from groupsearch.search.sampler import Slices, Stairs, best_with, best_within
 from tests.search.problem import make_trace
 
 POINTS = [(0.9, 100.0), (0.7, 60.0), (0.8, 60.0), (0.5, 40.0), (0.6, 90.0)]

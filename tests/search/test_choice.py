@@ -15,8 +15,7 @@ import pytest
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.memory import peaks
 from groupsearch.search import Choice, Evaluation, Outcome, SearchSettings, hypervolume, run_search, study
-from groupsearch.search.space import Space
-from groupsearch.search.variants import Variants
+from groupsearch.search.space import Space, Variants
 from tests.search.problem import RULES, Boundaries, Mechanisms, frugal, make_trace
 
 ALLOCATIONS = ("uniform", "dimension")

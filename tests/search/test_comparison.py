@@ -11,8 +11,8 @@ import pytest
 from groupsearch.search import Candidate, Choice, Evaluate, Outcome, SearchSettings, run_search
 from groupsearch.search.candidates import gather
 from groupsearch.search.choice import Evaluation
-from groupsearch.search.comparison import answer, compare
 from groupsearch.search.space import Space
+from groupsearch.search.verdict import answer, compare
 from tests.search.problem import Boundaries, Problem, make_trace
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.search.correlation import rank_correlation
+from groupsearch.search.statistics import rank_correlation
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 30])

@@ -24,8 +24,7 @@ import pytest
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search import Choice, Outcome, SearchSettings, run_search
-from groupsearch.search.patience import share
-from groupsearch.search.storage import open_storage
+from groupsearch.search.shared import open_storage, share
 from tests.search.crew import Crew, Sleeper, result_of
 from tests.search.postgres import Server
 from tests.search.problem import Problem

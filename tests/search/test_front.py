@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from groupsearch.search.front import hypervolume, pareto, share_dominated
+from groupsearch.search.candidates import hypervolume, pareto, share_dominated
 
 
 def test_hypervolume_is_the_area_counted_cell_by_cell() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from groupsearch.search.intervals import half_width, shortfall, student_t
+from groupsearch.search.statistics import half_width, shortfall, student_t
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 30, 101])

@@ -12,8 +12,15 @@ from scipy import stats
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.search import SearchSettings
-from groupsearch.search.privacy import RepeatAndSelect, Selected, candidate_event, select_privately, training_event
-from groupsearch.search.selection import adaptive_selection_cost, repeated_selection_cost
+from groupsearch.search.selection import (
+    RepeatAndSelect,
+    Selected,
+    adaptive_selection_cost,
+    candidate_event,
+    repeated_selection_cost,
+    select_privately,
+    training_event,
+)
 from groupsearch.search.space import Space
 from tests.search.problem import Problem
 

@@ -5,9 +5,8 @@ from itertools import combinations
 import pytest
 
 from groupsearch.memory import peaks
-from groupsearch.search.front import hypervolume, pareto
-from groupsearch.search.space import Space
-from groupsearch.search.variants import Variants
+from groupsearch.search.candidates import hypervolume, pareto
+from groupsearch.search.space import Space, Variants
 from tests.search.problem import SHAPES, Problem
 
 

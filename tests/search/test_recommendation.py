@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from groupsearch.search import Candidate, Choice
-from groupsearch.search.recommendation import recommend
+from groupsearch.search.verdict import recommend
 
 
 def candidate(boundaries: tuple[int, ...], peak_bytes: int, *values: float, source: str = "search") -> Candidate:

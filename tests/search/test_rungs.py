@@ -18,7 +18,7 @@ import pytest
 from groupsearch.errors import GroupSearchError
 from groupsearch.memory import peaks
 from groupsearch.search import Choice, Outcome, Proxy, SearchSettings, Short, hypervolume, run_search, search_in_rungs
-from groupsearch.search.front import worthiest
+from groupsearch.search.candidates import worthiest
 from tests.search.problem import Problem
 
 FULL_STEPS, FRACTION = 100, 0.125
@@ -351,7 +351,7 @@ def test_workers_share_the_rungs(ladder: Ladder, tmp_path: Path) -> None:
     code = code.replace("outcome =", "time.sleep(0.02); outcome =").replace(
         ", ladder.good)", ", ladder.good, run=run_together)"
     )
-    code = f"from groupsearch.search.together import run_together\n{code}"
+    code = f"from groupsearch.search.run import run_together\n{code}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-c", code, str(log), storage, "-1"]
     begin = time.monotonic()

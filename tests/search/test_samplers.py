@@ -11,7 +11,7 @@ import pytest
 
 from groupsearch.memory import peaks
 from groupsearch.search import Choice, Outcome, SearchSettings, hypervolume, run_search
-from groupsearch.search.samplers import MOST_SEEN, FrontSampler, make_sampler
+from groupsearch.search.sampler import MOST_SEEN, FrontSampler, make_sampler
 from groupsearch.search.settings import SAMPLERS
 from groupsearch.search.space import Space
 from tests.search.problem import Boundaries, Problem

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from groupsearch.search.choice import Choice
-from groupsearch.search.surrogate import Features, Surrogate
+from groupsearch.search.sampler import Features, Surrogate
 from tests.search.problem import Mechanisms, Problem
 
 

@@ -11,12 +11,13 @@ import optuna
 import pytest
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.search import Choice, Outcome, SearchSettings, run_search, workers
+from groupsearch.search import Choice, Outcome, SearchSettings, run_search
+from groupsearch.search import shared as workers
 from groupsearch.search.evaluations import Ledger
-from groupsearch.search.samplers import make_sampler
+from groupsearch.search.run import await_study, run_together
+from groupsearch.search.sampler import make_sampler
 from groupsearch.search.space import Space
 from groupsearch.search.study import SharedStudy, open_study
-from groupsearch.search.together import await_study, run_together
 from tests.search.crew import Crew, Sleeper, result_of
 from tests.search.postgres import Server
 from tests.search.problem import Problem

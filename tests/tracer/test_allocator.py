@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from groupsearch.grouping import Grouping
+from groupsearch.measure import private_peak, simulate_peak
 from groupsearch.memory import peak_memory
-from groupsearch.simulate import private_peak, simulate_peak
 from groupsearch.trace import StaticBytes, Trace
 from groupsearch.tracer import allocator as workspaces
 from groupsearch.tracer import trace_model

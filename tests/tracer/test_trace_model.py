@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from groupsearch.engine.truth import comparison as signature
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.grouping import Grouping
-from groupsearch.lifetimes import lifetimes
-from groupsearch.memory import cost_table, peak_memory
+from groupsearch.memory import cost_table, lifetimes, peak_memory
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
