@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 
 # -- How far one example can move the sums that clipping groups share: exact, for any sharing ------
 
+Array = TypeVar("Array", bound=Any)
 _ITERATIONS = 500
 _TIGHTNESS = 1e-10
 
@@ -204,6 +206,8 @@ RULES = ("abadi", "auto-s", "auto-v")
 ALLOCATIONS = ("uniform", "dimension")
 NOISE_ALLOCATIONS = ("global", "equal")
 AUTO_S_GAMMA = 0.01
+LEAST_NORM = 1e-15
+"""The square of a shorter float32 norm has lost digits, or all, to underflow."""
 
 
 @dataclass(frozen=True)
@@ -330,3 +334,19 @@ class ClipPlan:
         if len(given) != groups or not all(math.isfinite(value) and value > 0 for value in given):
             raise GroupSearchError(f"Expected {groups} positive {what}, one per group, found {given}.")
         return given
+
+
+def clip_factors(rule: str, norm: Array, threshold: Any, where: Callable[..., Array]) -> Array:
+    """What the gradients of these norms are multiplied by, as :class:`ClipPlan` states it.
+
+    Args:
+        rule: of :data:`RULES`.
+        norm: an array of NumPy's, or a tensor of torch's, of any shape.
+        threshold: R > 0, a number or what the norm can be divided into.
+        where: :func:`numpy.where` or :func:`torch.where`.
+    """
+    if rule == "auto-s":
+        return threshold / (norm + AUTO_S_GAMMA)
+    if rule == "abadi":
+        return threshold / norm.clip(min=threshold)
+    return where(norm > LEAST_NORM, threshold / norm.clip(min=LEAST_NORM), 0.0)

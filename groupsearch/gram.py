@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan
+from groupsearch.clipping import ClipPlan, clip_factors
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.trace import Site
@@ -88,8 +88,6 @@ class Expectations:
 # -- Grams: inner products of per-example gradients, from which the effect of any clip plan follows without a model
 #
 # Shapes: n batches, L sites, B examples of a batch, M groups, P pairs of sites that share a parameter.
-
-LEAST_NORM = 1e-15  # as in the engine: a shorter norm counts as none under auto-v
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +261,7 @@ class Grams:
             if group[early] == group[late]:
                 sqnorm_nMB[:, group[early]] += 2 * self._cross_own[:, number]
         norm_nMB = np.sqrt(np.maximum(sqnorm_nMB, 0.0))
-        return clip_factors(plan.rule, norm_nMB, np.array(plan.thresholds)[:, None])[:, group]
+        return clip_factors(plan.rule, norm_nMB, np.array(plan.thresholds)[:, None], np.where)[:, group]
 
     @cached_property
     def _sums(self) -> tuple[Floats, Floats, Floats]:
@@ -276,14 +274,6 @@ class Grams:
     @cached_property
     def _cross_own(self) -> Floats:
         return np.ascontiguousarray(np.diagonal(self.crosses, axis1=2, axis2=3))
-
-
-def clip_factors(rule: str, norm: Floats, threshold: Floats) -> Floats:
-    """What the gradients of these norms are multiplied by, as :class:`~groupsearch.clipping.ClipPlan` states it."""
-    if rule == "auto-s":
-        return threshold / (norm + AUTO_S_GAMMA)
-    reach = np.divide(threshold, norm, out=np.full(np.broadcast(norm, threshold).shape, np.inf), where=norm > 0)
-    return np.minimum(reach, 1.0) if rule == "abadi" else np.where(norm > LEAST_NORM, reach, 0.0)
 
 
 def sharing_pairs(sites: Sequence[Site]) -> tuple[tuple[int, int], ...]:

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from groupsearch.clipping import RULES, AdaptiveQuantile, ClipPlan
-from groupsearch.engine import mechanism
+from groupsearch.clipping import RULES, AdaptiveQuantile, ClipPlan, clip_factors
 from groupsearch.errors import GroupSearchError
-from groupsearch.gram import Grams, clip_factors, sharing_pairs
+from groupsearch.gram import Grams, sharing_pairs
 from groupsearch.grouping import Grouping
 from groupsearch.trace import Site
-from tests.reference import SiteGradients, combine
+from tests.reference import SiteGradients, clip_factor, combine
 
 SIZES = {"a": 3, "b": 2, "c": 5, "d": 1, "e": 4}
 PLAIN = (("a",), ("b", "c"), ("d",), ("e",))
@@ -205,11 +204,19 @@ def test_gradients_without_a_direction_score_nothing() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_clip_factors_are_the_engines(rule: str) -> None:
-    norms = [0.0, 1e-300, 1e-16, 1e-15, 2e-15, 0.3, 0.7, 1.0, 50.0]
-    found = clip_factors(rule, np.array(norms), np.array(0.7))
-    expected = mechanism.clip_factors(rule, torch.tensor(norms, dtype=torch.float64), 0.7)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-15)
+def test_clip_factors_are_those_of_the_rule_for_arrays_and_tensors(rule: str) -> None:
+    norms = [0.0, 1e-300, 1e-16, 1e-15, 2e-15, 0.3, 0.7, 1.0, 50.0, math.inf]
+    expected = [0.0 if rule == "auto-v" and norm <= 1e-15 else clip_factor(rule, norm, 0.7) for norm in norms]
+    found = clip_factors(rule, np.array(norms), np.array(0.7), np.where)
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+    tensor = clip_factors(rule, torch.tensor(norms, dtype=torch.float64), 0.7, torch.where)
+    np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-15)
+
+
+def test_a_norm_that_is_no_number_is_no_factor_to_rely_on() -> None:
+    for rule in RULES:
+        factor = clip_factors(rule, torch.tensor([math.nan]), 0.7, torch.where)
+        assert rule == "auto-v" or factor.isnan().all()
 
 
 def test_a_quiet_group_beside_a_loud_one_keeps_its_digits() -> None:

@@ -40,9 +40,9 @@ class PoissonSampler(Sampler[Tensor]):
     """Batches of indices in which every example appears independently with probability ``rate``.
 
     Iterating yields ``steps`` int64 tensors of ascending indices without repeats, possibly empty, on the
-    generator's device. It serves as the ``batch_sampler`` of a ``torch.utils.data.DataLoader``, together
-    with :class:`PoissonCollate`. Iterating again goes on with fresh batches; the same generator seed
-    gives the same batches.
+    generator's device. It serves as the ``batch_sampler`` of a ``torch.utils.data.DataLoader`` whose
+    ``collate_fn`` takes no examples, too. Iterating again goes on with fresh batches; the same generator seed gives the
+    same batches.
 
     Args:
         size: number of examples.
@@ -75,21 +75,6 @@ class PoissonSampler(Sampler[Tensor]):
 
     def __len__(self) -> int:
         return self.steps
-
-
-class PoissonCollate:
-    """Torch's default collation, with a batch of no rows where Poisson sampling took no example.
-
-    The first dimension of every tensor is 0; the others, the dtype and the structure are those of
-    ``example``, one element of the data set.
-    """
-
-    def __init__(self, example: Any) -> None:
-        self._empty = _no_rows(default_collate([example]))
-
-    def __call__(self, examples: Sequence[Any]) -> Any:
-        """The batch of these examples."""
-        return default_collate(list(examples)) if len(examples) else self._empty
 
 
 def physical_chunks(indices: Tensor, limit: int | None) -> tuple[Tensor, ...]:
@@ -224,16 +209,6 @@ def _check_population(size: int, rate: float) -> None:
             f"Expected a sampling rate in (0, 1], found {rate}. It is the expected batch size over the number of "
             f"examples."
         )
-
-
-def _no_rows(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:0]
-    if isinstance(batch, Mapping):
-        return {key: _no_rows(value) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return [_no_rows(value) for value in batch]
-    return batch
 
 
 # -- loading ---------------------------------------------------------------------------------------

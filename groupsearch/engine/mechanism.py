@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import AUTO_S_GAMMA, AdaptiveQuantile, ClipPlan, gradient_noise_multiplier
+from groupsearch.clipping import AdaptiveQuantile, ClipPlan, clip_factors, gradient_noise_multiplier
 from groupsearch.errors import GroupSearchError
 from groupsearch.randomness import SecureStream, Source, draw_words, make_secret
 
@@ -245,18 +245,6 @@ def _read(noisy: Tensor) -> list[float]:
 
 # -- mechanism -------------------------------------------------------------------------------------
 
-# The square of a shorter float32 norm has lost digits, or all, to underflow.
-LEAST_NORM = 1e-15
-
-
-def clip_factors(rule: str, norm_B: Tensor, threshold: float) -> Tensor:
-    """Clipping factor of every example (B,), by the rule as :class:`~groupsearch.clipping.ClipPlan` states it."""
-    if rule == "abadi":
-        return (threshold / norm_B).clamp(max=1.0)  # a norm of zero gives inf, clamped to one
-    if rule == "auto-s":
-        return threshold / (norm_B + AUTO_S_GAMMA)
-    return torch.where(norm_B > LEAST_NORM, threshold / norm_B, 0.0)
-
 
 class Mechanism:
     """Clips by a plan and adds the noise its sensitivity asks for.
@@ -320,7 +308,7 @@ class Mechanism:
         threshold = self.in_force.thresholds[group]
         if self._counts is not None:
             self._counts.add(group, norm_B, threshold)
-        return clip_factors(self.plan.rule, norm_B, threshold)
+        return clip_factors(self.plan.rule, norm_B, threshold, torch.where)
 
     def add_noises_(self, sums: Mapping[str, Tensor]) -> None:
         """Add to the clipped sums of parameters, by name, the noise of one logical batch, in place.

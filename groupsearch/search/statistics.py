@@ -6,32 +6,25 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from groupsearch.errors import GroupSearchError
 
 # -- Student's t: intervals of a mean, and whether one mean is below another -----------------------
 
 
-@lru_cache(maxsize=128)
 def student_t(confidence: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = ``confidence`` for a whole number of degrees of freedom.
-
-    Exact finite series (Abramowitz and Stegun 26.7.3 and 26.7.4), inverted by bisection.
+    """The t with P(|T| <= t) = ``confidence`` for a number of degrees of freedom.
 
     >>> round(student_t(0.95, 2), 3), round(student_t(0.90, 9), 3)
     (4.303, 1.833)
     """
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        angle = (low + high) / 2
-        low, high = (angle, high) if _within(angle, freedom) < confidence else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
+    return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
@@ -70,16 +63,6 @@ def shortfall(values: Mapping[int, float], best: Mapping[int, float]) -> tuple[f
         return gap, None
     variance = sum(statistics.variance(v.values()) / len(v) for v in (values, best))
     return gap, student_t(0.90, fewest - 1) * math.sqrt(variance)
-
-
-def _within(angle: float, freedom: int) -> float:
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    odd = freedom % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= square * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 # -- Whether a cheap score puts candidates in the order that a dear one does -----------------------

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
+from groupsearch.clipping import ClipPlan, clip_factors
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.engine.mechanism import Mechanism, clip_factors
+from groupsearch.engine.mechanism import Mechanism
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
@@ -101,7 +101,7 @@ def half_truth(
             assert ratio_B.max() <= 1 + 1e-4
             norm_B = norms_BM[:, index].double()
         for name, gradient in gradients.items():
-            factor_B = clip_factors(plan.rule, norm_B, threshold)
+            factor_B = clip_factors(plan.rule, norm_B, threshold, torch.where)
             _add(sums, name, torch.einsum("b,b...->...", factor_B, gradient))
     return sums
 

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, chisquare, kstest
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from groupsearch.engine.loading import PoissonCollate, PoissonSampler, batch_quantile, physical_chunks
+from groupsearch.engine.loading import PoissonSampler, batch_quantile, physical_chunks
 from groupsearch.errors import GroupSearchError
 
 
@@ -71,44 +70,6 @@ def test_rate_one_takes_everything():
 def test_out_of_range_is_refused(size, rate, steps):
     with pytest.raises(GroupSearchError, match="Expected"):
         sampler(size, rate, steps)
-
-
-class Records(Dataset[dict[str, torch.Tensor]]):
-    """Elements that are mappings, one of them nested."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        return {"x": torch.full((3, 2), float(index)), "more": (index, "text")}
-
-
-def test_as_batch_sampler_of_a_data_loader():
-    data = TensorDataset(torch.arange(20.0).unsqueeze(1).expand(20, 3), torch.arange(20))
-    loader = DataLoader(data, batch_sampler=sampler(20, 0.1, 30), collate_fn=PoissonCollate(data[0]))
-    expected = list(sampler(20, 0.1, 30))
-    assert len(loader) == 30
-    assert any(len(indices) == 0 for indices in expected)
-    for (x, label), indices in zip(loader, expected, strict=True):
-        assert torch.equal(label, indices)
-        assert x.shape == (len(indices), 3)
-        assert x.dtype == torch.float32
-
-
-def test_with_worker_processes():
-    data = Records()
-    loader = DataLoader(data, batch_sampler=sampler(6, 0.2, 8), collate_fn=PoissonCollate(data[0]), num_workers=1)
-    assert [len(batch["x"]) for batch in loader] == [len(indices) for indices in sampler(6, 0.2, 8)]
-
-
-def test_an_empty_batch_has_the_structure_of_any_other():
-    collate = PoissonCollate(Records()[0])
-    empty, full = collate([]), collate([Records()[1], Records()[2]])
-    assert empty["x"].shape == (0, 3, 2)
-    assert full["x"].shape == (2, 3, 2)
-    assert empty["more"][0].shape == (0,)
-    assert empty["more"][0].dtype == full["more"][0].dtype
-    assert empty.keys() == full.keys()
 
 
 @given(st.integers(0, 50), st.integers(1, 20) | st.none())
