@@ -1,6 +1,6 @@
 """How far estimate, simulation and measurement of the same peak are apart, over random groupings.
 
-Run with ``python -m benchmarks.accuracy [--output PATH] [--groupings N] [--models NAME ...]``. Every
+Run with ``python -m benchmarks.accuracy [--output PATH] [--rows PATH] [--groupings N] [--models NAME ...]``. Every
 number is exact and repeatable: a measurement sums the allocations and releases that torch's profiler
 reports for one real step, in this process, plus the tensors alive throughout. Errors are signed:
 estimate / simulation - 1 and so on, so an under-estimate is negative.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import random
@@ -33,6 +32,7 @@ from groupsearch.grouping import Grouping
 from groupsearch.measure import private_peak
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
+from groupsearch.records import document_text, write_text
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.allocator import profiled_peak
@@ -251,6 +251,7 @@ def main(arguments: list[str]) -> int:  # noqa: PLR0915 - a script from top to b
     """Compare, print a table, and write the document where asked; 1 when a model failed or an error is too large."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the JSON document")
+    parser.add_argument("--rows", type=Path, help="where to write every number that was compared")
     parser.add_argument("--groupings", type=int, default=20, help="random groupings of every model")
     parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     options = parser.parse_args(arguments)
@@ -290,9 +291,10 @@ def main(arguments: list[str]) -> int:  # noqa: PLR0915 - a script from top to b
             "choices": choices,
             "missed": beyond,
             "failures": failures,
-            "rows": rows,
         }
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(options.output, document_text(document) + "\n", force=True)
+    if options.rows is not None:
+        write_text(options.rows, document_text({"rows": rows}) + "\n", force=True)
     return 1 if failures or beyond else 0
 
 

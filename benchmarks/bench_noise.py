@@ -9,7 +9,6 @@ disturbs them less; medians of the ratio of neighbours are what to read.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -36,6 +35,7 @@ from groupsearch.engine import make_private, mechanism
 from groupsearch.engine.mechanism import Gaussians, add_noise_
 from groupsearch.grouping import Grouping
 from groupsearch.randomness import SecureStream, secret_generator
+from groupsearch.records import document_text, write_text
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> None:
             "environment": environment(options.device),
         }
         document["load_average"] = os.getloadavg()[0]
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(options.output, document_text(document) + "\n", force=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ missed target. Traces and groupings are random with fixed seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -18,6 +17,7 @@ import numpy as np
 
 from groupsearch.memory import cost_table, lifetimes, peak_memory, peaks
 from groupsearch.partition import fewest_groups, floor_bytes, least_peak
+from groupsearch.records import document_text, write_text
 from groupsearch.units import format_count, format_ratio, format_seconds
 from tests.strategies import random_trace
 
@@ -69,7 +69,7 @@ def main() -> None:
         )
     if arguments.output:
         environment = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
-        arguments.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+        write_text(arguments.output, document_text({"environment": environment, "rows": rows}) + "\n", force=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.arithmetic import as_on
 from groupsearch.grouping import Grouping
+from groupsearch.records import document_text, write_text
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
@@ -267,7 +268,7 @@ def main(arguments: list[str]) -> None:
         document["rows"].append(bench(name, options.rounds, options.device, options.autocast))
         _report(document["rows"][-1])
         if options.output is not None:
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            write_text(options.output, document_text(document) + "\n", force=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from benchmarks.realistic import MODELS
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
 from groupsearch.partition import floor_bytes, front
-from groupsearch.report.finding import NEAR_FLOOR, finding
+from groupsearch.records import document_text, write_text
+from groupsearch.report.finding import NEAR_FLOOR, finding, parts
 from groupsearch.trace import Trace
 
 OUTPUT = Path("profiles/evidence-cpu.json")
@@ -56,7 +57,7 @@ def row_of(name: str, autocast: str, checkpoint: str) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begin, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
     }
-    print(f"{name:<26} {autocast:<9} {checkpoint:<7} {row['cpu_seconds']:6.1f} s  {row['summary']}", flush=True)
+    print(f"{name:<26} {autocast:<9} {checkpoint:<7} {row['cpu_seconds']:6.1f} s  {finding(trace)}", flush=True)
     return row
 
 
@@ -65,6 +66,7 @@ def figures(trace: Trace) -> dict[str, Any]:
     floor, best = floor_bytes(trace), front(trace)
     whole = peak_memory(trace, Grouping.all_layer(trace))
     fewest = next(cuts for cuts, peak_bytes in best if peak_bytes <= NEAR_FLOOR * floor)
+    left = peak_memory(trace, fewest)
     within = {str(m): min(peak for _, peak in best[:m]) for m in GROUPS}
     return {
         "sites": trace.length,
@@ -76,8 +78,8 @@ def figures(trace: Trace) -> dict[str, Any]:
         "floor_bytes": floor,
         "groups_at_floor": len(fewest) + 1,
         "boundaries_at_floor": list(fewest),
-        "where": {"all-layer": whole.where, "floor": peak_memory(trace, fewest).where},
-        "summary": finding(trace),
+        "where": {"all-layer": whole.where, "floor": left.where},
+        "largest_at_floor": [part.name for part in parts(trace, left) if part.size_bytes >= left.peak_bytes / 10],
     }
 
 
@@ -105,7 +107,7 @@ def write(path: Path, new: Sequence[Row]) -> None:
         "left_out": [dict(zip(KEYS, key, strict=True)) for key in wanted() if key in missing],
         "rows": rows,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(path, document_text(document) + "\n", force=True)
 
 
 def _key(row: Row) -> tuple[str, ...]:

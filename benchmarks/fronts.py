@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.accuracy import environment
 from groupsearch.grouping import Grouping
 from groupsearch.memory import peak_memory
+from groupsearch.records import document_text, write_text
 from groupsearch.search.statistics import half_width
 from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings, train
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
             cases.append(case(model, epsilon, options.seeds))
             _print_case(cases[-1])
             document = {"schema_version": 1, "kind": "fronts-benchmark", "environment": environment(), "cases": cases}
-            options.output.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(options.output, document_text(document) + "\n", force=True)
     return int(any(c["trainings_to_find"] > MOST_TRAININGS for c in cases))
 
 

@@ -18,7 +18,7 @@ from groupsearch.units import format_number, format_signed_percent
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "clipping.md"
-PROFILE = ROOT / "profiles" / "hf-gpt2-b16-cpu.json"
+PROFILE = ROOT / "profiles" / "hf-gpt2-b16-cpu-checkpoint-blocks.json"
 GROUPS = (1, 2, 4, 8, 12, 24, 50, 100)
 COUNT_NOISES = (10.0, 25.0, 50.0, 100.0)
 GROUPINGS = ("all-layer", "uniform:2", "uniform:4", "uniform:8", "block-wise", "layer-wise")

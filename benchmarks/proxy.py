@@ -29,6 +29,7 @@ from groupsearch.gram import Grams
 from groupsearch.grouping import Grouping, named_groupings
 from groupsearch.partition import front
 from groupsearch.proxy import gram_matrices
+from groupsearch.records import document_text, write_text
 from groupsearch.search.statistics import rank_correlation
 from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
@@ -138,11 +139,11 @@ def _distinct(groupings: Mapping[str, Grouping]) -> dict[str, Grouping]:
 
 
 class Document:
-    """The rows found so far, on disk after each."""
+    """The rows found so far, in a file beside the document's, and what they amount to; both on disk after each."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        read = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.path, self.rows_path = path, path.with_suffix(".rows.json")
+        read = json.loads(self.rows_path.read_text(encoding="utf-8")) if self.rows_path.exists() else {}
         self.rows: list[Row] = read.get("rows", [])
         self.grams: list[Row] = read.get("grams", [])
 
@@ -164,9 +165,9 @@ class Document:
                 for (name, epsilon), rows in complete.items()
             ],
             "grams": self.grams,
-            "rows": self.rows,
         }
-        self.path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(self.rows_path, document_text({"grams": self.grams, "rows": self.rows}) + "\n", force=True)
+        write_text(self.path, document_text(document) + "\n", force=True)
 
 
 def train_missing(document: Document, name: str, epsilon: float) -> None:

@@ -21,6 +21,7 @@ from benchmarks.evidence import MODELS as EVIDENCE
 from groupsearch.grouping import named_groupings
 from groupsearch.memory import peak_memory
 from groupsearch.partition import front
+from groupsearch.records import document_text, write_text
 from groupsearch.reserved import Rules, replay_memory
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
@@ -78,7 +79,7 @@ def write(path: Path, name: str, row: Row) -> None:
         "environment": environment(),
         "rows": [rows[name] for name in MODELS if name in rows],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(path, document_text(document) + "\n", force=True)
 
 
 def main(arguments: list[str]) -> int:

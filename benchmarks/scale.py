@@ -11,7 +11,6 @@ finished trials is opened, resumed by two more trials, concluded and drawn, in a
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -34,7 +33,7 @@ import sqlalchemy
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from groupsearch.records import new_document
+from groupsearch.records import document_text, new_document, write_text
 from groupsearch.report import render_page
 from groupsearch.search import Choice, Evaluation, Outcome, SearchSettings, run_search
 from groupsearch.search.space import Space
@@ -273,7 +272,7 @@ def main() -> None:
             document.setdefault(name, []).append(row)
             document["environment"]["load"] = os.getloadavg()
             if chosen.output is not None:
-                chosen.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                write_text(chosen.output, document_text(document) + "\n", force=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ micro-batches of 50), here in float32 with Adam on fake CPU tensors.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.buffers import held_by, peak_bytes
 from groupsearch.grouping import Grouping
 from groupsearch.memory import cost_table, peaks
 from groupsearch.partition import floor_bytes
+from groupsearch.records import document_text, write_text
 from groupsearch.trace import Trace
 from groupsearch.verify import Setup
 
@@ -33,8 +33,8 @@ ATTENTION = ("sdpa", "eager")
 CHECKPOINT = ("none", "blocks")
 
 
-def curve(name: str, attention: str, checkpoint: str) -> dict[str, Any]:
-    """The peaks of one model at every position of the boundary."""
+def curve(name: str, attention: str, checkpoint: str) -> tuple[list[str], dict[str, Any]]:
+    """Names of one model's sites, and its peaks at every position of the boundary."""
     text, settings = MODELS[name]
     setup = Setup(text, {**settings, "attn_implementation": attention}, checkpoint=checkpoint)
     begin = time.process_time()
@@ -42,23 +42,24 @@ def curve(name: str, attention: str, checkpoint: str) -> dict[str, Any]:
     held = held_by(setup.loaded, trace)
     cuts = [(b,) for b in range(1, trace.length)]
     print(f"{name:<14} {attention:<6} {checkpoint:<7} {time.process_time() - begin:6.1f} s", flush=True)
-    return {
+    one_hot_bytes = max(site.one_hot_bytes for site in held)
+    without = [peak_bytes(trace, held, cut, one_hot=False) for cut in cuts] if one_hot_bytes else []
+    return [site.name for site in trace.sites], {
         "model": name,
         "workload": text,
         "settings": settings,
         "attention": attention,
         "checkpoint": checkpoint,
-        "sites": [site.name for site in trace.sites],
         "block_boundaries": block_edges(trace),
         "nonprivate_peak_bytes": trace.nonprivate_peak_bytes,
         "outside_bytes": cost_table(trace).outside_bytes,
         "floor_bytes": floor_bytes(trace),
-        "one_hot_bytes": max(site.one_hot_bytes for site in held),
+        "one_hot_bytes": one_hot_bytes,
         "all_layer_bytes": whole(trace),
         "ours_bytes": [int(b) for b in peaks(trace, cuts)],
         "fastdp_all_layer_bytes": peak_bytes(trace, held, ()),
         "fastdp_bytes": [peak_bytes(trace, held, cut) for cut in cuts],
-        "fastdp_without_one_hot_bytes": [peak_bytes(trace, held, cut, one_hot=False) for cut in cuts],
+        **({"fastdp_without_one_hot_bytes": without} if without else {}),
     }
 
 
@@ -79,16 +80,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the document; {OUTPUT} if not given")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args(arguments)
-    curves = [curve(name, how, again) for name in options.models for how in ATTENTION for again in CHECKPOINT]
+    sites: dict[str, list[str]] = {}
+    curves: list[dict[str, Any]] = []
+    for name in options.models:
+        for how in ATTENTION:
+            for again in CHECKPOINT:
+                sites[name], found = curve(name, how, again)
+                curves.append(found)
     document = {
         "schema_version": 1,
         "kind": "sweep-benchmark",
         "level": "estimate from one step traced on fake tensors; fastdp by formula",
         "optimizer": "adam",
         "environment": environment(),
+        "sites": sites,
         "curves": curves,
     }
-    options.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    write_text(options.output, document_text(document) + "\n", force=True)
     return 0
 
 

@@ -30,6 +30,7 @@ from groupsearch.engine.private import PrivateEngine
 from groupsearch.engine.truth.watch import MOST_BATCHES, RATE
 from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.records import document_text, write_text
 from groupsearch.tracer.sites import sites_of
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
@@ -175,7 +176,7 @@ def main(arguments: list[str]) -> None:
         document["rows"].append(json.loads(done.stdout.splitlines()[-1]))
         report(document["rows"][-1])
         if options.output is not None:
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            write_text(options.output, document_text(document) + "\n", force=True)
 
 
 if __name__ == "__main__":

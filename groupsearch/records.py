@@ -139,7 +139,7 @@ def document_text(document: Mapping[str, Any]) -> str:
         GroupSearchError: when a value has no JSON form.
     """
     try:
-        return json.dumps(plain(document), sort_keys=True, indent=1, separators=(",", ": "), allow_nan=False)
+        return _laid_out(plain(document), "\n")
     except TypeError as error:
         raise GroupSearchError(
             f"Expected a document of lists, strings, numbers and mappings by string, found otherwise: {error}. "
@@ -199,6 +199,18 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return value
+
+
+def _laid_out(value: Any, line: str) -> str:
+    """JSON with a line for each item; what holds no lists or mappings of its own is one line."""
+    parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(part, (dict, list)) and part for part in parts):
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    inner = line + " "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_laid_out(value[key], inner)}" for key in sorted(value)]
+        return "{" + inner + ("," + inner).join(items) + line + "}"
+    return "[" + inner + ("," + inner).join(_laid_out(part, inner) for part in value) + line + "]"
 
 
 def _replace(path: Path, text: str) -> None:

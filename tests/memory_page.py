@@ -27,6 +27,12 @@ def document(name: str, device: str = "-cpu") -> Document:
     return found
 
 
+def sweep_curves() -> list[dict[str, Any]]:
+    """Curves of the sweep; without a word embedding there is no one-hot, and one row stands for both."""
+    curves: list[dict[str, Any]] = document("sweep")["curves"]
+    return [{"fastdp_without_one_hot_bytes": each["fastdp_bytes"], **each} for each in curves]
+
+
 def without_card() -> dict[tuple[str, str], tuple[int, int]]:
     """By allocator and grouping of the checkpointed ViT: allocated and reserved bytes as foretold without a card."""
     (row,) = (row for row in document("reserved")["rows"] if row["model"] == "ViT-B/16, checkpointed")
@@ -92,7 +98,7 @@ def _sweep() -> Iterator[str]:
         "model", "attention", "checkpointing", "no privacy", "all-layer", "two groups, best", "below",
         "fastDP all-layer", "fastDP two groups, best", "below", "without one-hot", "below",
     )  # fmt: skip
-    for curve in document("sweep")["curves"]:
+    for curve in sweep_curves():
         bests = []
         for key in ("ours_bytes", "fastdp_bytes", "fastdp_without_one_hot_bytes"):
             bests += [format_bytes(min(curve[key])), f"`{_short(_best_site(curve, key))}`"]
@@ -112,9 +118,7 @@ def _rows() -> Iterator[str]:
     """The curves of RoBERTa at the boundaries below its blocks."""
     for name in ("RoBERTa base", "RoBERTa large"):
         chosen = {
-            (curve["attention"], curve["checkpoint"]): curve
-            for curve in document("sweep")["curves"]
-            if curve["model"] == name
+            (curve["attention"], curve["checkpoint"]): curve for curve in sweep_curves() if curve["model"] == name
         }
         yield f"{name}, GiB (fastDP by formula; in brackets without the one-hot):"
         yield ""
@@ -151,14 +155,14 @@ def _rise() -> Iterator[str]:
 
 
 def _curve(name: str, attention: str, checkpoint: str) -> Document:
-    found = document("sweep")["curves"]
+    found = sweep_curves()
     key = (name, attention, checkpoint)
     return next(curve for curve in found if (curve["model"], curve["attention"], curve["checkpoint"]) == key)
 
 
 def _best_site(curve: Document, key: str) -> str:
     """The first site above the boundary that needs least."""
-    name: str = curve["sites"][curve[key].index(min(curve[key])) + 1]
+    name: str = document("sweep")["sites"][curve["model"]][curve[key].index(min(curve[key])) + 1]
     return name
 
 

@@ -34,19 +34,18 @@ def synthetic() -> dict[str, Any]:
     return found
 
 
-def shares(way: str, length: int, trials: int) -> list[float]:
+def mean_share(way: str, length: int, trials: int) -> float:
     """Of the exact hypervolume, over all problems of a length and all seeds."""
-    rows = [each for each in synthetic()["rows"] if each["way"] == way and each["length"] == length]
-    return [each[f"found_{trials}"] for each in rows]
+    (found,) = (e for e in synthetic()["summary"] if (e["way"], e["length"], e["shape"]) == (way, length, "all"))
+    return float(found[f"found_{trials}"])
 
 
 def _synthetic() -> Iterator[str]:
-    lengths = sorted({each["length"] for each in synthetic()["rows"]})
+    lengths = sorted({each["length"] for each in synthetic()["summary"]})
     columns = [(length, trials) for length in lengths for trials in (60, 200)]
     yield from table_head("way of searching", *(f"{length} sites, {trials} trials" for length, trials in columns))
     for way in WAYS:
-        means = [sum(found) / len(found) for found in (shares(way, *column) for column in columns)]
-        yield table_row(_NAMES.get(way, way), *(f"{mean:.3f}" for mean in means))
+        yield table_row(_NAMES.get(way, way), *(f"{mean_share(way, *column):.3f}" for column in columns))
 
 
 def _fronts() -> Iterator[str]:

@@ -17,7 +17,10 @@ from tests.documents.schemas import texts, violations
 from tests.report.synthetic import train_document, verify_document
 
 ROOT = Path(__file__).resolve().parents[2]
-PROFILE, SEARCH = ROOT / "profiles" / "hf-gpt2-b16-cpu.json", ROOT / "reports" / "digits-vit-checkpointed.json"
+PROFILE, SEARCH = (
+    ROOT / "profiles" / "hf-gpt2-b16-cpu-checkpoint-blocks.json",
+    ROOT / "reports" / "digits-vit-checkpointed.json",
+)
 COMMITTED = [*sorted((ROOT / "profiles").glob("hf-*.json")), *sorted((ROOT / "reports").glob("*.json"))]
 
 

@@ -25,6 +25,7 @@ from benchmarks.accuracy import CHOICE_LIMIT, choice_of, environment, errors_of,
 from benchmarks.architectures import WITHOUT_BLOCKS, small_workload
 from benchmarks.realistic import MODELS
 from groupsearch.errors import GroupSearchError
+from groupsearch.records import document_text, write_text
 from groupsearch.units import format_bytes
 from tests.gpu.grid_part import NON_PRIVATE, Part, request_of, rows_of
 
@@ -118,7 +119,7 @@ class Grid:
             self.failures.append(row)
         else:
             self.rows.append({**row, "errors": errors_of(row, COMPARISONS)})
-        self.path.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
+        write_text(self.path, document_text(self.document()) + "\n", force=True)
 
     def document(self) -> dict[str, Any]:
         """Everything that is known so far."""
