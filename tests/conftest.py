@@ -19,19 +19,27 @@ settings.load_profile("groupsearch")
 
 TESTS = Path(__file__).parent
 FAST = {
-    "norms and clipped sums, against a second implementation": ("engine/test_opacus.py", "engine/test_ieee.py"),
+    "norms and clipped sums, against a second implementation": (
+        "engine/test_opacus.py",
+        "engine/test_arithmetic_ieee.py",
+    ),
     "what is refused, and the truth check": ("engine/test_refusals.py", "engine/test_truth.py"),
     "noise, thresholds, sampling and what they cost": (
-        *("engine/test_mechanism.py", "engine/test_noise.py", "engine/test_sampling.py", "test_randomness.py"),
-        *("privacy/test_noise_distribution.py", "privacy/test_sizes.py", "privacy/test_statement.py"),
+        *(
+            "engine/test_mechanism.py",
+            "engine/test_mechanism_noise.py",
+            "engine/test_loading_sampling.py",
+            "test_randomness.py",
+        ),
+        *("privacy/test_noise_distribution.py", "privacy/test_accounting_sizes.py", "privacy/test_statement.py"),
     ),
     "the optimizer's step": ("engine/test_optimizers.py",),
     "groups, plans and the partition search": (
         *("test_clipping.py", "test_grouping.py", "test_options.py", "test_partition.py", "test_gram.py"),
-        *("search/test_choice.py", "search/test_front.py", "search/test_intervals.py", "search/test_space.py"),
-        *("search/test_recommendation.py",),
+        *("search/test_choice.py", "search/test_candidates.py", "search/test_statistics.py", "search/test_space.py"),
+        *("search/test_verdict_recommendation.py",),
     ),
-    "the memory model": ("test_memory.py", "test_segments.py", "test_trace.py"),
+    "the memory model": ("test_memory.py", "test_reserved_segments.py", "test_trace.py"),
     "documents": ("documents/test_documents.py", "test_records.py", "test_export.py", "test_units.py"),
     "the command line's errors and pages": ("cli/test_program.py", "cli/test_documents.py", "report/test_info.py"),
 }

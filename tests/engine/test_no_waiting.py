@@ -27,7 +27,7 @@ from groupsearch.options import NORM_METHODS, EngineOptions
 from groupsearch.tracer import observe_sites
 from tests.case import Case
 from tests.cases import EVERY_CASE
-from tests.engine.test_ieee import WHOLE
+from tests.engine.test_arithmetic_ieee import WHOLE
 from tests.engine.test_parity import assert_agree
 from tests.engine.test_precision import NOT_FINITE
 from tests.reference import trainable

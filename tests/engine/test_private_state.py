@@ -98,7 +98,7 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     first.train(3)
     first.save(tmp_path / "begun.pt")
     script = (
-        "import sys, pathlib; from tests.engine.test_state import Run; run = Run('adaptive', seed=5)\n"
+        "import sys, pathlib; from tests.engine.test_private_state import Run; run = Run('adaptive', seed=5)\n"
         "run.load(pathlib.Path(sys.argv[1])); run.train(2); run.save(pathlib.Path(sys.argv[2]))"
     )
     done = tmp_path / "done.pt"

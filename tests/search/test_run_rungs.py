@@ -310,7 +310,7 @@ from pathlib import Path
 from groupsearch.memory import peaks
 from groupsearch.search import SearchSettings
 from tests.search.problem import Problem
-from tests.search.test_rungs import Ladder, SETTINGS
+from tests.search.test_run_rungs import Ladder, SETTINGS
 from dataclasses import replace
 
 log, storage, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
