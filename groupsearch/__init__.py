@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from groupsearch.options import EngineOptions
     from groupsearch.privacy.accounting import default_delta, noise_multiplier_for
     from groupsearch.records import read_document, write_document
-    from groupsearch.report.file import report
+    from groupsearch.report.page import report
     from groupsearch.reserved import Holding, replay_memory
     from groupsearch.trace import Site, Trace
     from groupsearch.tracer import trace_methods, trace_model
@@ -94,7 +94,7 @@ _HOMES = {
 }
 _DOORS = {
     "fit": "jobs.fit",
-    "report": "report.file",
+    "report": "report.page",
     "search": "jobs.search",
     "verify": "jobs.verify",
 }  # names of packages, too

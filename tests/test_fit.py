@@ -17,8 +17,18 @@ from hypothesis import strategies as st
 from benchmarks.fit import CONFIGURATIONS, MODELS, check_row, setup_of
 from groupsearch.engine.loading import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.fit import BATCH, Room, Sizes, add_rates, fit_rows, largest_expected, largest_within, summarise
-from groupsearch.fit.rates import measured_batches, rate
+from groupsearch.fit import (
+    BATCH,
+    Room,
+    Sizes,
+    add_rates,
+    fit_rows,
+    largest_expected,
+    largest_within,
+    measured_batches,
+    rate,
+    summarise,
+)
 from groupsearch.grouping import Grouping, fewest_groups
 from groupsearch.memory import peak_memory
 from groupsearch.partition import floor_bytes

@@ -8,17 +8,21 @@ starts without loading torch.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from groupsearch import __version__
-from groupsearch.cli.console import print_error
-from groupsearch.cli.interrupts import no_interrupt_lost
+from groupsearch.cli.terminal import print_error
 from groupsearch.errors import GroupSearchError, is_out_of_memory
 
 COMMANDS = ("models", "profile", "fit", "optimize", "verify", "train", "compare", "export", "report")
@@ -92,3 +96,45 @@ def main() -> None:
     Every command takes --json, which writes its document to standard output and nothing else there.
     Exit codes: 0 done, 1 a tolerance or a budget was missed, 2 the request was wrong, 130 interrupted.
     """
+
+
+# Where Python prints an exception and goes on: destructors, and what a weak reference calls.
+_DESTRUCTOR = "__del__"
+_WEAK_FILES = ("weakref.py", "_weakrefset.py", "weak.py")
+_LATER_SECONDS = 0.01
+
+
+@contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Raise KeyboardInterrupt for Ctrl-C, but a moment later where an exception would be swallowed.
+
+    Python calls a signal's handler wherever it is, which may be a destructor, as torch's storages have one:
+    an exception that leaves a destructor is printed and forgotten, and the command would go on.
+
+    Outside the main thread, and where interrupts are not raised as KeyboardInterrupt, nothing is changed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if not _swallows(frame):
+        signal.default_int_handler(number, frame)
+    again = threading.Timer(_LATER_SECONDS, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
+def _swallows(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == _DESTRUCTOR or Path(frame.f_code.co_filename).name in _WEAK_FILES:
+            return True
+        frame = frame.f_back
+    return False

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import click
 
-from groupsearch.cli.console import print_table
 from groupsearch.cli.parameters import Share, json_option, no_seed_option
+from groupsearch.cli.terminal import print_table
 from groupsearch.errors import DocumentError, ToleranceError
-from groupsearch.report.subject import options_of
+from groupsearch.report.subject import Read, Row, options_of, read
 from groupsearch.units import format_bytes, format_number, format_percent, format_signed_percent
-
-PARTS = {"estimates": "estimate", "simulations": "simulated", "measurements": "measured", "rows": "measured"}
 
 
 class Difference(NamedTuple):
@@ -55,7 +53,7 @@ def command(a: str, b: str, fail_over: float | None, as_json: bool) -> None:
     """
     from groupsearch.records import document_text, read_document
 
-    rows = differences(read_document(a), read_document(b))
+    rows = differences(read(read_document(a)), read(read_document(b)))
     if not rows:
         raise DocumentError(
             f"Expected two documents that share a grouping, found none that both {a} and {b} tell of. "
@@ -77,28 +75,40 @@ def command(a: str, b: str, fail_over: float | None, as_json: bool) -> None:
         )
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
+def differences(a: Read, b: Read) -> list[Difference]:
     """Every number that both documents tell, in the order of the first."""
     first, second = dict(_numbers(a)), dict(_numbers(b))
     return [Difference(*key, value, second[key]) for key, value in first.items() if key in second]
 
 
-def _numbers(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
-    for key, name in (("nonprivate_peak_bytes", "non-private"), ("floor_bytes", "floor")):
-        if document.get(key):
-            yield ("peak", name), document[key]
-    for part, what in PARTS.items():
-        for row in document.get(part) or []:
+def _numbers(document: Read) -> Iterator[tuple[tuple[str, str], float]]:
+    for name, peak in (
+        ("non-private", document.get("nonprivate_peak_bytes")),
+        ("floor", document.get("floor_bytes")),
+    ):
+        if peak:
+            yield ("peak", name), peak
+    for what, rows in (
+        ("estimate", document.get("estimates")),
+        ("simulated", document.get("simulations")),
+        ("measured", document.get("measurements")),
+        ("measured", document.get("rows")),
+    ):
+        for row in rows or []:
             yield (what, row["grouping"]), row["peak_bytes"]
     for row in document.get("candidates") or []:
         cuts = ",".join(map(str, row["boundaries"])) or "all-layer"
         name = ", ".join((cuts, *options_of(row)))
         yield ("candidate", name), row["peak_bytes"]
-        metric = (row.get("metric") or {}).get("mean")
-        if metric is not None:
-            yield ("metric", name), metric
-    if document["kind"] == "train" and (document.get("metric") or {}).get("mean") is not None:
-        yield ("metric", str(document["grouping"])), document["metric"]["mean"]
+        if (mean := _mean(row)) is not None:
+            yield ("metric", name), mean
+    if document["kind"] == "train" and (mean := _mean(document)) is not None:
+        yield ("metric", document["grouping"]), mean
+
+
+def _mean(row: Row | Read) -> float | None:
+    metric = row.get("metric")
+    return None if metric is None else metric.get("mean")
 
 
 def _text(row: Difference, value: float) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from groupsearch.cli.console import say
 from groupsearch.cli.parameters import (
     Positive,
     Share,
@@ -16,6 +15,7 @@ from groupsearch.cli.parameters import (
     output_options,
     step_options,
 )
+from groupsearch.cli.terminal import say
 
 
 @click.command("fit")
@@ -71,7 +71,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch fit stdlib-gpt --memory 1GiB --find sequence-length --batch-size 8
     groupsearch fit hf:gpt2 --device cuda:h100
     """
-    from groupsearch.cli.watch import Watch, say_not_measured, show, watching
+    from groupsearch.cli.terminal import Watch, say_not_measured, show, watching
     from groupsearch.jobs.fit import fit
 
     watch = Watch(output, force, as_json)

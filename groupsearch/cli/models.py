@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from groupsearch.cli.console import say
 from groupsearch.cli.parameters import json_option, no_seed_option
+from groupsearch.cli.terminal import say
 
 
 @click.command("models")

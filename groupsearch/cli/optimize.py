@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from groupsearch.cli.console import say
-from groupsearch.cli.output import Output, make_folder, writable
 from groupsearch.cli.parameters import (
     Positive,
     Size,
@@ -22,13 +20,12 @@ from groupsearch.cli.parameters import (
     training_options,
 )
 from groupsearch.cli.report import write_page
-from groupsearch.cli.watch import Watch, show, show_peaks, watching
+from groupsearch.cli.terminal import Output, Watch, make_folder, say, show, show_peaks, watching, writable
 from groupsearch.documents import tables
 from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.evaluation import TRIALS, check_values, rungs_of
 from groupsearch.jobs.events import Event, Profiled
 from groupsearch.jobs.request import RUNGS
-from groupsearch.jobs.rungs import TRIALS, rungs_of
-from groupsearch.jobs.varying import check_values
 from groupsearch.privacy import not_private_sentence
 from groupsearch.records import default_path
 from groupsearch.units import format_number, format_seconds
@@ -260,7 +257,7 @@ def _print_result(found: Search) -> None:
     if ways:
         say(f"What is on the front needs least with: {'; '.join(ways)}.")
     say(found.reason)
-    show(tables.rungs(found.cost))
+    show(tables.rungs(found.cost.rungs or (), found.correlations or ()))
     for each in found.correlations or ():
         say(each.statement)
     cost, rungs = found.cost, found.cost.rungs or ()

@@ -45,7 +45,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch profile mine.py:factory --grouping best:4 --grouping 3,17,40
     groupsearch profile hf:gpt2 --batch-size 4 --norm-method joint --budget 2500MiB
     """
-    from groupsearch.cli.watch import Watch, show, show_peaks, watching
+    from groupsearch.cli.terminal import Watch, show, show_peaks, watching
     from groupsearch.documents import tables
     from groupsearch.jobs.profile import profile
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import click
 
-from groupsearch.cli.console import say
-from groupsearch.cli.output import writable
 from groupsearch.cli.parameters import json_option, no_seed_option
+from groupsearch.cli.terminal import say, writable
 
 
 @click.command("report")

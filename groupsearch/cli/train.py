@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from groupsearch.cli.console import say
 from groupsearch.cli.parameters import (
     Positive,
     model_options,
@@ -16,9 +15,10 @@ from groupsearch.cli.parameters import (
     step_options,
     training_options,
 )
+from groupsearch.cli.terminal import say
 from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS
 from groupsearch.errors import GroupSearchError
-from groupsearch.jobs.allotment import allotment
+from groupsearch.jobs.request import allotment
 from groupsearch.privacy import not_private_sentence
 from groupsearch.units import format_bytes, format_interval, format_seconds
 
@@ -80,7 +80,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch train digits-vit --grouping best:4 --epsilon 8
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
-    from groupsearch.cli.watch import Watch, watching
+    from groupsearch.cli.terminal import Watch, watching
     from groupsearch.jobs.train import train
 
     watch = Watch(output, force, as_json)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from groupsearch.cli.console import say
 from groupsearch.cli.parameters import Share, no_seed_option, output_options
+from groupsearch.cli.terminal import say
 from groupsearch.errors import ToleranceError
 from groupsearch.units import format_percent
 
@@ -26,7 +26,7 @@ def command(
     \b
     groupsearch verify profiles/digits-vit-b288-cpu.json --tolerance 2%
     """
-    from groupsearch.cli.watch import Watch, show, watching
+    from groupsearch.cli.terminal import Watch, show, watching
     from groupsearch.jobs.verify import verify
 
     watch = Watch(output, force, as_json)

@@ -1,8 +1,8 @@
 """The typed documents between stages: read, written and shown on any machine, without torch."""
 
 from groupsearch.documents.codec import schema
-from groupsearch.documents.document import Document, Table
-from groupsearch.documents.kinds import Fit, Memory, Profile, Search, Train, Verify
+from groupsearch.documents.kinds import Document, Fit, Memory, Profile, Search, Train, Verify
+from groupsearch.documents.tables import Table
 from groupsearch.records import SCHEMA_VERSION
 
 KINDS: tuple[type[Document], ...] = (Profile, Fit, Search, Verify, Train)

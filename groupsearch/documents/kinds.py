@@ -1,15 +1,20 @@
-"""The kinds of documents: Profile, Fit, Search, Verify and Train."""
+"""Document, which has what all kinds share; and the kinds: Profile, Fit, Search, Verify and Train.
+
+Imported by the package alone, which is where others take them from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
-from typing import ClassVar
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar, Self
 
 from groupsearch.checked import Checked
 from groupsearch.documents import tables
 from groupsearch.documents.codec import Part
-from groupsearch.documents.document import Document, Table
 from groupsearch.documents.rows import (
     Boundaries,
     Candidate,
@@ -17,6 +22,7 @@ from groupsearch.documents.rows import (
     Comparison,
     Correlation,
     Cost,
+    Environment,
     Estimate,
     Evidence,
     Failure,
@@ -26,15 +32,136 @@ from groupsearch.documents.rows import (
     Joint,
     Measurement,
     Metric,
+    Model,
     Point,
     Randomness,
     Simulation,
     Training,
     Variant,
 )
+from groupsearch.documents.tables import Table
+from groupsearch.errors import DocumentError
 from groupsearch.privacy import PrivacyStatement
+from groupsearch.records import COMMANDS, SCHEMA_VERSION, check_header, plain, read_document, write_document
 from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Document(Part):
+    """A typed document: read with :meth:`load`, written with :meth:`save`, never changed.
+
+    Attributes:
+        model: what it is about.
+        environment: where its numbers come from.
+        settings: what was asked for.
+    """
+
+    KIND: ClassVar[str]
+
+    model: Model
+    environment: Environment
+    settings: Mapping[str, object]
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "document") -> Self:
+        """The document that a plain structure tells, of the class of its kind.
+
+        Raises:
+            DocumentError: when it is of another kind than this class, or a part is missing or garbled.
+        """
+        found = plain(data)
+        check_header(where, found)
+        kinds = [kind for kind in _kinds(cls) if kind.is_of(found)]
+        if not kinds:
+            raise DocumentError(
+                f"Expected a {cls.__name__} in {where}, found a document of kind {found['kind']}. Name one written by "
+                f"`groupsearch {COMMANDS[getattr(cls, 'KIND', found['kind'])]}`."
+            )
+        body = {key: value for key, value in found.items() if key not in ("schema_version", "kind")}
+        kind = kinds[-1]
+        return super(Document, kind).from_json(body, where)  # type: ignore[return-value]
+
+    @classmethod
+    def is_of(cls, data: Mapping[str, object]) -> bool:
+        """Whether a plain structure is of this kind."""
+        return data["kind"] == getattr(cls, "KIND", None)
+
+    def to_json(self) -> dict[str, object]:
+        """The document as it is written; :meth:`from_json` is its inverse."""
+        return {"schema_version": SCHEMA_VERSION, "kind": self.KIND, **super().to_json()}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The document in a file.
+
+        Raises:
+            DocumentError: when it cannot be read, or is of another kind than this class.
+        """
+        return cls.from_json(read_document(path), str(path))
+
+    def save(self, path: str | Path, force: bool = False) -> Path:
+        """Write the document whole or not at all, over another one only with ``force``, and return its path.
+
+        Raises:
+            GroupSearchError: when it is there already, or its folder cannot be written.
+        """
+        return write_document(path, self.to_json(), force=force)
+
+    def to_dataframe(self) -> Sized:
+        """Its rows as a table: of pandas where that is installed, else of polars, else a list of dictionaries."""
+        rows = [_flat(row.to_json()) for row in self.rows_of_table()]
+        for library in ("pandas", "polars"):
+            try:
+                return import_module(library).DataFrame(rows)
+            except ModuleNotFoundError:
+                continue
+        return rows
+
+    def rows_of_table(self) -> tuple[Part, ...]:
+        """What :meth:`to_dataframe` has a row of each for."""
+        raise NotImplementedError
+
+    def table(self) -> Table:
+        """What a person reads first, as text."""
+        raise NotImplementedError
+
+    @property
+    def about(self) -> str:
+        """Model and batch."""
+        return f"{self.model.name}, batch {self.model.batch_size}"
+
+    @property
+    def finding(self) -> str:
+        """What it found, in a sentence or two; empty where there is none."""
+        return ""
+
+    def __repr__(self) -> str:
+        table = self.table()
+        more = [f"... {len(table.rows) - _SHOWN} more"] if len(table.rows) > _SHOWN else []
+        said = [self.finding] if self.finding else []
+        return "\n".join((f"{type(self).__name__} of {table.title}", table.text(_SHOWN), *more, *said))
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        shown = table._replace(title=f"{type(self).__name__} of {table.title}", rows=table.rows[:_SHOWN])
+        more = f"<p>... {len(table.rows) - _SHOWN} more</p>" if len(table.rows) > _SHOWN else ""
+        return f"{shown.html()}{more}<p>{escape(self.finding)}</p>"
+
+
+def _kinds(kind: type[Document]) -> list[type[Document]]:
+    """The class and those under it, the most particular ones last."""
+    return [kind, *(each for below in kind.__subclasses__() for each in _kinds(below))]
+
+
+def _flat(row: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """The row with mappings in it written out, as in ``metric.mean``."""
+    found: dict[str, object] = {}
+    for key, value in row.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from groupsearch.documents.codec import Part
+from groupsearch.units import format_bytes, format_percent
 
 Boundaries = tuple[int, ...]
 
@@ -103,11 +104,11 @@ class Held(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Bound(Part):
-    """What no choice goes below, and how far above it the choice may be."""
+    """What no choice goes below, and how far above it the choice may be; None where nobody knows."""
 
     of: str
     least: float
-    gap: float
+    gap: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +190,15 @@ class Poisson(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting(Part):
-    """What fits into a memory; ``summary`` is None where it was interrupted."""
+    """What fits into a memory; ``summary`` is None where it was interrupted.
+
+    The oldest documents say neither ``context_bytes`` nor ``held_back``: of a context nothing was held back then.
+    """
 
     memory_bytes: int
     margin: float
-    context_bytes: int
-    held_back: str
+    context_bytes: int | None = None
+    held_back: str | None = None
     usable_bytes: int
     varies: str
     limit: int
@@ -202,6 +206,12 @@ class Fitting(Part):
     rows: tuple[FitRow, ...]
     summary: str | None
     traced: tuple[int, ...] | None = None
+
+    @property
+    def room(self) -> str:
+        """The memory, and what of it is not given to a step."""
+        share = f"{format_bytes(self.memory_bytes)}, {format_percent(self.margin)}"
+        return self.held_back or f"{share} held back"
 
 
 @dataclass(frozen=True, kw_only=True)

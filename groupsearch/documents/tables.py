@@ -1,20 +1,22 @@
-"""The tables of documents: what the command line prints and a notebook shows."""
+"""The tables of documents: made once, as text in rows and columns; drawn on a terminal, in a notebook or on a page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
 
-from groupsearch.documents.document import Table
 from groupsearch.documents.rows import (
     Candidate,
     Check,
-    Cost,
+    Correlation,
     Estimate,
     Fitting,
     Joint,
     Measurement,
     Model,
     Point,
+    Rung,
     Simulation,
 )
 from groupsearch.units import (
@@ -30,8 +32,48 @@ from groupsearch.units import (
 
 RESERVED = ("reserved", "fragmented")
 HELD = ("to allocate", "to hold")
-LIMITED = {"memory": "", "limit": "+", "model": " (all it takes)"}
+LIMITED = {"memory": "", "limit": " or more", "model": ", all the model takes"}
+RUNG_WORDS = {
+    "proxy": "proxy",
+    "short": "short runs",
+    "full": "full runs",
+    "exploration": "full runs",
+    "replication": "further seeds",
+}
 REFERENCES = ("all-layer", "layer-wise")
+
+
+class Table(NamedTuple):
+    """Text in rows and columns; a heading that ends in a blank is of a column that is aligned to the left."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def html(self) -> str:
+        """The table as HTML, under its title where it has one; everything is escaped here."""
+        kinds = ["" if heading.endswith(" ") else " class=number" for heading in self.columns]
+        head = "".join(f'<th scope="col">{escape(heading.strip())}</th>' for heading in self.columns)
+        rows = (zip(kinds, row, strict=True) for row in self.rows)
+        body = "".join(f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for kind, cell in row)}</tr>\n" for row in rows)
+        title = escape(self.title)
+        return (
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+        )
+
+    def text(self, most: int) -> str:
+        """The table as lines of text, without its title, and of its rows the first ones."""
+        lines = [self.columns, *self.rows[:most]]
+        widths = [max(len(line[i].strip()) for line in lines) for i in range(len(self.columns))]
+        left = [heading.endswith(" ") for heading in self.columns]
+        return "\n".join(
+            "  ".join(
+                cell.strip().ljust(w) if is_left else cell.strip().rjust(w)
+                for cell, w, is_left in zip(line, widths, left, strict=True)
+            ).rstrip()
+            for line in lines
+        )
 
 
 def peaks(
@@ -68,8 +110,8 @@ def joint(found: Joint) -> Table:
         less = format_ratio(row.operations / operations) if operations else ""
         sizes = format_bytes(row.all_layer_bytes), format_bytes(row.floor_bytes)
         rows.append((row.norm_method, *sizes, format_number(row.operations), less))
-    columns = ("norm method ", "all-layer", "least of any grouping", "operations", "of joint")
-    return Table("Norms and clipped sums by method", columns, tuple(rows))
+    columns = ("norm method ", "all-layer peak", "least peak of any grouping", "operations", "of joint")
+    return Table("Peaks and operations by norm method", columns, tuple(rows))
 
 
 def fits(model: Model, fit: Fitting) -> Table:
@@ -77,21 +119,21 @@ def fits(model: Model, fit: Fitting) -> Table:
     batch = fit.varies == "batch_size"
     rated = any(row.examples_per_second is not None for row in fit.rows)
     held = any(row.reserved_bytes is not None for row in fit.rows)
-    columns = ["grouping ", "groups", "batch" if batch else "length", "of non-private", "expected batch"]
+    columns = ["grouping ", "groups", "batch" if batch else "sequence", "of non-private", "expected batch"]
     columns += ["pieces"] if fit.poisson.sampling_rate else []
-    columns += ["peak", "with one more", *(["to hold"] if held else []), *(["examples per second"] if rated else [])]
+    columns += ["peak", "with one more", *(["to hold"] if held else []), *(["per second"] if rated else [])]
     rows = []
     for row in fit.rows:
         rate, reference = row.examples_per_second, fit.rows[0].size
-        cells = [row.grouping, str(row.groups or ""), f"{row.size}{LIMITED[row.limited_by]}"]
-        cells += [format_ratio(row.size / reference) if reference else "", str(row.expected_batch_size or "")]
+        cells = [row.grouping, _count(row.groups), f"{format_count(row.size)}{LIMITED[row.limited_by]}"]
+        cells += [format_ratio(row.size / reference) if reference else "", _count(row.expected_batch_size)]
         cells += ["-".join(map(str, dict.fromkeys(row.pieces or ())))] if "pieces" in columns else []
         cells += [_bytes(row.peak_bytes), _bytes(row.next_peak_bytes)]
         cells += [_bytes(row.reserved_bytes)] if held else []
-        cells += [f"{format_number(rate.value, 4)} {rate.source}" if rate else ""] if rated else []
+        cells += [f"{_per_second(rate.value)} {rate.source}" if rate else ""] if rated else []
         rows.append(tuple(cells))
     fixed = "" if batch else f", batch {model.batch_size}"
-    return Table(f"{model.name}{fixed}: {fit.held_back}", tuple(columns), tuple(rows))
+    return Table(f"{model.name}{fixed}: {fit.room}", tuple(columns), tuple(rows))
 
 
 def checks(title: str, checked: Sequence[Check]) -> Table:
@@ -133,19 +175,35 @@ def candidates(title: str, found: Sequence[Candidate], best: Candidate | None) -
     return Table(title, columns, rows)
 
 
-def rungs(cost: Cost) -> Table:
-    """What each kind of evidence cost."""
+def rungs(found: Sequence[Rung], correlations: Sequence[Correlation]) -> Table:
+    """What each kind of evidence cost, and how far it foretold the dearer ones, as that was measured first."""
     rows = (
         (
-            rung.name,
+            RUNG_WORDS.get(rung.name, rung.name),
+            _foretold(rung.name, correlations),
             format_count(rung.runs) if rung.runs else "",
             format_seconds(rung.seconds),
             format_count(rung.steps),
             format_number(rung.full_trainings),
         )
-        for rung in cost.rungs or ()
+        for rung in found
     )
-    return Table("", ("rung ", "runs", "time", "steps", "full trainings"), tuple(rows))
+    columns = ("rung ", "predicts ", "runs", "time", "steps", "full trainings")
+    return Table("What each rung of evidence cost", columns, tuple(rows))
+
+
+def _foretold(name: str, correlations: Sequence[Correlation]) -> str:
+    """The rank correlations with the rungs above, each as it was before anything was chosen by it."""
+    first: dict[str, Correlation] = {}
+    for row in correlations:
+        if row.lower == name:
+            first.setdefault(row.upper, row)
+    return "; ".join(f"{RUNG_WORDS[upper]} {_correlation(row)}" for upper, row in first.items())
+
+
+def _correlation(row: Correlation) -> str:
+    value, low, high = (format_number(each, 2) for each in (row.value, row.low, row.high))
+    return f"{value} ({low} to {high})"
 
 
 def curve(title: str, points: Sequence[Point], name: str) -> Table:
@@ -159,6 +217,14 @@ def curve(title: str, points: Sequence[Point], name: str) -> Table:
 
 def _value(mean: float | None, half_width: float | None, name: str) -> str:
     return "" if mean is None else format_interval(mean, half_width, percent="accuracy" in name)
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else format_count(number)
+
+
+def _per_second(rate: float) -> str:
+    return format_count(round(rate)) if rate >= 100 else format_number(rate)
 
 
 def _bytes(size_bytes: int | None) -> str:

@@ -8,9 +8,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 from groupsearch.documents import Profile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Begun, Interrupted
-from groupsearch.jobs.joint import choose_jointly
 from groupsearch.jobs.request import LEVELS, StepRequest, bytes_of, door, texts_of
-from groupsearch.jobs.stages import add_checks, add_estimates, make_setup, start_document, tracing
+from groupsearch.jobs.stages import add_checks, add_estimates, choose_jointly, make_setup, start_document, tracing
 from groupsearch.joint import JOINT
 
 

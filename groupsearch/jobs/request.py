@@ -1,4 +1,4 @@
-"""What requests share: the step that is looked at, how it is trained, and the check of their values."""
+"""What is asked of a job: the step that is looked at, how it is trained, and the check of every value."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from groupsearch.clipping import AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Notify, ignore
 from groupsearch.units import parse_bytes
 
 if TYPE_CHECKING:
     from groupsearch.workloads import Workload
+
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -221,3 +223,32 @@ def _expected(name: str, value: object) -> str:
     if name in _POSITIVE:
         return "" if 0 < value < float("inf") else "a number above zero"
     return "" if name != "watch" or 0 <= value <= 1 else "from 0 to 1"
+
+
+def allotment(
+    value: str | Sequence[float] | AdaptiveQuantile, names: tuple[str, ...], *, adaptive: bool = False
+) -> str | tuple[float, ...] | AdaptiveQuantile:
+    """A name, a number for each group, or ``adaptive:0.7`` where that is one.
+
+    Raises:
+        GroupSearchError: for anything else.
+
+    >>> allotment("0.5,1", ("uniform",)), allotment("adaptive:0.7", (), adaptive=True).quantile
+    ((0.5, 1.0), 0.7)
+    """
+    if isinstance(value, AdaptiveQuantile):
+        return value
+    if not isinstance(value, str):
+        return tuple(map(float, value))
+    if value in names:
+        return value
+    name, colon, quantile = value.partition(":")
+    try:
+        if adaptive and name == "adaptive":
+            return AdaptiveQuantile(float(quantile)) if colon else AdaptiveQuantile()
+        return tuple(float(part) for part in value.split(","))
+    except (ValueError, GroupSearchError) as error:
+        known = ", ".join((*names, *(("adaptive", "adaptive:0.7") if adaptive else ())))
+        raise GroupSearchError(
+            f"Expected {known} or a number for each group, such as 0.5,1,0.8, found {value!r}."
+        ) from error

@@ -1,28 +1,34 @@
-"""The stages that jobs share: a setup, its trace, its estimates and their check."""
+"""The stages that jobs share: a setup, its trace, its estimates and their check, a joint choice, how it is trained."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from groupsearch.cards import card_of, named_cards
-from groupsearch.errors import GroupSearchError
+from groupsearch.documents import Profile
+from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.jobs.events import Advanced, Notify, Said
-from groupsearch.jobs.joint import refuse_joint
-from groupsearch.jobs.request import LEVELS, StepRequest
-from groupsearch.joint import JOINT
-from groupsearch.options import EngineOptions
+from groupsearch.jobs.request import LEVELS, StepRequest, TrainingRequest
+from groupsearch.joint import JOINT, Alternatives, Choice, fewest_operations, least_peak_choice
+from groupsearch.memory import peak_memory
+from groupsearch.options import NORM_METHODS, SITE_METHODS, EngineOptions
 from groupsearch.partition import floor_bytes
-from groupsearch.records import environment, new_document
+from groupsearch.privacy.accounting import default_delta, epsilon, noise_multiplier_for
+from groupsearch.records import environment, new_document, read_document
 from groupsearch.report.finding import finding, joint_finding
 from groupsearch.trace import Trace
+from groupsearch.training import TrainSettings
+from groupsearch.units import format_number
 from groupsearch.verify import Setup, check_measurable, estimate_rows, front_rows, held_bytes
 from groupsearch.workloads import Workload
 from groupsearch.workloads.factory import workload_of
@@ -227,3 +233,193 @@ def check_device(text: str, *, cards: bool = False) -> None:
             f"that is not there name the card, as in --device cuda:h100 ({', '.join(named_cards())}); use "
             "--device cpu, which estimates and simulates a step on the CPU; or run on a machine that has a GPU."
         )
+
+
+def refuse_joint(norm_method: str) -> None:
+    """Raise where norm methods cannot be chosen with the grouping, and say where they can.
+
+    Raises:
+        GroupSearchError: when that is what was asked for.
+    """
+    if norm_method == JOINT:
+        raise GroupSearchError(
+            f"Expected one of {', '.join(NORM_METHODS)} as --norm-method here, found {JOINT}, which chooses a norm "
+            "method for every weight together with the grouping. Make that choice with `groupsearch profile MODEL "
+            "--norm-method joint --budget 12GiB`; `groupsearch train MODEL --grouping DOCUMENT` trains with it."
+        )
+
+
+def choose_jointly(document: dict[str, Any], setup: Setup, budget_bytes: int | None) -> tuple[Setup, Trace]:
+    """Trace the step by every norm method, choose methods and grouping, and put the choice into the document.
+
+    With a budget the fewest operations within it are chosen, without one the least peak.
+
+    Returns:
+        The setup with the methods chosen, and the trace of its step.
+
+    Raises:
+        BudgetError: when the budget is below the least peak that was found; the message says that peak.
+        GroupSearchError: when the step cannot be traced by every method.
+    """
+    mixed, known = setup.trace(), setup.alternatives()
+    if budget_bytes is None:
+        choice, bound_bytes = least_peak_choice(known)
+    else:
+        choice, bound_bytes = fewest_operations(known, budget_bytes), None
+    trace = known.trace(choice.methods)
+    traces = {"mixed": mixed, **known.traces, JOINT: trace}
+    document["settings"] |= {"norm_method": JOINT, "methods": dict(choice.methods)}
+    document[JOINT] = {
+        "budget_bytes": budget_bytes,
+        "boundaries": list(choice.boundaries),
+        "groups": len(choice.boundaries) + 1,
+        "peak_bytes": choice.peak_bytes,
+        "operations": choice.operations,
+        "bound": _bound(choice, bound_bytes),
+        "weights": {method: count for method in SITE_METHODS if (count := _count(choice)[method])},
+        "compared": [_compared(known, method, traces[method]) for method in (*NORM_METHODS, JOINT)],
+    }
+    return setup.with_options(EngineOptions("mixed", choice.methods)), trace
+
+
+def joint_choice(found: str | Profile, workload: str) -> tuple[tuple[int, ...], EngineOptions]:
+    """Boundaries and norm methods of a profile for a workload in which they were chosen together.
+
+    Raises:
+        DocumentError: when it is no such profile, or the file holds none.
+        GroupSearchError: when it is about another workload.
+    """
+    document: dict[str, Any] = read_document(found, kind="profile") if isinstance(found, str) else found.to_json()
+    path = found if isinstance(found, str) else "the one given"
+    try:
+        boundaries = tuple(int(boundary) for boundary in document[JOINT]["boundaries"])
+        options = EngineOptions("mixed", dict(document["settings"]["methods"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DocumentError(
+            f"Expected a profile with norm methods chosen together with the grouping, found one without in {path}. "
+            "Write it with `groupsearch profile MODEL --norm-method joint`, or name a grouping such as best:4."
+        ) from error
+    if document["model"].get("name") != workload:
+        raise GroupSearchError(
+            f"Expected a profile of {workload}, found one of {document['model'].get('name')} in {path}. Name the "
+            "document of the model that is to be trained."
+        )
+    return boundaries, options
+
+
+def names_document(text: str) -> bool:
+    """Whether a grouping as text is the name of a document."""
+    return text.endswith(".json") or Path(text).is_file()
+
+
+def _bound(choice: Choice, bound_bytes: int | None) -> dict[str, Any]:
+    """What no choice goes below: operations within the budget, or bytes; and how far above it the choice may be."""
+    if bound_bytes is None:
+        return {"of": "operations", "least": choice.bound, "gap": choice.gap}
+    return {"of": "peak_bytes", "least": bound_bytes, "gap": choice.peak_bytes / bound_bytes - 1}
+
+
+def _count(choice: Choice) -> Counter[str]:
+    return Counter(choice.methods.values())
+
+
+def _compared(known: Alternatives, method: str, trace: Trace) -> dict[str, Any]:
+    return {
+        "norm_method": method,
+        "all_layer_bytes": peak_memory(trace, ()).peak_bytes,
+        "floor_bytes": floor_bytes(trace),
+        "operations": known.operations_of(trace.sites),
+    }
+
+
+TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule", "max_grad_norm")
+_ROUNDING = 1e-9
+
+
+def training_setup(
+    request: TrainingRequest, evaluate_every: int | None = None, *, secure: bool = False
+) -> tuple[Setup, TrainSettings]:
+    """What is traced and how it is trained, with the step that is traced being the step that is trained.
+
+    A batch of more examples than ``--batch-size`` (else the model's) is taken in pieces, so the step that is
+    traced has as many micro-batches. ``--micro-batches`` without a sampling rate decides the rate.
+
+    Raises:
+        GroupSearchError: when the model cannot be trained, for a value outside its range, or when micro-batches and
+            sampling rate contradict each other.
+    """
+    setup = make_setup(request)
+    settings = train_settings(setup, request, evaluate_every, secure=secure)
+    assert setup.loaded.data is not None  # else there would be no settings
+    examples, physical, asked = setup.loaded.data.train_size, setup.loaded.batch_size, request.micro_batches
+    expected = settings.sampling_rate * examples
+    if expected < 1:
+        raise GroupSearchError(
+            f"Expected a sampling rate that takes at least one example in a step, found "
+            f"{format_number(settings.sampling_rate)}, which takes {format_number(expected)} of {examples}: such a "
+            f"training would consist of noise. Give a --sampling-rate of at least 1/{examples}."
+        )
+    pieces = math.ceil(expected / physical - _ROUNDING)
+    if asked is not None and asked != pieces:
+        if request.sampling_rate is not None or asked * physical > examples:
+            raise GroupSearchError(
+                f"Expected --micro-batches {pieces}, in which {format_number(settings.sampling_rate * examples, 4)} of "
+                f"{examples} examples are taken {physical} at a time, found {asked}. Leave it away, or change "
+                "--sampling-rate or --batch-size."
+            )
+        pieces, request = asked, replace(request, sampling_rate=asked * physical / examples)
+        settings = train_settings(setup, request, evaluate_every, secure=secure)
+    if pieces > 1:
+        settings = replace(settings, physical_batch=physical)
+    return replace(setup, micro_batches=pieces), settings
+
+
+def train_settings(
+    setup: Setup, request: TrainingRequest, evaluate_every: int | None = None, *, secure: bool = False
+) -> TrainSettings:
+    """The workload's own settings, with what was asked for in their place.
+
+    The noise multiplier is settled here, so that every run of a search has the same one.
+
+    Raises:
+        GroupSearchError: when the workload cannot be trained, or for a value outside its range.
+    """
+    workload = setup.loaded
+    if workload.data is None:
+        raise GroupSearchError(
+            f"Expected a model with data to train on, found {setup.workload!r}, which can be profiled only. "
+            "`groupsearch models` marks those that can be trained; your own factory returns a "
+            "Workload with data and training, and a transformers model has data by --setting data=FOLDER."
+        )
+    changes = {key: value for key in (*TRAINING, "watch") if (value := getattr(request, key)) is not None}
+    if request.allow_state:
+        changes["allow_state"] = tuple(request.allow_state)
+    chosen = TrainSettings.of(
+        workload,
+        **changes,
+        optimizer=setup.optimizer,
+        physical_batch=request.batch_size,
+        seed=request.seed,
+        secure=secure,
+        device=setup.device,
+        options=setup.options,
+        checkpoint=setup.checkpoint,
+        autocast=setup.autocast,
+    )
+    delta = default_delta(workload.data.train_size) if chosen.delta is None else chosen.delta
+    assert chosen.epsilon is not None  # TrainingDefaults has one, and --epsilon is a number
+    noise = noise_multiplier_for(chosen.epsilon, delta, chosen.sampling_rate, chosen.steps)
+    every = max(1, chosen.steps // 10) if evaluate_every is None else evaluate_every
+    return replace(chosen, epsilon=None, delta=delta, noise_multiplier=noise, evaluate_every=every)
+
+
+def describe(settings: TrainSettings) -> dict[str, Any]:
+    """The part of a document that says how a run was trained; its epsilon is that of all steps."""
+    assert settings.noise_multiplier is not None
+    assert settings.delta is not None
+    return {
+        "epsilon": epsilon(settings.noise_multiplier, settings.sampling_rate, settings.steps, settings.delta),
+        **{key: getattr(settings, key) for key in TRAINING if key != "epsilon"},
+        "noise_multiplier": settings.noise_multiplier,
+        "optimizer": settings.optimizer,
+    }

@@ -11,12 +11,9 @@ from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantil
 from groupsearch.documents import Profile, Train
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
-from groupsearch.jobs.allotment import allotment
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Notify
-from groupsearch.jobs.joint import joint_choice, names_document
-from groupsearch.jobs.request import TrainingRequest, door
-from groupsearch.jobs.stages import start_document
-from groupsearch.jobs.training import describe, training_setup
+from groupsearch.jobs.request import TrainingRequest, allotment, door
+from groupsearch.jobs.stages import describe, joint_choice, names_document, start_document, training_setup
 from groupsearch.memory import peak_memory
 from groupsearch.privacy import NOT_PRIVATE
 from groupsearch.trace import Trace

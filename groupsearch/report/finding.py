@@ -2,16 +2,17 @@
 
 Every remedy is named for a part of the memory that is alive at that moment in this trace, with its
 bytes; nothing is advised that the trace does not hold.
+Apart from the page, as jobs store these sentences and need no page.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from groupsearch.documents.rows import Bound, Joint
 from groupsearch.grouping import Grouping
 from groupsearch.memory import PeakEstimate, lifetimes, peak_memory, timeline
 from groupsearch.partition import floor_bytes, front
@@ -61,44 +62,43 @@ def finding(trace: Trace) -> str:
     return f"{_first(trace, left, len(few) + 1)} {_second(trace, few, left)}"
 
 
-def joint_finding(trace: Trace, joint: Mapping[str, Any]) -> str:
+def joint_finding(trace: Trace, joint: Joint) -> str:
     """What a joint choice of grouping and norm methods gives, and :func:`finding`'s second sentence about its peak.
 
     Args:
         trace: of the step with the methods chosen.
         joint: the document's part ``joint``.
     """
-    cuts = tuple(joint["boundaries"])
-    return f"{joint_sentence(trace, joint)} {_second(trace, cuts, peak_memory(trace, cuts))}"
+    peak = peak_memory(trace, joint.boundaries)
+    return f"{joint_sentence(trace, joint)} {_second(trace, joint.boundaries, peak)}"
 
 
-def joint_sentence(trace: Trace, joint: Mapping[str, Any]) -> str:
+def joint_sentence(trace: Trace, joint: Joint) -> str:
     """How many weights go by each method in how many groups, what that takes against ``mixed``, and how exact it is."""
-    by_method = {row["norm_method"]: row for row in joint["compared"]}
-    mixed, weights = by_method["mixed"], joint["weights"]
-    chosen = " and ".join(f"{count} by {method}" for method, count in weights.items())
-    budget = joint["budget_bytes"]
+    mixed = next(row for row in joint.compared if row.norm_method == "mixed")
+    chosen = " and ".join(f"{count} by {method}" for method, count in joint.weights.items())
+    budget = joint.budget_bytes
     aim = "the least peak" if budget is None else f"the fewest operations within {format_bytes(budget)}"
-    groups = f"{joint['groups']} group{'' if joint['groups'] == 1 else 's'}"
+    groups = f"{joint.groups} group{'' if joint.groups == 1 else 's'}"
     return (
         f"Norms and grouping chosen together for {aim}: {groups}, norms of weights {chosen or 'none'}, peak at "
-        f"{_told(trace, joint['peak_bytes'])}, with {_times(joint['operations'], mixed['operations'])} the operations "
-        f"of mixed, which needs {format_bytes(mixed['all_layer_bytes'])} all-layer and "
-        f"{format_bytes(mixed['floor_bytes'])} at the least; {_exactness(joint['bound'])}."
+        f"{_told(trace, joint.peak_bytes)}, with {_times(joint.operations, mixed.operations)} the operations "
+        f"of mixed, which needs {format_bytes(mixed.all_layer_bytes)} all-layer and "
+        f"{format_bytes(mixed.floor_bytes)} at the least; {_exactness(joint.bound)}."
     )
 
 
-def _times(operations: int, of_mixed: int) -> str:
+def _times(operations: float, of_mixed: float) -> str:
     return format_ratio(operations / of_mixed) if of_mixed else "none of"
 
 
-def _exactness(bound: Mapping[str, Any]) -> str:
-    what = "bytes" if bound["of"] == "peak_bytes" else "operations"
-    if bound["gap"] == 0:
+def _exactness(bound: Bound) -> str:
+    what = "bytes" if bound.of == "peak_bytes" else "operations"
+    if bound.gap == 0:
         return f"no choice takes fewer {what}" + (" within it" if what == "operations" else "")
-    if bound["gap"] is None or not math.isfinite(bound["gap"]):
+    if bound.gap is None or not math.isfinite(bound.gap):
         return f"how few {what} might do is not known"
-    return f"at most {format_percent(bound['gap'], 2)} more {what} than the best choice may take"
+    return f"at most {format_percent(bound.gap, 2)} more {what} than the best choice may take"
 
 
 def parts(trace: Trace, peak: PeakEstimate) -> list[Part]:

@@ -5,13 +5,18 @@ Every ``*_info`` function returns None when the document lacks what its figure n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
+from groupsearch.documents.rows import FitRow
 from groupsearch.memory import timeline
-from groupsearch.report.subject import PARTS, Metric, Shown, Subject, groups_word, metric_of
+from groupsearch.report.subject import PARTS, Metric, Row, Shown, Subject, groups_word, metric_of, options_of
+from groupsearch.units import format_count, format_percent, format_signed_percent
 
+T = TypeVar("T")
 MAX_POINTS = 600
 FORWARD_SHARE, UPDATE_SHARE = 0.15, 0.07
 
@@ -163,7 +168,7 @@ def front_line(points: Iterable[FrontPoint]) -> tuple[FrontPoint, ...]:
     return tuple(point for point in points if point.on_front)
 
 
-def thin(points: Sequence[Any], limit: int, key: Any) -> list[Any]:
+def thin(points: Sequence[T], limit: int, key: Callable[[T], float]) -> list[T]:
     """At most ``limit`` points, in order: the ends, and between them the largest of each stretch.
 
     The largest point of all is always kept, so a thinned timeline has the peak of the full one.
@@ -174,11 +179,12 @@ def thin(points: Sequence[Any], limit: int, key: Any) -> list[Any]:
     return [points[0], *(max(points[a:b], key=key) for a, b in pairwise(edges)), points[-1]]
 
 
-def _front_point(row: Mapping[str, Any], shown: Shown | None) -> FrontPoint:
-    metric = metric_of(row)
+def _front_point(row: Row, shown: Shown | None) -> FrontPoint:
+    metric, told = metric_of(row), row.get("metric")
     assert metric is not None
+    assert told is not None
     name = shown.name if shown else groups_word(row["groups"])
-    seeds = int(row["metric"].get("seeds") or 1)
+    seeds = int(told.get("seeds") or 1)
     role = shown.role if shown else ""
     return FrontPoint(name, role, row["groups"], row["peak_bytes"], metric, seeds, bool(row.get("on_front")))
 
@@ -196,3 +202,179 @@ def _positions(sites: Sequence[int], length: int) -> list[float]:
             start, width = float(length), UPDATE_SHARE * length
         positions += [start + width * i / count for i in range(count)]
     return positions
+
+
+_Choice = tuple[tuple[int, ...], tuple[str, ...]]  # boundaries, and what else was chosen
+
+
+class Curve(NamedTuple):
+    """A metric over the steps of training: mean, least and largest over the seeds."""
+
+    name: str
+    role: str
+    seeds: int
+    steps: tuple[int, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+class CurvesInfo(NamedTuple):
+    """The curves of the candidates on the front and of the reference styles."""
+
+    metric_name: str
+    curves: tuple[Curve, ...]
+
+
+def curves_info(subject: Subject) -> CurvesInfo | None:
+    """How training went: of a search its front and references, of a training its one curve."""
+    if subject.document.get("curve"):
+        return _training_curve(subject)
+    recorded = (subject.document.get("training") or {}).get("curves") or []
+    runs: dict[_Choice, list[list[tuple[int, float]]]] = defaultdict(list)
+    for curve in recorded:
+        runs[_choice(curve)].append(_points(curve["points"], 1))
+    shown = {_choice(curve): entry for curve in recorded if (entry := subject.shown_as(curve)) is not None}
+    front = {_choice(row) for row in subject.document.get("candidates") or [] if row.get("on_front")}
+    curves = [
+        _mean_curve(runs[choice], shown.get(choice) or _unnamed(choice))
+        for choice in sorted(runs, key=lambda choice: (len(choice[0]), choice))
+        if choice in front or choice in shown
+    ]
+    metric = subject.metric(subject.chosen)
+    return CurvesInfo(metric.name if metric else "metric", tuple(curves)) if curves else None
+
+
+def _choice(row: Row) -> _Choice:
+    return tuple(row["boundaries"]), options_of(row)
+
+
+def _unnamed(choice: _Choice) -> Shown:
+    boundaries, options = choice
+    return Shown(", ".join((groups_word(len(boundaries) + 1), *options)), "", boundaries)
+
+
+def _training_curve(subject: Subject) -> CurvesInfo:
+    metric = metric_of(subject.document)
+    column = 2 if all(len(point) > 2 and point[2] is not None for point in subject.document["curve"]) else 1
+    points = _points(subject.document["curve"], column)
+    name = "training loss" if column == 1 else metric.name if metric else "metric"
+    boundaries = tuple(subject.document.get("boundaries") or ())
+    shown = next((entry for entry in subject.shown if entry.boundaries == boundaries), None)
+    entry = shown or Shown(str(subject.document.get("grouping", "this training")), "recommended", boundaries)
+    return CurvesInfo(name, (_mean_curve([points], entry),))
+
+
+def _points(points: Iterable[Sequence[float | None]], column: int) -> list[tuple[int, float]]:
+    """Steps and the values in a column, as far as there are any."""
+    found = [(point[0], point[column]) for point in points]
+    return [(int(step), float(value)) for step, value in found if step is not None and value is not None]
+
+
+def _mean_curve(runs: Sequence[Sequence[tuple[int, float]]], shown: Shown) -> Curve:
+    values: dict[int, list[float]] = defaultdict(list)
+    for step, value in (point for run in runs for point in run):
+        values[step].append(value)
+    steps = tuple(sorted(step for step in values if len(values[step]) == len(runs)))  # where every seed was measured
+    return Curve(
+        shown.name,
+        shown.role,
+        len(runs),
+        steps,
+        tuple(math.fsum(values[step]) / len(runs) for step in steps),
+        tuple(min(values[step]) for step in steps),
+        tuple(max(values[step]) for step in steps),
+    )
+
+
+ROLES = {"all-layer": "all-layer", "best": "recommended", "layer-wise": "layer-wise"}
+
+
+class FitBar(NamedTuple):
+    """The largest size of one grouping: ``measured`` are the sizes at which its step was run."""
+
+    name: str
+    role: str
+    size: int
+    measured: tuple[int, ...]
+
+
+class FitInfo(NamedTuple):
+    """What fits, non-private training first, and what was enlarged: the batch or the length of a sequence."""
+
+    what: str
+    memory_bytes: int
+    rows: tuple[FitBar, ...]
+
+
+def fit_info(subject: Subject) -> FitInfo | None:
+    """The rows of a fit; None where the document tells none."""
+    fit = subject.fit
+    if fit is None:
+        return None
+    batch = fit.varies == "batch_size"
+    bars = tuple(_fit_bar(row, batch) for row in fit.rows)
+    return FitInfo("batch" if batch else "sequence", fit.memory_bytes, bars)
+
+
+def _fit_bar(row: FitRow, batch: bool) -> FitBar:
+    timed = sorted({timing.batch_size for timing in row.timings or ()})
+    return FitBar(row.grouping, ROLES.get(row.grouping, ""), row.size, tuple(timed) if batch else ())
+
+
+NEGLIGIBLE = 1e-4
+
+
+class Comparison(NamedTuple):
+    """One grouping's estimate against what was seen; ``relative_error`` = estimate / seen - 1.
+
+    ``reserved_bytes`` is what a GPU's caching allocator had reserved; None elsewhere.
+    """
+
+    level: str
+    grouping: str
+    groups: int
+    estimate_bytes: int
+    seen_bytes: int
+    relative_error: float
+    step_seconds: float | None
+    within: bool | None
+    reserved_bytes: int | None = None
+
+    @property
+    def is_under(self) -> bool:
+        """Whether more was needed than was predicted, by more than a few bytes per example."""
+        return self.relative_error < -NEGLIGIBLE
+
+
+def comparisons(subject: Subject) -> tuple[Comparison, ...]:
+    """Every simulation, measurement and verification in the document, in that order."""
+    document = subject.document
+    measured = [*(document.get("measurements") or []), *(document.get("rows") or [])]
+    rows = [("simulation", row) for row in document.get("simulations") or []]
+    rows += [("measurement", row) for row in measured]
+    found = [(level, row, row.get("relative_error")) for level, row in rows]
+    return tuple(_comparison(level, row, error, subject) for level, row, error in found if error is not None)
+
+
+def summary_of(rows: Sequence[Comparison]) -> str:
+    """The worst errors and the count of under-estimates in one sentence."""
+    low, high = min(row.relative_error for row in rows), max(row.relative_error for row in rows)
+    under = sum(row.is_under for row in rows)
+    judged = [row.within for row in rows if row.within is not None]
+    inside = f"{sum(judged)} of {len(judged)} are within their tolerance; " if judged else ""
+    return (
+        f"{inside}errors of the estimate run from {format_signed_percent(low)} to {format_signed_percent(high)}, "
+        f"and {format_count(under)} of {format_count(len(rows))} are under-estimates by more than "
+        f"{format_percent(NEGLIGIBLE, 2)}."
+    ).capitalize()
+
+
+def _comparison(default_level: str, row: Row, error: float, subject: Subject) -> Comparison:
+    seen = int(row["peak_bytes"])
+    recorded = [e for e in subject.document.get("estimates") or [] if e["boundaries"] == row["boundaries"]]
+    estimate = row.get("estimate_bytes") or (recorded[0]["peak_bytes"] if recorded else round(seen * (1 + error)))
+    name = str(row.get("grouping") or ",".join(map(str, row["boundaries"])) or "all-layer")
+    level, groups = str(row.get("level", default_level)), int(row["groups"])
+    seconds, reserved = row.get("step_seconds"), row.get("reserved_bytes")
+    return Comparison(level, name, groups, int(estimate), seen, error, seconds, row.get("within"), reserved)

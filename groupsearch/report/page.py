@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import webbrowser
 from collections.abc import Mapping
 from html import escape
-from typing import Any
+from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from groupsearch.errors import DocumentError
-from groupsearch.privacy import not_private_sentence
-from groupsearch.report import curves, info, memory_figures, rungs, tables, training_figures, words
-from groupsearch.report.comparisons import comparisons, summary_of
-from groupsearch.report.profile_sections import fit_section, joint_section
-from groupsearch.report.section import Section, plot, unbroken
-from groupsearch.report.style import CSS, SCRIPT
-from groupsearch.report.subject import PARTS, Subject, groups_word
-from groupsearch.units import format_bytes, format_count, format_number
+from groupsearch.documents import Document
+from groupsearch.errors import DocumentError, GroupSearchError
+from groupsearch.records import read_document, write_text
+from groupsearch.report import words
+from groupsearch.report.sections import SECTIONS, Section, unbroken
+from groupsearch.report.subject import Subject, read
 
 TITLES = {
     "search": "search report",
@@ -27,7 +25,7 @@ TITLES = {
 }
 
 
-def render_page(document: Mapping[str, Any]) -> str:
+def render_page(document: Mapping[str, object]) -> str:
     """The page of a profile, search, verify or train document.
 
     Everything it needs is inside, plotly once; nothing is loaded from elsewhere. Text from the
@@ -37,9 +35,9 @@ def render_page(document: Mapping[str, Any]) -> str:
     Raises:
         DocumentError: when a part of the document is garbled.
     """
-    subject = Subject(document)
+    subject = Subject(read(document))
     try:
-        sections = [section for make in _SECTIONS if (section := make(subject)) is not None]
+        sections = [section for make in SECTIONS if (section := make(subject)) is not None]
         return _page(subject, sections)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DocumentError(
@@ -88,178 +86,106 @@ def _not_measured(subject: Subject) -> str:
     return f'<p class="lede"><strong>{escape(str(said))}</strong></p>\n' if said else ""
 
 
-def _front(subject: Subject) -> Section | None:
-    found = info.front_info(subject)
-    if found is None:
-        return None
-    lede = (
-        f"Each point is one way to cut the model, trained with the same privacy. Up is better {found.metric_name}, "
-        f"left is less memory. Along the line, the front, more {found.metric_name} is only to be had for more memory."
-    )
-    styles = "; ".join(f"{p.name} {p.metric.text} at {format_bytes(p.peak_bytes)}" for p in found.points if p.role)
-    caption = (
-        f"{format_count(len(found.points))} trained groupings, {format_count(len(info.front_line(found.points)))} "
-        f"on the front: {styles}. Bars are intervals over the seeds; a point without one was trained once."
-    )
-    title = f"What {found.metric_name} costs in memory"
-    return Section(title, plot("front", training_figures.draw_front(found), lede, caption))
+def report(
+    document: Document | str | Path, output: str | Path | None = None, *, force: bool = False, open: bool = False
+) -> Path:
+    """Draw a document as one HTML page that works offline, and return its path.
+
+    Args:
+        document: of any kind, or the file of one.
+        output: where to write the page; beside a document's file as .html where nothing is said.
+        force: overwrite what is there.
+        open: open the page in a browser.
+
+    Raises:
+        DocumentError: when the document cannot be read or drawn.
+        GroupSearchError: when the page cannot be written, or nobody says where.
+    """
+    found = document.to_json() if isinstance(document, Document) else read_document(document)
+    if output is None and isinstance(document, Document):
+        raise GroupSearchError(
+            "Expected a file to write the page to, found none. Name it, as in report(found, 'a.html')."
+        )
+    path = write_text(output or Path(str(document)).with_suffix(".html"), render_page(found), force=force)
+    if open:
+        webbrowser.open(path.resolve().as_uri())
+    return path
 
 
-def _timeline(subject: Subject) -> Section | None:
-    found = info.timeline_info(subject)
-    if found is None:
-        return None
-    lede = (
-        "Live memory from the forward pass through backward, last layer first, to the update. A group keeps what it "
-        "needs until backward has passed its last layer, then lets go of it: a large group that backward meets early "
-        "comes on top of everything else."
-    )
-    peaks = "; ".join(f"{line.name} {format_bytes(max(line.live_bytes))}" for line in found.lines)
-    plain = found.nonprivate_peak_bytes
-    caption = f"Peaks: {peaks}" + (f"; without privacy {format_bytes(plain)}." if plain else ".")
-    return Section(
-        "Memory over one training step", plot("timeline", memory_figures.draw_timeline(found), lede, caption)
-    )
+CSS = """
+:root { color-scheme: light dark; --ink: #1b2026; --soft: #59636e; --page: #ffffff; --panel: #f5f7f9; --line: #dfe4e9;
+  --accent: #00795a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #a0aab4; --page: #121518; --panel: #1b1f24;
+  --line: #30363d; --accent: #3fcf9f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55; font-size: 1rem;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
+.eyebrow { margin: 0 0 .5rem; color: var(--accent); font-weight: 600; font-size: .875rem; letter-spacing: .02em;
+  overflow-wrap: anywhere; }
+h1 { margin: 0 0 1.5rem; font-size: clamp(1.35rem, 1rem + 1.9vw, 2.1rem); line-height: 1.25; font-weight: 650;
+  letter-spacing: -.015em; text-wrap: balance; overflow-wrap: anywhere; }
+h2 { margin: 3.5rem 0 .35rem; font-size: 1.3rem; line-height: 1.3; font-weight: 650; letter-spacing: -.01em; }
+p { margin: 0 0 1rem; max-width: 44rem; }
+.lede { color: var(--soft); }
+.keys { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1px; margin: 0 0 1.75rem;
+  background: var(--line); border: 1px solid var(--line); border-radius: .75rem; overflow: hidden; }
+.keys div { background: var(--panel); padding: 1rem 1.15rem; display: flex; flex-direction: column; }
+.keys dt { color: var(--soft); font-size: .875rem; }
+.keys dd { margin: 0; }
+.keys .value { font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.35;
+  font-variant-numeric: tabular-nums; }
+.keys .note { color: var(--soft); font-size: .8125rem; overflow-wrap: anywhere; }
+figure { margin: 1rem 0 0; }
+figcaption { color: var(--soft); font-size: .875rem; max-width: 44rem; margin-top: .5rem; }
+.plot { width: 100%; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0 0 .5rem; }
+th, td { text-align: left; padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td { max-width: 22rem; overflow-wrap: anywhere; min-width: 4.5rem; }
+td.number { white-space: nowrap; }
+.facts, .side { display: grid; gap: 1rem 1.5rem; margin: 1rem 0; }
+.facts { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+.side { grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 2.5rem; }
+.facts dt { color: var(--soft); font-size: .875rem; }
+.facts dd { margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+details { border-top: 1px solid var(--line); }
+details:last-of-type { border-bottom: 1px solid var(--line); }
+summary { cursor: pointer; padding: .8rem 0; font-weight: 600; }
+summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+footer { margin-top: 3rem; color: var(--soft); font-size: .875rem; overflow-wrap: anywhere; }
+@media (max-width: 36rem) { main { padding: 2rem 1rem 3rem; } .keys { grid-template-columns: 1fr 1fr; }
+  .keys div { padding: .8rem .9rem; } .keys .value { font-size: 1.3rem; } h2 { margin-top: 2.75rem; } }
+@media print { .plot { break-inside: avoid; } }
+"""
 
-
-def _groups(subject: Subject) -> Section | None:
-    found = info.groups_info(subject)
-    if found is None:
-        return None
-    lede = (
-        "For each number of groups, the cuts that need the least memory of all possible cuts. "
-        "The floor is the least that any grouping can reach."
-    )
-    least = "; ".join(f"{groups_word(m)} {format_bytes(b)}" for m, b in found.least[:8])
-    caption = f"Least peak: {least}" + (f"; floor {format_bytes(found.floor_bytes)}." if found.floor_bytes else ".")
-    return Section("How many groups are enough", plot("groups", memory_figures.draw_groups(found), lede, caption))
-
-
-def _strip(subject: Subject) -> Section | None:
-    found = info.strip_info(subject)
-    if found is None:
-        return None
-    lede = "The layers in order, each use of a layer (a site) one cell; neighbours of one colour are clipped together."
-    sizes = "; ".join(f"{row.name}: {groups_word(row.group_of[-1] + 1)}" for row in found.rows)
-    caption = f"{format_count(len(found.sites))} sites. {sizes}. Point at a cell for its name."
-    return Section("Where the model is cut", plot("strip", memory_figures.draw_strip(found), lede, caption))
-
-
-def _breakdown(subject: Subject) -> Section | None:
-    rows = info.breakdown_info(subject)
-    if rows is None:
-        return None
-    lede = (
-        "Book is what an open group keeps for clipping, sums are the clipped gradients already formed, "
-        "transients are passing buffers of the backward pass."
-    )
-    book, sums = PARTS.index("book"), PARTS.index("sums")
-    kept = "; ".join(f"{row.name} {format_bytes(row.part_bytes[book] + row.part_bytes[sums])}" for row in rows)
-    caption = f"Book and sums at the peak: {kept}."
-    return Section(
-        "What fills memory at the peak", plot("breakdown", memory_figures.draw_breakdown(rows), lede, caption)
-    )
-
-
-def _comparison(subject: Subject) -> Section | None:
-    rows = comparisons(subject)
-    if not rows:
-        return None
-    lede = (
-        "The estimate comes from one traced step; a simulation runs the real engine without data, "
-        "a measurement runs it on the device. "
-    )
-    finding = "" if subject.kind == "verify" else escape(summary_of(rows))  # a verification says it at the top
-    body = f'<p class="lede">{lede}{finding}</p>\n{tables.comparison_table(rows)}'
-    return Section("Is the estimate right?", body)
-
-
-def _curves(subject: Subject) -> Section | None:
-    found = curves.curves_info(subject)
-    if found is None or not any(curve.steps for curve in found.curves):
-        return None
-    lede = "Every run has the same number of steps and the same privacy; only the grouping differs."
-    if subject.kind == "train":
-        lede = f"The {found.metric_name} over the steps of this training."
-    several = any(curve.seeds > 1 for curve in found.curves)
-    runs = "Lines are means over the seeds; a band reaches from the worst to the best seed." if several else "One run."
-    steps = max(curve.steps[-1] for curve in found.curves if curve.steps)
-    caption = f"Up to step {format_count(steps)}. {runs}"
-    return Section("How training went", plot("curves", training_figures.draw_curves(found), lede, caption))
-
-
-def _cost(subject: Subject) -> Section | None:
-    cost = subject.document.get("cost")
-    if not cost:
-        return None
-    training = subject.document.get("training") or {}
-    whole = None if subject.privacy is None else subject.privacy.whole
-    facts = tables.cost_list({"epsilon": training.get("epsilon"), **cost, "whole": whole})
-    note = "" if subject.privacy is not None else f'<p class="lede">{escape(_cost_note(subject))}</p>'
-    return Section("What the search cost", f"{facts}\n{note}\n{_training(training)}")
-
-
-def _cost_note(subject: Subject) -> str:
-    return rungs.selection(subject) or (
-        "Epsilon is what each training run spends. Choosing among runs by the accuracy on private validation data "
-        "spends more, which is not counted here; choosing on public or synthetic data spends nothing."
-    )
-
-
-def _differences(subject: Subject) -> Section | None:
-    body = rungs.differences(subject)
-    return None if body is None else Section("Is one of them better?", body)
-
-
-def _evidence(subject: Subject) -> Section | None:
-    body = rungs.evidence(subject)
-    return None if body is None else Section("How the front was found", body)
-
-
-def _privacy(subject: Subject) -> Section | None:
-    document = subject.document
-    if subject.privacy is not None:
-        stated = [*subject.privacy.sentences, not_private_sentence(document.get("not_private") or {})]
-        if (added := document.get("added_delta")) is not None:
-            stated.append(f"That noise ends somewhere adds {format_number(added, 2)} to delta at most.")
-        body = "\n".join(f'<p class="lede">{escape(sentence)}</p>' for sentence in stated if sentence)
-        return Section("What is private", body + (_training(document) if subject.kind == "train" else ""))
-    if document.get("epsilon") is None:
-        return None
-    note = "What this run spends on its training data; choosing its settings by private data would spend more."
-    return Section("Privacy spent", f'<p class="lede">{note}</p>\n{_training(document)}')
-
-
-def _training(settings: Mapping[str, Any]) -> str:
-    keys = ("epsilon", "delta", "noise_multiplier", "sampling_rate", "steps", "learning_rate", "optimizer")
-    return tables.facts_table("How each run was trained", {key: settings.get(key) for key in keys})
-
-
-def _numbers(subject: Subject) -> Section | None:
-    document, parts = subject.document, []
-    if document.get("candidates"):
-        parts.append(("Candidates", tables.candidates_table(subject)))
-    if document.get("front"):
-        parts.append(("Least peak by number of groups", tables.peaks_table("Least peak", document["front"])))
-    if document.get("estimates"):
-        parts.append(("Estimates", tables.peaks_table("Estimated peaks", document["estimates"])))
-    if (rows := info.breakdown_info(subject)) is not None:
-        parts.append(("Breakdown at the peak", tables.breakdown_table(rows)))
-    if (ends := curves.curves_info(subject)) is not None:
-        parts.append(("Ends of the curves", tables.curves_table(ends)))
-    if subject.trace is not None:
-        parts.append(("Sites", tables.sites_table(subject)))
-    body = "\n".join(f"<details><summary>{escape(name)}</summary>\n{html}\n</details>" for name, html in parts)
-    return Section("The numbers", body) if parts else None
-
-
-def _origin(subject: Subject) -> Section:
-    parts = (("Model", "model"), ("Settings", "settings"), ("Environment", "environment"))
-    body = "\n".join(tables.facts_table(caption, subject.document[part]) for caption, part in parts)
-    return Section("Where the numbers come from", f'<div class="side">{body}</div>')
-
-
-_SECTIONS = (
-    *(_front, _privacy, _differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section, _comparison),
-    *(_curves, _evidence, _cost, _numbers, _origin),
-)
+SCRIPT = """
+(function () {
+  const plots = Array.from(document.querySelectorAll(".plot"));
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
+  function themed(layout) {
+    const look = JSON.parse(JSON.stringify(layout));
+    const family = getComputedStyle(document.body).fontFamily;
+    look.font = { color: colour("--ink"), family: family, size: 13 };
+    look.hoverlabel = { bgcolor: colour("--panel"), bordercolor: colour("--line"),
+      font: { color: colour("--ink"), family: family, size: 13 }, align: "left" };
+    for (const axis of ["xaxis", "yaxis"]) {
+      look[axis].gridcolor = colour("--line");
+      look[axis].tickfont = { color: colour("--soft"), size: 12 };
+      look[axis].title.font = { color: colour("--soft"), size: 13 };
+    }
+    return look;
+  }
+  function draw() {
+    for (const plot of plots) {
+      const figure = JSON.parse(document.getElementById(plot.id + "-data").textContent);
+      Plotly.react(plot, figure.data, themed(figure.layout), { displayModeBar: false, responsive: true });
+    }
+  }
+  dark.addEventListener("change", draw);
+  draw();
+})();
+"""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
+from groupsearch.documents.rows import Fitting, Joint
 from groupsearch.memory import peak_memory
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.trace import Trace
@@ -14,6 +15,127 @@ from groupsearch.units import format_count, format_interval
 
 PARTS = ("weights", "buffers", "optimizer", "batch", "activations", "transients", "book", "sums")
 NEAR_FLOOR = 1.01
+
+
+class MetricOf(TypedDict, total=False):
+    """The metric in a row, as far as it is told."""
+
+    name: str
+    mean: float | None
+    half_width: float | None
+    seeds: int | None
+
+
+class Row(TypedDict, total=False):
+    """A grouping in any list of a document: what rows of one kind or another tell."""
+
+    boundaries: list[int]
+    groups: int
+    peak_bytes: int
+    grouping: str
+    source: str
+    rule: str | None
+    allocation: str | None
+    variant: str | None
+    on_front: bool
+    metric: MetricOf | None
+    level: str
+    relative_error: float | None
+    estimate_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    step_seconds: float
+    within: bool
+    breakdown: Mapping[str, int]
+    site: int
+    where: str
+
+
+class Against(Row, total=False):
+    """A candidate against the best of the front."""
+
+    versus: list[int]
+    verdict: str
+    seeds: int
+    gap: float
+    half_width: float | None
+
+
+class Run(Row, total=False):
+    """The curve of one training."""
+
+    seed: int
+    points: list[list[float | None]]
+
+
+class Training(TypedDict, total=False):
+    """How every run was trained."""
+
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    learning_rate: float
+    optimizer: str
+    curves: list[Run]
+
+
+class Cost(TypedDict, total=False):
+    """What a search cost."""
+
+    epsilon: float | None
+    seconds: float
+    trials: int
+    trained: int
+    steps: int
+    full_trainings: float
+    rungs: list[Mapping[str, object]]
+    selection: Mapping[str, str] | None
+
+
+class Read(Training, total=False):
+    """A document of any kind as a page reads it: a plain structure of which any part may be missing."""
+
+    schema_version: int
+    kind: str
+    model: Mapping[str, object]
+    environment: Mapping[str, object]
+    settings: Mapping[str, object]
+    trace: Mapping[str, object] | None
+    nonprivate_peak_bytes: int
+    floor_bytes: int
+    front: list[Row]
+    estimates: list[Row]
+    simulations: list[Row]
+    measurements: list[Row]
+    rows: list[Row]
+    summary: str
+    not_measured: str
+    joint: Mapping[str, object] | None
+    fit: Mapping[str, object] | None
+    candidates: list[Row]
+    recommended: Row | None
+    answer: str
+    comparisons: list[Against]
+    correlations: list[Mapping[str, object]]
+    cost: Cost
+    training: Training
+    privacy: Mapping[str, object] | None
+    not_private: Mapping[str, str]
+    randomness: Mapping[str, object]
+    added_delta: float | None
+    grouping: str
+    boundaries: list[int]
+    curve: list[list[float | None]]
+    metric: MetricOf | None
+    metric_name: str
+    final_metric: float
+
+
+def read(document: Mapping[str, object]) -> Read:
+    """A plain structure as a page reads it; what it lacks or garbles shows when it is drawn."""
+    return cast(Read, document)
 
 
 class Shown(NamedTuple):
@@ -55,7 +177,7 @@ class Metric(NamedTuple):
 class Subject:
     """One document seen as a subject: absent parts are None or empty, never an error."""
 
-    document: Mapping[str, Any]
+    document: Read
 
     @property
     def kind(self) -> str:
@@ -65,12 +187,24 @@ class Subject:
     @property
     def topic(self) -> str:
         """The kind, or ``fit`` where a profile also tells what fits into a memory."""
-        return "fit" if (self.document.get("fit") or {}).get("rows") else self.kind
+        return "fit" if self.fit is not None else self.kind
 
     @property
     def model_name(self) -> str:
         """The model as the user named it."""
         return str(self.document["model"].get("name", "the model"))
+
+    @cached_property
+    def fit(self) -> Fitting | None:
+        """What fits, where a profile tells a row of that."""
+        found = self.document.get("fit") or {}
+        return Fitting.from_json(found, "fit") if found.get("rows") else None
+
+    @cached_property
+    def joint(self) -> Joint | None:
+        """The norm methods that were chosen together with the grouping, where they were."""
+        found = self.document.get("joint")
+        return Joint.from_json(found, "joint") if found else None
 
     @cached_property
     def trace(self) -> Trace | None:
@@ -97,10 +231,10 @@ class Subject:
         Where a profile's front ends above the floor, that is its last entry; where norm methods were chosen
         together with the grouping, it is that one.
         """
-        if self.document.get("joint"):
-            return tuple(self.document["joint"]["boundaries"])
-        if self.document.get("recommended"):
-            return tuple(self.document["recommended"]["boundaries"])
+        if self.joint is not None:
+            return self.joint.boundaries
+        if recommended := self.document.get("recommended"):
+            return tuple(recommended["boundaries"])
         if self.kind == "train" and self.document.get("boundaries") is not None:
             return tuple(self.document["boundaries"])
         front, floor = self.document.get("front") or [], self.document.get("floor_bytes")
@@ -114,7 +248,7 @@ class Subject:
         if self.chosen is None:
             return tuple(Shown(name, name, cuts) for name, cuts in found.items())
         word = {"train": "trained", "profile": "least peak"}.get(self.kind, "recommended")
-        word = "joint" if self.document.get("joint") else word
+        word = "joint" if self.joint is not None else word
         same = [name for name, cuts in found.items() if cuts == self.chosen]
         if same:
             return tuple(Shown(f"{n} ({word})" if n in same else n, n, cuts) for n, cuts in found.items())
@@ -134,13 +268,13 @@ class Subject:
         estimate = peak_memory(self.trace, tuple(boundaries))
         return Peak(estimate.peak_bytes, _parts(asdict(estimate.breakdown)), estimate.site, str(estimate.where))
 
-    def candidate(self, boundaries: Sequence[int] | None) -> Mapping[str, Any] | None:
+    def candidate(self, boundaries: Sequence[int] | None) -> Row | None:
         """The search's candidate with these boundaries; of several with other rules or thresholds the recommended."""
         recommended = self.document.get("recommended")
         rows = [*([recommended] if recommended else []), *(self.document.get("candidates") or [])]
         return next((row for row in rows if boundaries is not None and row["boundaries"] == list(boundaries)), None)
 
-    def shown_as(self, row: Mapping[str, Any]) -> Shown | None:
+    def shown_as(self, row: Row) -> Shown | None:
         """What a candidate is shown as, which of several with the same boundaries is :meth:`candidate`."""
         found = next((entry for entry in self.shown if entry.boundaries == tuple(row["boundaries"])), None)
         same = found is not None and options_of(self.candidate(found.boundaries) or row) == options_of(row)
@@ -156,17 +290,17 @@ def is_share(metric_name: str) -> bool:
     return "accuracy" in metric_name.lower()
 
 
-def metric_of(row: Mapping[str, Any] | None) -> Metric | None:
+def metric_of(row: Row | Read | None) -> Metric | None:
     """The metric in a candidate or in a training document; None where there is none."""
-    found = (row or {}).get("metric")
-    if not isinstance(found, Mapping) or found.get("mean") is None:
+    found = None if row is None else row.get("metric")
+    if not isinstance(found, Mapping) or (mean := found.get("mean")) is None:
         return None
-    return Metric(str(found.get("name", "metric")), float(found["mean"]), found.get("half_width"))
+    return Metric(str(found.get("name", "metric")), float(mean), found.get("half_width"))
 
 
-def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+def options_of(row: Row) -> tuple[str, ...]:
     """The clip rule and the allocation of thresholds of a candidate or a curve, where a search chose them."""
-    return tuple(str(row[name]) for name in ("rule", "allocation") if row.get(name) is not None)
+    return tuple(str(each) for each in (row.get("rule"), row.get("allocation")) if each is not None)
 
 
 def groups_word(groups: int) -> str:
@@ -174,6 +308,6 @@ def groups_word(groups: int) -> str:
     return "1 group" if groups == 1 else f"{format_count(groups)} groups"
 
 
-def _parts(breakdown: Mapping[str, Any]) -> dict[str, int]:
+def _parts(breakdown: Mapping[str, int]) -> dict[str, int]:
     plain = {key.removesuffix("_bytes"): value for key, value in breakdown.items()}
     return {part: int(plain.get(part, 0)) for part in PARTS}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from groupsearch.report.comparisons import comparisons, summary_of
-from groupsearch.report.subject import NEAR_FLOOR, Metric, Subject, groups_word, is_share, metric_of
+from groupsearch.report.info import comparisons, summary_of
+from groupsearch.report.subject import NEAR_FLOOR, Metric, Subject, groups_word, is_share, metric_of, read
 from groupsearch.units import (
     format_at_most,
     format_bytes,
@@ -41,10 +41,11 @@ class KeyFigure(NamedTuple):
     note: str
 
 
-def randomness(document: Mapping[str, Any]) -> str:
+def randomness(document: Mapping[str, object]) -> str:
     """Whether the noise can be had again, and what epsilon is worth then; of a search or a training."""
-    settings: Mapping[str, Any] = document["settings"]
-    found = document.get("randomness") or {"secret": settings.get("seed") is None, "seed": settings.get("seed")}
+    told = read(document)
+    seed = told["settings"].get("seed")
+    found = told.get("randomness") or {"secret": seed is None, "seed": seed}
     if found["secret"]:
         source = "a cipher that the operating system seeds" if found.get("secure") else "the operating system's entropy"
         return f"Noise and batches were drawn from {source}: nobody can draw them again."
@@ -62,8 +63,7 @@ def randomness(document: Mapping[str, Any]) -> str:
 
 def headline(subject: Subject) -> str:
     """The page's finding in one sentence."""
-    fit = subject.document["fit"] if subject.topic == "fit" else {}
-    recorded = fit.get("summary") or subject.document.get("summary")
+    recorded = (subject.fit.summary if subject.fit is not None else None) or subject.document.get("summary")
     if subject.kind == "profile" and isinstance(recorded, str) and recorded.strip():
         return recorded.strip()
     makers = {"search": _search_line, "profile": _profile_line, "verify": _verify_line, "train": _train_line}
@@ -149,8 +149,8 @@ def _metric_figure(subject: Subject, metric: Metric | None) -> KeyFigure | None:
     if metric is None:
         return None
     reference = subject.metric(())
-    row = subject.candidate(subject.chosen) or {}
-    seeds = (row.get("metric") or {}).get("seeds")
+    told = (subject.candidate(subject.chosen) or {}).get("metric")
+    seeds = None if told is None else told.get("seeds")
     note = f"all-layer: {reference.text}" if reference else ""
     if seeds:
         note += (", " if note else "") + ("1 seed" if seeds == 1 else f"{format_count(seeds)} seeds")
@@ -174,18 +174,19 @@ def _verify_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
 
 
 def _fit_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
-    fit = subject.document["fit"]
-    what = "largest batch" if fit["varies"] == "batch_size" else "longest sequence"
-    plain = fit["rows"][0]["size"]
+    fit = subject.fit
+    assert fit is not None  # it is the topic
+    what = "largest batch" if fit.varies == "batch_size" else "longest sequence"
+    plain = fit.rows[0].size
     labels = {"best": f"{what}, best grouping", "all-layer": "all-layer", "layer-wise": "layer-wise"}
-    found = {row["grouping"]: row["size"] for row in fit["rows"]}
+    found = {row.grouping: row.size for row in fit.rows}
     return (
         *(
             KeyFigure(label, format_count(size), f"{format_ratio(size / plain)} of non-private" if plain else "")
             for name, label in labels.items()
             if (size := found.get(name)) is not None
         ),
-        KeyFigure("without privacy", format_count(plain), f"in {format_bytes(fit['memory_bytes'])}"),
+        KeyFigure("without privacy", format_count(plain), f"in {format_bytes(fit.memory_bytes)}"),
     )
 
 

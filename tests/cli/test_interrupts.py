@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from groupsearch.cli.interrupts import no_interrupt_lost
+from groupsearch.cli import no_interrupt_lost
 
 
 class Falling:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from groupsearch import trace_model
 from groupsearch.errors import GroupSearchError
-from groupsearch.jobs import select
+from groupsearch.jobs import search as jobs_search
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.records import read_document
 from groupsearch.search import Choice
@@ -118,7 +118,7 @@ def test_every_selection_draws_anew(tmp_path, monkeypatch):
         seen.append(seed)
         return 1.0
 
-    monkeypatch.setattr(select, "_scorer", lambda *_: score)
+    monkeypatch.setattr(jobs_search, "_scorer", lambda *_: score)
     for name in ("a", "b"):
         result = run("optimize", *SMALL, "--private-selection", "--json", "-o", tmp_path / f"{name}.json")
         assert result.exit_code == 0, result.stderr
@@ -129,10 +129,10 @@ def test_every_selection_draws_anew(tmp_path, monkeypatch):
 def test_an_example_weighs_one_at_most_whatever_the_metric_says():
     workload = load_workload("digits-vit", blocks=1, width=8)
     wild = torch.tensor([0.5, 7.0, -3.0, math.nan, math.inf])
-    judged = select._judged_by_shares(replace(workload, metric=lambda model, batch: wild, metric_name="skill"))
+    judged = jobs_search._judged_by_shares(replace(workload, metric=lambda model, batch: wild, metric_name="skill"))
     assert judged.metric(None, None).tolist() == [0.5, 1.0, 0.0, 0.0, 1.0]
     with pytest.raises(GroupSearchError, match=r"'accuracy' is not stated to be one.*metric_is_share=True"):
-        select._judged_by_shares(replace(workload, metric_is_share=False))
+        jobs_search._judged_by_shares(replace(workload, metric_is_share=False))
 
 
 def is_checking() -> bool:
@@ -151,7 +151,7 @@ def test_a_run_fails_by_its_weights_alone(monkeypatch):
     trace = trace_model(made.model, made.make_batch(4), classification_loss)
     training = TrainSettings.of(made, noise_multiplier=1.0, steps=2)
     choice = Choice(())
-    judged = select._judged_by_shares(made)
-    assert 0 <= select._scorer(judged, trace, training)(choice, 0) <= 360
+    judged = jobs_search._judged_by_shares(made)
+    assert 0 <= jobs_search._scorer(judged, trace, training)(choice, 0) <= 360
     wild = replace(training, learning_rate=1e38, optimizer="sgd", noise_multiplier=1e6)
-    assert select._scorer(judged, trace, wild)(choice, 0) is None
+    assert jobs_search._scorer(judged, trace, wild)(choice, 0) is None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from groupsearch.jobs.evaluation import TRIALS
 from groupsearch.jobs.events import LOSS
 from groupsearch.jobs.request import RUNGS
-from groupsearch.jobs.rungs import TRIALS
 from groupsearch.proxy import default_steps
 from groupsearch.records import read_document
 from groupsearch.search.selection import SELECTION_DATA

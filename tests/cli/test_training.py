@@ -7,9 +7,9 @@ import json
 import pytest
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.jobs.evaluation import FINGERPRINT
 from groupsearch.jobs.request import TrainingRequest
-from groupsearch.jobs.rungs import FINGERPRINT
-from groupsearch.jobs.training import training_setup
+from groupsearch.jobs.stages import training_setup
 from tests.cli.running import refused, run
 
 EXAMPLES = 1437  # training images of the digits

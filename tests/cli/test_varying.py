@@ -9,7 +9,7 @@ import pytest
 
 from groupsearch.clipping import RULES, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
-from groupsearch.jobs.varying import DEFAULTS, THRESHOLDS, Ways, mechanism_of, searched
+from groupsearch.jobs.evaluation import DEFAULTS, THRESHOLDS, Ways, mechanism_of, searched
 from groupsearch.memory import peak_memory
 from groupsearch.records import read_document
 from groupsearch.search import Choice, settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -234,3 +235,18 @@ def test_requests_are_values():
     request = ProfileRequest("digits-vit", budget="1GiB", notify=print)
     assert request == replace(request, notify=warnings.warn)
     assert request != replace(request, seed=1)
+
+
+@pytest.mark.parametrize("name", ["profile", "fit", "search", "train", "verify"])
+def test_no_job_needs_plotly(name):
+    code = (
+        f"import sys; sys.modules['plotly'] = None; from groupsearch.jobs.{name} import {name}; assert callable({name})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_page_needs_plotly():
+    code = "import sys; sys.modules['plotly'] = None; from groupsearch.report import render_page"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "plotly" in found.stderr

@@ -153,9 +153,9 @@ def fit_document(name: str = "synthetic-vit") -> dict[str, Any]:
         }
         for text, size in sizes.items()
     ]
-    rows[1]["timings"] = [{"batch_size": at, "step_seconds": 0.1 * at} for at in (15, 30)]
+    rows[1]["timings"] = [_timing(15), _timing(30)]
     rows[1]["examples_per_second"] = {"value": 1234.5, "batch_size": 60, "source": "predicted"}
-    rows[4]["timings"] = [{"batch_size": 1, "step_seconds": 0.1}]
+    rows[4]["timings"] = [_timing(1)]
     rows[4]["examples_per_second"] = {"value": 10.0, "batch_size": 1, "source": "measured"}
     fit = {
         "memory_bytes": 2**16,
@@ -163,11 +163,21 @@ def fit_document(name: str = "synthetic-vit") -> dict[str, Any]:
         "usable_bytes": 65208,
         "varies": "batch_size",
         "limit": 64,
-        "poisson": {"rule": "An expected batch is the largest that fits whole."},
+        "poisson": {
+            "quantile": 0.999,
+            "dataset_size": None,
+            "sampling_rate": None,
+            "rule": "An expected batch is the largest that fits whole.",
+        },
         "rows": rows,
         "summary": "Non-private training fits a batch of at least 64.",
     }
     return {**profile_document(name), "fit": fit, "summary": "Grouping saves much here."}
+
+
+def _timing(batch_size: int) -> dict[str, Any]:
+    seconds = 0.1 * batch_size
+    return {"batch_size": batch_size, "peak_bytes": 1000 * batch_size, "step_seconds": seconds, "metric": "allocated"}
 
 
 def joint_document(name: str = "synthetic-vit") -> dict[str, Any]:

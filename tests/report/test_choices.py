@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from groupsearch.report.curves import curves_info
-from groupsearch.report.info import front_info
+from groupsearch.report.info import curves_info, front_info
 from groupsearch.report.page import render_page
 from groupsearch.report.subject import Subject
 from tests.report.synthetic import search_document

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from groupsearch.documents.rows import Joint
 from groupsearch.grouping import Grouping
 from groupsearch.memory import PeakEstimate, peak_memory
 from groupsearch.partition import floor_bytes, front
@@ -100,19 +101,21 @@ def test_where_grouping_saves_nothing_what_would_is_named_with_its_bytes(gpt) ->
 def test_a_joint_choice_is_told_with_how_exact_it_is() -> None:
     document = joint_document()
     trace, joint = Trace.from_json(document["trace"]), document["joint"]
-    text = joint_finding(trace, joint)
+    text = joint_finding(trace, Joint.from_json(joint))
     assert "the fewest operations within 16.0 MiB: 3 groups, norms of weights 5 by ghost and 13 by instantiate" in text
     assert f"peak at {format_bytes(joint['peak_bytes'])}" in text
     assert "0.50x the operations of mixed, which needs 1.00 MiB all-layer and 512 KiB at the least" in text
     assert "no choice takes fewer operations within it" in text
     assert format_bytes(peak_memory(trace, tuple(joint["boundaries"])).breakdown.book) in text
-    loose = joint_finding(trace, {**joint, "bound": {"of": "operations", "least": 400_000, "gap": 0.25}})
-    assert "at most 25.00 % more operations than the best choice may take" in loose
-    unknown = {"of": "operations", "least": 0, "gap": float("inf")}
-    assert "how few operations might do is not known" in joint_finding(trace, {**joint, "bound": unknown})
+    loose = {**joint, "bound": {"of": "operations", "least": 400_000, "gap": 0.25}}
+    told = joint_finding(trace, Joint.from_json(loose))
+    assert "at most 25.00 % more operations than the best choice may take" in told
+    for gap in (float("inf"), None):
+        unknown = {**joint, "bound": {"of": "operations", "least": 0, "gap": gap}}
+        assert "how few operations might do is not known" in joint_finding(trace, Joint.from_json(unknown))
     least = {**joint, "budget_bytes": None, "bound": {"of": "peak_bytes", "least": 1, "gap": 0.0}}
-    assert "for the least peak: 3 groups" in joint_finding(trace, least)
-    assert "no choice takes fewer bytes." in joint_finding(trace, least)
+    assert "for the least peak: 3 groups" in joint_finding(trace, Joint.from_json(least))
+    assert "no choice takes fewer bytes." in joint_finding(trace, Joint.from_json(least))
 
 
 def test_the_share_that_grows_with_the_batch_does(gpt) -> None:

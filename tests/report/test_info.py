@@ -5,18 +5,20 @@ from typing import Any
 import pytest
 
 from groupsearch.memory import peak_memory, timeline
-from groupsearch.report.comparisons import comparisons, summary_of
-from groupsearch.report.curves import Curve, curves_info
 from groupsearch.report.info import (
     MAX_POINTS,
+    Curve,
     FrontPoint,
     GroupsInfo,
     StripRow,
     breakdown_info,
+    comparisons,
+    curves_info,
     front_info,
     front_line,
     groups_info,
     strip_info,
+    summary_of,
     thin,
     timeline_info,
 )

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from groupsearch.errors import DocumentError
 from groupsearch.report import render_page
-from groupsearch.report.canvas import round_ticks
+from groupsearch.report.figures import round_ticks
 from groupsearch.units import format_bytes
 from tests.report.conftest import KINDS
 from tests.report.synthetic import STYLES, peak, profile_document, search_document, transformer_trace

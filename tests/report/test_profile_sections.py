@@ -10,9 +10,8 @@ import pytest
 
 from groupsearch.errors import DocumentError
 from groupsearch.report import render_page
-from groupsearch.report.comparisons import comparisons
-from groupsearch.report.fits import fit_info
-from groupsearch.report.memory_figures import draw_fit
+from groupsearch.report.figures import draw_fit
+from groupsearch.report.info import comparisons, fit_info
 from groupsearch.report.subject import Subject
 from groupsearch.units import format_bytes
 from tests.report.synthetic import fit_document, joint_document, profile_document

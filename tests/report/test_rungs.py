@@ -7,7 +7,7 @@ from html import escape
 
 import pytest
 
-from groupsearch.report import rungs
+from groupsearch.report import sections
 from groupsearch.report.subject import Subject
 from groupsearch.search import Proxy, SearchSettings, Short, search_in_rungs
 from tests.search.problem import Problem
@@ -31,7 +31,7 @@ def document():
 
 
 def test_every_rung_has_its_row_and_every_correlation_its_sentence(document):
-    html = rungs.evidence(Subject(document))
+    html = sections.evidence(Subject(document)).body
     assert html.count("<tr>") == 1 + 4
     for words in ("proxy", "short runs", "full runs", "further seeds"):
         assert f"<td>{words}</td>" in html
@@ -45,7 +45,7 @@ def test_every_rung_has_its_row_and_every_correlation_its_sentence(document):
 
 
 def test_differences_are_those_of_the_document(document):
-    html = rungs.differences(Subject(document))
+    html = sections.differences(Subject(document)).body
     assert html.count("<tr>") == 1 + len(document["comparisons"])
     assert escape(document["answer"]) in html
     for row in document["comparisons"]:
@@ -54,17 +54,17 @@ def test_differences_are_those_of_the_document(document):
 
 
 def test_what_choosing_cost_is_said(document):
-    assert "no theorem accounts for" in rungs.selection(Subject(document))
+    assert "no theorem accounts for" in sections.selection(Subject(document))
 
 
 def test_documents_without_such_parts_leave_them_out():
     subject = Subject({"kind": "search", "model": {"name": "m"}, "candidates": []})
-    assert rungs.evidence(subject) is None
-    assert rungs.differences(subject) is None
-    assert rungs.selection(subject) is None
+    assert sections.evidence(subject) is None
+    assert sections.differences(subject) is None
+    assert sections.selection(subject) is None
 
 
 def test_strings_of_the_document_are_escaped(document):
     hostile = {**document, "answer": "<script>", "correlations": [{**document["correlations"][0], "statement": "<b>"}]}
-    assert "<script>" not in rungs.differences(Subject(hostile))
-    assert "<b>" not in rungs.evidence(Subject(hostile))
+    assert "<script>" not in sections.differences(Subject(hostile)).body
+    assert "<b>" not in sections.evidence(Subject(hostile)).body

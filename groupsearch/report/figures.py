@@ -1,28 +1,124 @@
-"""Figures of memory, the drawing step: from an info to a plotly figure. Nothing here reads a document."""
+"""The second of a figure's two steps: from an info to a plotly figure. Nothing here reads a document.
+
+Apart from the sections that show them, as drawing is all that is done here.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from groupsearch.report.canvas import (
-    GROUP_COLOURS,
-    LOOKS,
-    NEUTRAL,
-    PART_COLOURS,
-    bytes_axis,
-    faded,
-    new_figure,
-    padded,
-    plain_axis,
+from groupsearch.report.info import (
+    BreakdownRow,
+    CurvesInfo,
+    FitInfo,
+    FrontInfo,
+    FrontPoint,
+    GroupsInfo,
+    StripInfo,
+    TimelineInfo,
+    front_line,
 )
-from groupsearch.report.fits import FitInfo
-from groupsearch.report.info import BreakdownRow, GroupsInfo, StripInfo, TimelineInfo
-from groupsearch.report.subject import PARTS
-from groupsearch.units import format_bytes, format_count
+from groupsearch.report.subject import PARTS, is_share
+from groupsearch.units import format_bytes, format_count, format_number, format_percent, format_short_bytes
+
+Axis = dict[str, object]
+
+
+class Look(NamedTuple):
+    """Colour, marker and dash of a role: told apart by each of the three alone."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+NEUTRAL = "#8a939e"
+# Okabe & Ito's palette, which every common kind of colour vision tells apart; blue a shade lighter for dark pages.
+LOOKS = {
+    "all-layer": Look("#d55e00", "circle", "solid"),
+    "recommended": Look("#009e73", "diamond", "solid"),
+    "layer-wise": Look("#3a8fd0", "square", "dash"),
+    "": Look(NEUTRAL, "circle-open", "dot"),
+}
+# Tol's muted palette: groups must not look like the roles above.
+GROUP_COLOURS = ("#44aa99", "#ddcc77", "#88ccee", "#cc6677", "#6f63c5", "#aa4499")
+PART_COLOURS = ("#6b7785", "#98a2ad", "#b8a05a", "#c4cad1", "#56b4e9", "#cc79a7", "#d55e00", "#e69f00")
+
+
+def round_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
+    """About ``count`` ticks between ``low`` and ``high`` at multiples of 1, 2 or 5 times a power of ten.
+
+    >>> round_ticks(0.9, 0.95)
+    (0.9, 0.91, 0.92, 0.93, 0.94, 0.95)
+    """
+    if not high > low:
+        return (low,)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.8 * raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(round(k * step, 12) for k in range(first, last + 1))
+
+
+def bytes_axis(low_bytes: float, high_bytes: float, title: str, count: int = 5) -> Axis:
+    """An axis of sizes with ticks at round numbers of KiB, MiB or GiB."""
+    unit = 2 ** (10 * max(0, min(4, (int(high_bytes).bit_length() - 1) // 10)))
+    ticks = [value * unit for value in round_ticks(low_bytes / unit, high_bytes / unit, count)]
+    return _axis(low_bytes, high_bytes, title, ticks, [format_short_bytes(tick) for tick in ticks])
+
+
+def metric_axis(low: float, high: float, name: str) -> Axis:
+    """An axis of a metric; accuracies in percent."""
+    ticks = round_ticks(low, high)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
+    if is_share(name):
+        digits = max(0, -math.floor(math.log10(step) + 1e-9) - 2)
+        return _axis(low, high, name, list(ticks), [format_percent(tick, digits) for tick in ticks])
+    return _axis(low, high, name, list(ticks), [format_number(tick, 4) for tick in ticks])
+
+
+def padded(low: float, high: float, share: float = 0.08) -> tuple[float, float]:
+    """A range with room for markers on both sides."""
+    room = share * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def new_figure(up: Axis, across: Axis, height: int = 400) -> go.Figure:
+    """An empty figure; colours of text and grid come from the page's style sheet."""
+    figure = go.Figure(layout=go.Layout(template=go.layout.Template()))
+    figure.update_layout(
+        yaxis=up,
+        xaxis=across,
+        height=height,
+        margin={"l": 8, "r": 12, "t": 12, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
+        dragmode=False,
+        hovermode="closest",
+    )
+    return figure
+
+
+def plain_axis(title: str) -> Axis:
+    """An axis that plotly finds the ticks of."""
+    look = {"zeroline": False, "fixedrange": True, "automargin": True, "ticks": ""}
+    return {"title": {"text": title, "standoff": 12}, **look}
+
+
+def faded(colour: str, opacity: float) -> str:
+    """The colour, let through by ``opacity``."""
+    red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def _axis(low: float, high: float, title: str, ticks: list[float], words: list[str]) -> Axis:
+    return {**plain_axis(title), "range": [low, high], "tickvals": ticks, "ticktext": words}
 
 
 def draw_timeline(info: TimelineInfo) -> go.Figure:
@@ -211,3 +307,92 @@ def _add_group_points(figure: go.Figure, rows: list[tuple[int, int]], name: str,
 
 def _broken(name: str) -> str:
     return escape(name).replace(", ", ",<br>").replace(" (", "<br>(")
+
+
+def draw_front(info: FrontInfo) -> go.Figure:
+    """Metric (up) against peak (right), intervals as bars, the front as a line of steps."""
+    reach = [point.metric.half_width or 0.0 for point in info.points]
+    low, high = padded(
+        min(p.metric.mean - r for p, r in zip(info.points, reach, strict=True)),
+        max(p.metric.mean + r for p, r in zip(info.points, reach, strict=True)),
+    )
+    left, right = padded(info.points[0].peak_bytes, info.points[-1].peak_bytes, 0.12)
+    line = front_line(info.points)
+    others = [point for point in info.points if not point.role and not point.on_front]
+    figure = new_figure(metric_axis(low, high, info.metric_name), bytes_axis(left, right, "peak memory of one step"))
+    figure.add_scatter(
+        x=[p.peak_bytes for p in line],
+        y=[p.metric.mean for p in line],
+        mode="lines",
+        line={"color": NEUTRAL, "width": 1.5, "shape": "hv"},
+        name="front",
+        hoverinfo="skip",
+    )
+    _add_points(figure, [p for p in others if p.metric.half_width is not None], "tried", opacity=0.45)
+    _add_points(figure, [p for p in others if p.metric.half_width is None], "tried once", opacity=0.45)
+    _add_points(figure, [p for p in line if not p.role], "on the front", opacity=1.0)
+    for point in info.points:
+        if point.role:
+            inward = "left" if point.peak_bytes > (left + right) / 2 else "right"
+            _add_points(figure, [point], point.name, opacity=1.0, label=f"bottom {inward}")
+    return figure
+
+
+def draw_curves(info: CurvesInfo) -> go.Figure:
+    """Mean over the seeds along training; the band of a reference style is its least to its largest."""
+    curves = [curve for curve in info.curves if curve.steps]
+    settled = [value for c in curves for value in (*c.low[len(c.low) // 4 :], *c.high)]  # the first steps say little
+    low, high = padded(min(settled), max(settled))
+    figure = new_figure(metric_axis(low, high, info.metric_name), plain_axis("training step"))
+    for curve in curves:
+        look = LOOKS[curve.role]
+        if curve.role and curve.seeds > 1:
+            figure.add_scatter(
+                x=[*curve.steps, *curve.steps[::-1]],
+                y=[*curve.high, *curve.low[::-1]],
+                mode="lines",
+                line={"width": 0},
+                fill="toself",
+                fillcolor=faded(look.colour, 0.16),
+                hoverinfo="skip",
+                showlegend=False,
+            )
+    others = [curve for curve in curves if not curve.role]
+    for curve in curves:
+        look = LOOKS[curve.role]
+        figure.add_scatter(
+            x=curve.steps,
+            y=curve.mean,
+            mode="lines+markers" if curve.role else "lines",
+            line={"color": look.colour, "width": 2 if curve.role else 1.5, "dash": look.dash},
+            marker={"symbol": look.symbol, "size": 6},
+            name=escape(curve.name) if curve.role else "others on the front",
+            legendgroup=curve.role or "others",
+            showlegend=bool(curve.role) or curve is others[0],
+            text=[escape(curve.name)] * len(curve.steps),
+            hovertemplate="%{text}<br>step %{x}<extra></extra>",
+        )
+    return figure
+
+
+def _add_points(figure: go.Figure, points: Sequence[FrontPoint], name: str, *, opacity: float, label: str = "") -> None:
+    if not points:
+        return
+    look, reach = LOOKS[points[0].role], [p.metric.half_width for p in points]
+    figure.add_scatter(
+        x=[p.peak_bytes for p in points],
+        y=[p.metric.mean for p in points],
+        error_y=None if None in reach else {"array": reach, "thickness": 1.5, "width": 4},
+        mode="markers+text" if label else "markers",
+        marker={"color": look.colour, "symbol": look.symbol, "size": 12 if points[0].role else 8},
+        text=[escape(p.name) for p in points],
+        textposition=label or None,
+        showlegend=not label,
+        cliponaxis=False,
+        opacity=opacity,
+        name=escape(name),
+        customdata=[
+            f"{escape(p.name)}<br>{p.metric.text}, {format_bytes(p.peak_bytes)}<br>seeds: {p.seeds}" for p in points
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+    )
