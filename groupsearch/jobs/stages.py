@@ -170,8 +170,8 @@ def estimated(
     chosen |= _random_groupings(trace, asked.randoms, asked.seed)
     return Known(
         trace,
-        front=[FrontRow.from_json(row) for row in front_rows(trace, asked.max_groups)],
-        estimates=[Estimate.from_json(row) for row in estimate_rows(trace, chosen)],
+        front=front_rows(trace, asked.max_groups),
+        estimates=estimate_rows(trace, chosen),
         summary=finding(trace) if joint is None else joint_finding(trace, joint),
         joint=joint,
     )
@@ -200,9 +200,9 @@ def add_checks(known: Known, setup: Setup, level: str, notify: Notify, names: It
             notify(Advanced(verb, f"{verb} {row.grouping}", done, len(rows)))
             what = row.grouping, Grouping.from_boundaries(known.trace, row.boundaries), row.peak_bytes
             if part == "simulations":
-                known.simulations.append(Simulation.from_json(setup.simulate(*what)))
+                known.simulations.append(setup.simulate(*what))
             else:
-                known.measurements.append(Measurement.from_json(setup.measure(*what)))
+                known.measurements.append(setup.measure(*what))
 
 
 def expand_ranges(texts: Iterable[str]) -> list[str]:

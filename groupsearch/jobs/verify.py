@@ -51,7 +51,7 @@ def run(request: VerifyRequest) -> Verify:
     request.notify(Begun(header))
     try:
         for row in check_rows(setup, trace, wanted, request.tolerance):
-            rows.append(Check.from_json(row))
+            rows.append(row)
             request.notify(Advanced("Measuring", "", len(rows), len(wanted)))
     except KeyboardInterrupt as interrupt:
         said = f"Interrupted; {len(rows)} of {len(wanted)} groupings were measured."
