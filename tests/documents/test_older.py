@@ -99,9 +99,11 @@ def test_they_are_read_with_every_figure(path):
 
 
 @each_of_them
-def test_they_are_written_again_to_the_byte(path, tmp_path):
-    document = Document.load(path)
-    assert document.save(tmp_path / "again.json").read_bytes() == path.read_bytes()
+def test_they_are_written_again_with_nothing_changed(path, tmp_path):
+    """Lines may be cut otherwise; an int stays an int, a null a null."""
+    once = Document.load(path).save(tmp_path / "once.json")
+    assert json.dumps(plain(once), sort_keys=True) == json.dumps(plain(path), sort_keys=True)
+    assert Document.load(once).save(tmp_path / "twice.json").read_bytes() == once.read_bytes()
 
 
 @each_of_them
