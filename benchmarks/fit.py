@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from groupsearch.documents.rows import FitRow
 from groupsearch.fit import BATCH, MARGIN, Room, Sizes, fit_rows
 from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak
@@ -63,20 +64,20 @@ def setup_of(model: str, checkpoint: str, folder: Path) -> Setup:
     return Setup(text, {**SETTINGS[model], BATCH: 16}, checkpoint=checkpoint)
 
 
-def check_row(sizes: Sizes, room: Room, row: Mapping[str, Any]) -> dict[str, Any]:
+def check_row(sizes: Sizes, room: Room, row: FitRow) -> dict[str, Any]:
     """The measured peak of a row at the batch it names, and at one 5 % larger, against the memory."""
-    trace = sizes.at(row["size"])
+    trace = sizes.at(row.size)
     assert trace is not None
-    grouping = None if row["boundaries"] is None else Grouping(tuple(row["boundaries"]), trace.sites)
-    larger = max(row["size"] + 1, -int(-row["size"] * (1 + LARGER) // 1))
+    grouping = None if row.boundaries is None else Grouping(row.boundaries, trace.sites)
+    larger = max(row.size + 1, -int(-row.size * (1 + LARGER) // 1))
     setup = sizes.setup
     how = {part.name: getattr(setup, part.name) for part in fields(setup) if part.name not in ("workload", "settings")}
     found = [
         measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: size}, steps=1, **how).peak_bytes
-        for size in (row["size"], larger)
+        for size in (row.size, larger)
     ]
     return {
-        **{key: row[key] for key in ("grouping", "groups", "boundaries", BATCH, "peak_bytes")},
+        **{key: getattr(row, key) for key in ("grouping", "groups", "boundaries", BATCH, "peak_bytes")},
         "checkpoint": setup.checkpoint,
         "memory_bytes": room.memory_bytes,
         "measured_bytes": found[0],

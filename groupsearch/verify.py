@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from groupsearch.cards import card_of
+from groupsearch.documents.rows import Check, Estimate, FrontRow, GroupingRow, Measurement, Simulation
 from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.joint import JOINT, Alternatives
@@ -167,7 +168,7 @@ class Setup:
                 f"no such process."
             )
 
-    def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
+    def simulate(self, name: str, grouping: Grouping, estimate_bytes: int) -> Simulation:
         """One simulated row of a document: the engine itself, on fake tensors or, for a CUDA device, on real ones."""
         workload = self.loaded
         peak_bytes = simulate_peak(
@@ -178,9 +179,9 @@ class Setup:
             **_how(self.step),
             device=None if self.device == "cpu" else self.device,
         )
-        return {**_row(name, grouping, peak_bytes), "relative_error": estimate_bytes / peak_bytes - 1}
+        return Simulation(**_row(name, grouping, peak_bytes), relative_error=estimate_bytes / peak_bytes - 1)
 
-    def measure(self, name: str, grouping: Grouping, estimate_bytes: int) -> dict[str, Any]:
+    def measure(self, name: str, grouping: Grouping, estimate_bytes: int) -> Measurement:
         """One measured row of a document: the engine on the device, in a fresh process.
 
         Raises:
@@ -194,13 +195,15 @@ class Setup:
             **_how(self.step),
             device=self.device,
         )
-        return {
+        return Measurement(
             **_row(name, grouping, measured.peak_bytes),
-            "relative_error": estimate_bytes / measured.peak_bytes - 1,
-            "step_seconds": measured.step_seconds,
-            "metric": measured.metric,
-            **measured.beside(),
-        }
+            relative_error=estimate_bytes / measured.peak_bytes - 1,
+            step_seconds=measured.step_seconds,
+            metric=measured.metric,
+            reserved_bytes=measured.reserved_bytes,
+            fragmentation_bytes=measured.fragmentation_bytes,
+            requested_bytes=measured.requested_bytes,
+        )
 
 
 def check_measurable(device: str) -> None:
@@ -214,7 +217,7 @@ def check_measurable(device: str) -> None:
         )
 
 
-def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[str, Any]]:
+def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[Estimate]:
     """One estimated row of a document per grouping, by name, with what is alive at its peak and where that is.
 
     On a CUDA device with what its allocator hands out and holds at most, ``allocated_bytes`` and ``reserved_bytes``.
@@ -222,14 +225,16 @@ def estimate_rows(trace: Trace, groupings: Mapping[str, Grouping]) -> list[dict[
     rows = []
     for name, grouping in groupings.items():
         estimate = peak_memory(trace, grouping)
+        held = holding(trace, grouping.boundaries)
         rows.append(
-            {
+            Estimate(
                 **_row(name, grouping, estimate.peak_bytes),
-                "breakdown": asdict(estimate.breakdown),
-                "site": estimate.site,
-                "where": estimate.where,
-                **held_bytes(trace, grouping.boundaries),
-            }
+                breakdown=asdict(estimate.breakdown),
+                site=estimate.site,
+                where=estimate.where,
+                allocated_bytes=None if held is None else held.allocated_bytes,
+                reserved_bytes=None if held is None else held.reserved_bytes,
+            )
         )
     return rows
 
@@ -240,36 +245,35 @@ def held_bytes(trace: Trace, boundaries: Sequence[int] | None) -> dict[str, int]
     return {} if found is None else {name: getattr(found, name) for name in ("allocated_bytes", "reserved_bytes")}
 
 
-def front_rows(trace: Trace, max_groups: int | None = None) -> list[dict[str, Any]]:
+def front_rows(trace: Trace, max_groups: int | None = None) -> list[FrontRow]:
     """The least peak with 1, 2, ... groups, up to ``max_groups`` or the floor."""
     return [
-        {"groups": len(boundaries) + 1, "boundaries": list(boundaries), "peak_bytes": peak_bytes}
+        FrontRow(groups=len(boundaries) + 1, boundaries=boundaries, peak_bytes=peak_bytes)
         for boundaries, peak_bytes in front(trace, max_groups)
     ]
 
 
-def check_rows(
-    setup: Setup, trace: Trace, rows: Iterable[Mapping[str, Any]], tolerance: float
-) -> Iterator[dict[str, Any]]:
+def check_rows(setup: Setup, trace: Trace, rows: Iterable[GroupingRow], tolerance: float) -> Iterator[Check]:
     """Measure the groupings of a document's rows again, one by one as they are asked for.
 
     Args:
         setup: how the step is taken.
         trace: the document's trace, which the rows' boundaries refer to.
-        rows: ``grouping`` (a name), ``boundaries`` and ``peak_bytes`` (the estimate) of each.
+        rows: name, boundaries and estimated peak of each.
         tolerance: largest relative error, either way, that counts as within.
 
     Yields:
         Measured rows with ``estimate_bytes``, ``tolerance`` and ``within``.
     """
     for row in rows:
-        grouping = Grouping.from_boundaries(trace, row["boundaries"])
-        measured = setup.measure(row["grouping"], grouping, row["peak_bytes"])
-        within = abs(measured["relative_error"]) <= tolerance
-        yield {**measured, "estimate_bytes": row["peak_bytes"], "tolerance": tolerance, "within": within}
+        grouping = Grouping.from_boundaries(trace, row.boundaries)
+        measured = setup.measure(row.grouping, grouping, row.peak_bytes)
+        within = abs(measured.relative_error) <= tolerance
+        checked = {"estimate_bytes": row.peak_bytes, "tolerance": tolerance, "within": within}
+        yield Check.from_json({**measured.to_json(), **checked})
 
 
-def rows_to_check(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_to_check(document: Mapping[str, Any]) -> list[GroupingRow]:
     """The rows of a profile or a search that :func:`check_rows` measures: what was measured, else what is recommended.
 
     ``peak_bytes`` of each is the document's estimate.
@@ -292,7 +296,7 @@ def rows_to_check(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _known_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _known_rows(document: Mapping[str, Any]) -> list[GroupingRow]:
     estimates = {tuple(row["boundaries"]): row["peak_bytes"] for row in document.get("estimates") or []}
     measured = list(document.get("measurements") or document.get("estimates") or [])
     if document["kind"] == "search":
@@ -308,7 +312,7 @@ def _known_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in measured:
         names.setdefault(tuple(row["boundaries"]), str(row.get("grouping") or row.get("source")))
     return [
-        {"grouping": name, "boundaries": list(cuts), "peak_bytes": estimates[cuts]}
+        GroupingRow(grouping=name, boundaries=cuts, groups=len(cuts) + 1, peak_bytes=estimates[cuts])
         for cuts, name in names.items()
         if cuts in estimates
     ]
@@ -331,10 +335,19 @@ def _how(step: StepSettings) -> dict[str, Any]:
     }
 
 
-def _row(name: str, grouping: Grouping, peak_bytes: int) -> dict[str, Any]:
+class _Named(TypedDict):
+    """A :class:`GroupingRow`, of which other rows are made."""
+
+    grouping: str
+    boundaries: tuple[int, ...]
+    groups: int
+    peak_bytes: int
+
+
+def _row(name: str, grouping: Grouping, peak_bytes: int) -> _Named:
     return {
         "grouping": name,
-        "boundaries": list(grouping.boundaries),
+        "boundaries": grouping.boundaries,
         "groups": grouping.groups,
         "peak_bytes": peak_bytes,
     }

@@ -31,7 +31,6 @@ def figures(package: Path) -> dict[str, Any]:
     lengths = [_body_lines(function) for function, _ in found]
     arguments = [_arguments(function, in_class) for function, in_class in found]
     importers = {name: sorted(other for other in imports if name in imports[other]) for name in imports}
-    annotations = [each for function, _ in found for each in _annotations(function)]
     return {
         "modules": len(trees),
         "lines": sum(len(text.splitlines()) for text in texts.values()),
@@ -42,11 +41,19 @@ def figures(package: Path) -> dict[str, Any]:
             "max": max(arguments, default=0),
             f"more_than_{MOST_ARGUMENTS}": sum(number > MOST_ARGUMENTS for number in arguments),
         },
-        "any": {"in_signatures": _any_in(annotations), "in_all": _any_in(trees.values())},
+        "any": {"in_signatures": any_in_signatures(*trees.values()), "in_all": _any_in(trees.values())},
         "circles": circles(imports),
         "arrows": [" -> ".join(pair) for pair in sorted(_arrows(imports))],
         "imported_once": {name: others[0] for name, others in importers.items() if len(others) == 1},
     }
+
+
+def any_in_signatures(*trees: ast.AST) -> int:
+    """How often ``Any`` is named by parameters, returns and the fields of classes."""
+    functions = (function for tree in trees for function, _ in _functions(tree))
+    classes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    fields = (node.annotation for each in classes for node in each.body if isinstance(node, ast.AnnAssign))
+    return _any_in([*(note for function in functions for note in _annotations(function)), *fields])
 
 
 def circles(imports: Imports) -> list[list[str]]:

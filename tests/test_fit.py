@@ -15,19 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.fit import CONFIGURATIONS, MODELS, check_row, setup_of
+from groupsearch.documents.rows import FitRow, Timing
 from groupsearch.engine.loading import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit import (
     BATCH,
     Room,
     Sizes,
-    add_rates,
     fit_rows,
     largest_expected,
     largest_within,
     measured_batches,
     rate,
     summarise,
+    with_rate,
 )
 from groupsearch.grouping import Grouping, fewest_groups
 from groupsearch.memory import peak_memory
@@ -174,50 +175,46 @@ def test_an_expected_batch_is_the_largest_whose_quantile_fits(batch_size: int, p
 
 
 def test_every_row_fits_and_one_more_does_not(rows: list[dict[str, Any]], fresh_trace: Callable[[int], Trace]) -> None:
-    assert [row["grouping"] for row in rows][:4] == ["non-private", "best", "all-layer", "layer-wise"]
-    assert len({row["size"] for row in rows}) > 3, "groupings make no difference here"
+    assert [row.grouping for row in rows][:4] == ["non-private", "best", "all-layer", "layer-wise"]
+    assert len({row.size for row in rows}) > 3, "groupings make no difference here"
     for row in rows:
-        for batch_size, bytes_key in ((row["size"], "peak_bytes"), (row["size"] + 1, "next_peak_bytes")):
+        for batch_size, told_bytes in ((row.size, row.peak_bytes), (row.size + 1, row.next_peak_bytes)):
             trace = fresh_trace(batch_size)
             peak = trace.nonprivate_peak_bytes
-            if row["grouping"] == "best":
-                peak = (
-                    floor_bytes(trace)
-                    if bytes_key == "next_peak_bytes"
-                    else peak_memory(trace, row["boundaries"]).peak_bytes
-                )
-            elif row["grouping"] != "non-private":
-                peak = peak_memory(trace, Grouping.parse(trace, row["grouping"])).peak_bytes
-            assert row[bytes_key] == peak
-        assert row["peak_bytes"] <= MEMORY < row["next_peak_bytes"]
-        assert row["limited_by"] == "memory"
+            if row.grouping == "best":
+                peak = floor_bytes(trace) if batch_size > row.size else peak_memory(trace, row.boundaries).peak_bytes
+            elif row.grouping != "non-private":
+                peak = peak_memory(trace, Grouping.parse(trace, row.grouping)).peak_bytes
+            assert told_bytes == peak
+        assert row.peak_bytes <= MEMORY < row.next_peak_bytes
+        assert row.limited_by == "memory"
 
 
 def test_the_best_row_is_the_largest_batch_of_any_grouping_with_the_fewest_groups(
     rows: list[dict[str, Any]], fresh_trace: Callable[[int], Trace]
 ) -> None:
     best = rows[1]
-    assert best["size"] == max(row["size"] for row in rows[1:])
-    assert best["boundaries"] == list(fewest_groups(fresh_trace(best["size"]), MEMORY).boundaries)
-    assert rows[-1]["grouping"] == f"best:{best['groups']}"
-    assert rows[-1]["size"] == best["size"]
+    assert best.size == max(row.size for row in rows[1:])
+    assert best.boundaries == fewest_groups(fresh_trace(best.size), MEMORY).boundaries
+    assert rows[-1].grouping == f"best:{best.groups}"
+    assert rows[-1].size == best.size
 
 
 def test_groupings_are_those_of_the_batch_that_is_named(
     rows: list[dict[str, Any]], fresh_trace: Callable[[int], Trace]
 ) -> None:
     for row in rows[2:]:
-        assert row["boundaries"] == list(Grouping.parse(fresh_trace(row["size"]), row["grouping"]).boundaries)
+        assert row.boundaries == Grouping.parse(fresh_trace(row.size), row.grouping).boundaries
 
 
 def test_a_margin_is_held_back(sizes: Sizes, rows: list[dict[str, Any]]) -> None:
     held = next(fit_rows(sizes, Room(MEMORY, margin=0.1)))
-    assert held["size"] < rows[0]["size"]
-    assert held["peak_bytes"] <= 0.9 * MEMORY < held["next_peak_bytes"]
+    assert held.size < rows[0].size
+    assert held.peak_bytes <= 0.9 * MEMORY < held.next_peak_bytes
 
 
 def test_only_the_groupings_asked_for_are_added(sizes: Sizes) -> None:
-    found = [row["grouping"] for row in fit_rows(sizes, Room(MEMORY), ["uniform:2", "all-layer"])]
+    found = [row.grouping for row in fit_rows(sizes, Room(MEMORY), ["uniform:2", "all-layer"])]
     assert found == ["non-private", "best", "all-layer", "uniform:2"]
 
 
@@ -236,7 +233,7 @@ def test_a_memory_below_the_weights_is_refused_with_what_is_needed(
     with pytest.raises(BudgetError, match=r"at least .*KiB.*weights.*found 8\.00 KiB"):
         list(fit_rows(sizes, Room(8 * 1024)))
     needed = floor_bytes(fresh_trace(1))
-    assert list(fit_rows(sizes, Room(needed, margin=0)))[1]["size"] == 1
+    assert list(fit_rows(sizes, Room(needed, margin=0)))[1].size == 1
 
 
 def test_what_fits_nothing_has_a_row_that_says_so(sizes: Sizes, fresh_trace: Callable[[int], Trace]) -> None:
@@ -245,15 +242,15 @@ def test_what_fits_nothing_has_a_row_that_says_so(sizes: Sizes, fresh_trace: Cal
     assert least < most
     rows = list(fit_rows(sizes, Room(least, margin=0), ["all-layer"]))
     nothing = rows[1:] if least == trace.nonprivate_peak_bytes else rows[:1]
-    assert {row["size"] for row in rows if row not in nothing} == {1}
+    assert {row.size for row in rows if row not in nothing} == {1}
     for row in nothing:
-        assert (row["size"], row["peak_bytes"], row["boundaries"]) == (0, None, None)
-        assert row["next_peak_bytes"] > least
+        assert (row.size, row.peak_bytes, row.boundaries) == (0, None, None)
+        assert row.next_peak_bytes > least
 
 
 def test_the_limit_of_the_search_is_reached_and_said(sizes: Sizes) -> None:
     rows = list(fit_rows(sizes, Room(2**40, limit=64), ["layer-wise"]))
-    assert {(row["size"], row["limited_by"], row["next_peak_bytes"]) for row in rows} == {(64, "limit", None)}
+    assert {(row.size, row.limited_by, row.next_peak_bytes) for row in rows} == {(64, "limit", None)}
     assert "at least 64" in summarise(rows)
     with pytest.raises(GroupSearchError, match="no more than 4"):
         list(fit_rows(sizes, Room(2**40, limit=4)))
@@ -263,14 +260,14 @@ def test_the_longest_sequence_is_found_and_so_is_the_end_of_the_model(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(CONFIGURATIONS["gpt2"] | {"n_layer": 1}))
     sizes = Sizes(Setup(f"hf:{tmp_path}", {BATCH: 2, "sequence_length": 16}), "sequence_length")
     most = CONFIGURATIONS["gpt2"]["n_positions"]
-    assert next(fit_rows(sizes, Room(2**34)))["size"] == most
+    assert next(fit_rows(sizes, Room(2**34))).size == most
     memory = Room(int(sizes.peak("all-layer", 40)), margin=0)
     plain, best, whole = list(fit_rows(sizes, memory, ["all-layer"]))
-    assert 40 == whole["size"] <= best["size"] < most
-    assert plain["batch_size"] == 2
-    assert plain["limited_by"] == "memory"
+    assert 40 == whole.size <= best.size < most
+    assert plain.batch_size == 2
+    assert plain.limited_by == "memory"
     row = next(fit_rows(sizes, Room(2**34)))
-    assert row["limited_by"] == "model"
+    assert row.limited_by == "model"
     assert str(most) in sizes.refused[most + 1]
 
 
@@ -287,10 +284,10 @@ def test_a_sampling_rate_says_in_how_many_pieces_batches_are_taken(sizes: Sizes)
     room = Room(MEMORY, population=1437, sampling_rate=0.2)
     assert room.quantile_batch_size == batch_quantile(1437, 0.2, 0.999)
     for row in fit_rows(sizes, room, ["layer-wise"]):
-        if row["grouping"] == "non-private":
-            assert row["pieces"] is None
+        if row.grouping == "non-private":
+            assert row.pieces is None
             continue
-        assert row["pieces"] == [math.ceil(287.4 / row["size"]), math.ceil(room.quantile_batch_size / row["size"])]
+        assert row.pieces == (math.ceil(287.4 / row.size), math.ceil(room.quantile_batch_size / row.size))
 
 
 @pytest.mark.parametrize(
@@ -302,8 +299,22 @@ def test_a_room_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def told(*found: tuple[str, int | None, int]) -> str:
-    keys = ("grouping", "groups", "size")
-    return summarise([{**dict(zip(keys, row, strict=True)), "limited_by": "memory"} for row in found])
+    return summarise([fit_row(grouping, groups, size) for grouping, groups, size in found])
+
+
+def fit_row(grouping: str, groups: int | None, size: int) -> FitRow:
+    return FitRow(
+        grouping=grouping,
+        boundaries=() if groups == 1 else None,
+        groups=groups,
+        size=size,
+        batch_size=size,
+        expected_batch_size=None,
+        pieces=None,
+        peak_bytes=None,
+        next_peak_bytes=None,
+        limited_by="memory",
+    )
 
 
 def test_a_sentence_says_what_privacy_costs_and_what_grouping_buys_back() -> None:
@@ -324,29 +335,28 @@ def test_a_sentence_says_what_privacy_costs_and_what_grouping_buys_back() -> Non
 def test_rates_come_from_two_measured_batches(batch_size: int, model: str) -> None:
     sizes = Sizes(Setup(model, {BATCH: batch_size}, optimizer="sgd"))
     trace = sizes.first
-    row = {"grouping": "all-layer", "boundaries": [], "size": batch_size, BATCH: batch_size}
-    add_rates(row, sizes)
-    (one, first), (two, second) = [(timing[BATCH], timing["step_seconds"]) for timing in row["timings"]]
+    row = with_rate(fit_row("all-layer", 1, batch_size), sizes)
+    (one, first), (two, second) = [(timing.batch_size, timing.step_seconds) for timing in row.timings]
     assert (one, two) == measured_batches(batch_size)
-    seconds = batch_size / row["examples_per_second"]["value"]
-    assert row["examples_per_second"]["source"] == ("measured" if batch_size == 2 else "predicted")
+    seconds = batch_size / row.examples_per_second.value
+    assert row.examples_per_second.source == ("measured" if batch_size == 2 else "predicted")
     line = first + (batch_size - one) * (second - first) / (two - one)
     assert seconds == pytest.approx(max(line, first, second) if batch_size > 2 else second)
     if batch_size == 2:
-        assert row["timings"][1]["peak_bytes"] == pytest.approx(peak_memory(trace, ()).peak_bytes, rel=0.01)
+        assert row.timings[1].peak_bytes == pytest.approx(peak_memory(trace, ()).peak_bytes, rel=0.01)
 
 
 def test_a_step_is_of_all_its_micro_batches() -> None:
-    timings = [{BATCH: 2, "step_seconds": 1.0}, {BATCH: 4, "step_seconds": 2.0}]
-    assert rate(timings, 8)["value"] == 8 / 4
-    assert rate(timings, 8, micro_batches=3)["value"] == 3 * 8 / 4
+    timings = [Timing(batch_size=2 * k, peak_bytes=1, step_seconds=float(k), metric="allocated") for k in (1, 2)]
+    assert rate(timings, 8).value == 8 / 4
+    assert rate(timings, 8, micro_batches=3).value == 3 * 8 / 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "checkpoint"), [("digits-vit", "blocks"), ("gpt2", "none")])
 def test_what_fits_is_measured_to_fit_and_five_percent_more_is_not(name: str, checkpoint: str, tmp_path: Path) -> None:
     sizes, room = Sizes(setup_of(name, checkpoint, tmp_path)), Room(parse_bytes(MODELS[name]))
-    rows = {row["grouping"]: row for row in fit_rows(sizes, room, ["all-layer"])}
+    rows = {row.grouping: row for row in fit_rows(sizes, room, ["all-layer"])}
     for grouping in ("best", "all-layer") if name == "digits-vit" else ("non-private",):
         checked = check_row(sizes, room, rows[grouping])
         assert checked["within"], checked

@@ -73,15 +73,15 @@ def test_a_document_that_does_not_say_how_a_step_was_taken(key):
 def test_estimates_are_those_of_peaks():
     named = named_groupings(TRACE, (2, 4))
     rows = estimate_rows(TRACE, named)
-    assert [row["peak_bytes"] for row in rows] == list(peaks(TRACE, list(named.values())))
-    assert [row["grouping"] for row in rows] == list(named)
-    assert all(sum(row["breakdown"].values()) == row["peak_bytes"] for row in rows)
+    assert [row.peak_bytes for row in rows] == list(peaks(TRACE, list(named.values())))
+    assert [row.grouping for row in rows] == list(named)
+    assert all(sum(row.breakdown.values()) == row.peak_bytes for row in rows)
 
 
 def test_the_front_ends_at_the_limit():
     rows = front_rows(TRACE, 3)
-    assert [row["groups"] for row in rows] == [1, 2, 3]
-    assert [row["peak_bytes"] for row in rows] == list(peaks(TRACE, [row["boundaries"] for row in rows]))
+    assert [row.groups for row in rows] == [1, 2, 3]
+    assert [row.peak_bytes for row in rows] == list(peaks(TRACE, [row.boundaries for row in rows]))
 
 
 def test_of_a_profile_the_measured_groupings_are_measured_again():
@@ -89,15 +89,15 @@ def test_of_a_profile_the_measured_groupings_are_measured_again():
     estimates = {tuple(row["boundaries"]): row["peak_bytes"] for row in document["estimates"]}
     document["measurements"] = [document["estimates"][1]]
     (row,) = rows_to_check(document)
-    assert row["grouping"] == document["estimates"][1]["grouping"]
-    assert row["peak_bytes"] == estimates[tuple(row["boundaries"])]
+    assert row.grouping == document["estimates"][1]["grouping"]
+    assert row.peak_bytes == estimates[row.boundaries]
     document["measurements"] = []
     assert len(rows_to_check(document)) == len(estimates)
 
 
 def test_of_a_search_front_and_recommendation_are_measured_again_each_once():
     document = search_document()
-    rows = [tuple(row["boundaries"]) for row in rows_to_check(document)]
+    rows = [row.boundaries for row in rows_to_check(document)]
     front = {tuple(row["boundaries"]) for row in document["candidates"] if row["on_front"]}
     assert front | {tuple(document["recommended"]["boundaries"])} <= set(rows)
     assert len(set(rows)) == len(rows)

@@ -7,10 +7,10 @@ the batch: interpolation only says where to look next, and what is named was tra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
+from groupsearch.documents.rows import FitRow, Poisson, Rate, Timing
 from groupsearch.engine.loading import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit.sizes import BATCH, BEST, LIMIT, NON_PRIVATE, Sizes, held_on_card, largest_within, length_setting
@@ -27,13 +27,13 @@ __all__ = [
     "QUANTILE",
     "Room",
     "Sizes",
-    "add_rates",
     "fit_rows",
     "largest_expected",
     "largest_within",
     "length_setting",
     "poisson_part",
     "summarise",
+    "with_rate",
 ]
 
 MARGIN = 0.005
@@ -96,7 +96,7 @@ class Room:
         return f"{format_bytes(self.memory_bytes)}, {format_percent(self.margin)} of it{context} held back"
 
 
-def fit_rows(sizes: Sizes, room: Room, groupings: Sequence[str] = (), max_groups: int = 8) -> Iterator[dict[str, Any]]:
+def fit_rows(sizes: Sizes, room: Room, groupings: Sequence[str] = (), max_groups: int = 8) -> Iterator[FitRow]:
     """The largest size of non-private training and of every grouping, one row after another.
 
     First comes non-private training, then ``best``, the largest size that any grouping fits, with the
@@ -110,9 +110,8 @@ def fit_rows(sizes: Sizes, room: Room, groupings: Sequence[str] = (), max_groups
         max_groups: where the best of a number of groups ends.
 
     Yields:
-        ``grouping``, ``boundaries`` and ``groups`` at that size (None without privacy), ``size``,
-        ``batch_size``, ``pieces`` (of an expected batch and of its 99.9 % quantile, where there is a
-        sampling rate), ``peak_bytes``, ``next_peak_bytes`` (at one more; None where there is none),
+        ``boundaries`` and ``groups`` at that size (None without privacy), ``pieces`` (of an expected batch and of its
+        99.9 % quantile, where there is a sampling rate), ``next_peak_bytes`` (at one more; None where there is none),
         ``limited_by`` (``memory``, ``limit``, or ``model`` where it refuses one more) and
         ``expected_batch_size`` (see :func:`largest_expected`; None without privacy). Where the
         size is 0 not even 1 fits, and ``peak_bytes`` is None. On a CUDA device what counts is what its allocator
@@ -124,15 +123,15 @@ def fit_rows(sizes: Sizes, room: Room, groupings: Sequence[str] = (), max_groups
     plain = _row(sizes, room, NON_PRIVATE)
     yield plain
     best = _row(sizes, room, BEST)
-    if not plain["size"] and not best["size"]:
+    if not plain.size and not best.size:
         raise _nothing_fits(sizes, room)
     yield best
     for text in dict.fromkeys(("all-layer", *(groupings or _styles(sizes)))):
         yield _row(sizes, room, text)
-    for groups in range(2, min(max_groups, best["groups"] or 0) + 1 if not groupings else 0):
+    for groups in range(2, min(max_groups, best.groups or 0) + 1 if not groupings else 0):
         row = _row(sizes, room, f"best:{groups}")
         yield row
-        if row["size"] >= best["size"]:
+        if row.size >= best.size:
             return
 
 
@@ -149,7 +148,7 @@ def largest_expected(batch_size: int, population: int | None = None) -> int:
     return largest_within(lambda expected: batch_quantile(size, expected / size, QUANTILE), batch_size, size, (1,))
 
 
-def poisson_part(room: Room, micro_batches: int = 1) -> dict[str, Any]:
+def poisson_part(room: Room, micro_batches: int = 1) -> Poisson:
     """How expected batches are found and, where there is a sampling rate, what batches it makes.
 
     Args:
@@ -159,18 +158,24 @@ def poisson_part(room: Room, micro_batches: int = 1) -> dict[str, Any]:
     quantile = f"{format_percent(QUANTILE)} of all batches"
     of = f"{format_count(room.population)} examples" if room.population else "a data set much larger than a batch"
     rule = f"An expected batch is the largest with which {quantile} fit whole, under Poisson sampling from {of}."
-    part: dict[str, Any] = {"quantile": QUANTILE, "dataset_size": room.population, "sampling_rate": room.sampling_rate}
+    expected = None
     if room.population is not None and room.sampling_rate is not None:
         expected = room.population * room.sampling_rate
-        part |= {"expected_batch_size": expected, "quantile_batch_size": room.quantile_batch_size}
         rule += f" At rate {format_number(room.sampling_rate)} a batch has {format_number(expected, 4)} examples on "
         rule += f"average and {quantile} have at most {room.quantile_batch_size}: pieces are how many physical ones."
     if micro_batches > 1:
         rule += " Peaks are those of a step that accumulates several physical batches, however many."
-    return {**part, "rule": rule}
+    return Poisson(
+        quantile=QUANTILE,
+        dataset_size=room.population,
+        sampling_rate=room.sampling_rate,
+        rule=rule,
+        expected_batch_size=expected,
+        quantile_batch_size=room.quantile_batch_size,
+    )
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], vary: str = BATCH) -> str:
+def summarise(rows: Sequence[FitRow], vary: str = BATCH) -> str:
     """In one sentence what privacy costs in batch or length, and what grouping buys back.
 
     Args:
@@ -180,17 +185,18 @@ def summarise(rows: Sequence[Mapping[str, Any]], vary: str = BATCH) -> str:
     what = "a batch of" if vary == BATCH else "sequences of"
     plain, best, whole = rows[:3]
 
-    def told(row: Mapping[str, Any]) -> str:
-        ratio = f" ({format_ratio(row['size'] / plain['size'])})" if plain["size"] and row is not plain else ""
-        return f"{'at least ' if row['limited_by'] == 'limit' else ''}{row['size']}{ratio}"
+    def told(row: FitRow) -> str:
+        ratio = f" ({format_ratio(row.size / plain.size)})" if plain.size and row is not plain else ""
+        return f"{'at least ' if row.limited_by == 'limit' else ''}{row.size}{ratio}"
 
     cost = f"Non-private training fits {what} {told(plain)}, private training with one group {told(whole)}"
-    if best["size"] <= whole["size"]:
+    if best.size <= whole.size:
         return f"{cost}; no grouping fits more."
-    most = f"{best['groups']} groups {told(best)}, the most that any grouping fits."
-    few = [row for row in rows[3:] if NEARLY * best["size"] <= row["size"] and row["groups"] < best["groups"]]
-    nearly = min(few, key=lambda row: row["groups"], default=None)
-    return f"{cost}; {nearly['groups']} well-placed groups fit {told(nearly)}, {most}" if nearly else f"{cost}; {most}"
+    most = f"{best.groups} groups {told(best)}, the most that any grouping fits."
+    fewer = [row for row in rows[3:] if (row.groups or 0) < (best.groups or 0)]
+    few = [row for row in fewer if NEARLY * best.size <= row.size]
+    nearly = min(few, key=lambda row: row.groups or 0, default=None)
+    return f"{cost}; {nearly.groups} well-placed groups fit {told(nearly)}, {most}" if nearly else f"{cost}; {most}"
 
 
 def _styles(sizes: Sizes) -> list[str]:
@@ -204,7 +210,7 @@ def _styles(sizes: Sizes) -> list[str]:
     return list(found.values())
 
 
-def _row(sizes: Sizes, room: Room, text: str) -> dict[str, Any]:
+def _row(sizes: Sizes, room: Room, text: str) -> FitRow:
     most = sizes.limit(room.limit)
     usable, known = room.usable_bytes, sizes.traced or (sizes.start,)
     size = largest_within(lambda size: sizes.need(text, size, usable), usable, most, known)
@@ -214,19 +220,21 @@ def _row(sizes: Sizes, room: Room, text: str) -> dict[str, Any]:
         peak_bytes = sizes.peak(str(grouping), size)  # of the fewest groups that fit, which need not be the floor
     following = sizes.peak(text, size + 1) if size < most else math.inf
     batch_size = size if sizes.vary == BATCH else sizes.setup.loaded.batch_size
-    return {
-        "grouping": text,
-        "boundaries": None if grouping is None else list(grouping.boundaries),
-        "groups": None if grouping is None else grouping.groups,
-        "size": size,
-        "batch_size": batch_size,
-        "expected_batch_size": None if text == NON_PRIVATE else largest_expected(batch_size, room.population),
-        "pieces": _pieces(room, batch_size if size and text != NON_PRIVATE else 0),
-        "peak_bytes": peak_bytes,
-        "next_peak_bytes": following if math.isfinite(following) else None,
-        "limited_by": "limit" if size == most else "model" if size + 1 in sizes.refused else "memory",
-        **_held(sizes, grouping, text, size),
-    }
+    held = _held(sizes, grouping, text, size)
+    return FitRow(
+        grouping=text,
+        boundaries=None if grouping is None else tuple(grouping.boundaries),
+        groups=None if grouping is None else grouping.groups,
+        size=size,
+        batch_size=batch_size,
+        expected_batch_size=None if text == NON_PRIVATE else largest_expected(batch_size, room.population),
+        pieces=_pieces(room, batch_size if size and text != NON_PRIVATE else 0),
+        peak_bytes=None if peak_bytes is None else int(peak_bytes),
+        next_peak_bytes=int(following) if math.isfinite(following) else None,
+        limited_by="limit" if size == most else "model" if size + 1 in sizes.refused else "memory",
+        allocated_bytes=held.get("allocated_bytes"),
+        reserved_bytes=held.get("reserved_bytes"),
+    )
 
 
 def _held(sizes: Sizes, grouping: Grouping | None, text: str, size: int) -> dict[str, int]:
@@ -237,12 +245,12 @@ def _held(sizes: Sizes, grouping: Grouping | None, text: str, size: int) -> dict
     return held_bytes(trace, None if grouping is None else grouping.boundaries)
 
 
-def _pieces(room: Room, batch_size: int) -> list[int] | None:
+def _pieces(room: Room, batch_size: int) -> tuple[int, ...] | None:
     """In how many physical batches an expected batch and its 99.9 % quantile are taken."""
     if not batch_size or room.population is None or room.sampling_rate is None:
         return None
     logical = (room.population * room.sampling_rate, float(room.quantile_batch_size or 0))
-    return [max(1, math.ceil(examples / batch_size)) for examples in logical]
+    return tuple(max(1, math.ceil(examples / batch_size)) for examples in logical)
 
 
 def _grouping(sizes: Sizes, room: Room, text: str, size: int) -> Grouping | None:
@@ -300,12 +308,11 @@ def step_seconds(points: Sequence[tuple[int, float]], batch_size: int) -> float:
     return max(line, *(seconds for size, seconds in points if size < batch_size), 0.0)
 
 
-def add_rates(row: dict[str, Any], sizes: Sizes) -> None:
-    """Measure a row's grouping at two batches, each in a fresh process, and put its rate into the row.
+def with_rate(row: FitRow, sizes: Sizes) -> FitRow:
+    """The row with its rate: its grouping is measured at two batches, each in a fresh process.
 
-    Adds ``timings`` (``batch_size``, ``peak_bytes``, ``step_seconds``, ``metric`` of each) and
-    ``examples_per_second`` at the row's batch, whose ``source`` is ``measured`` or ``predicted``; a step is of
-    all its micro-batches.
+    Its ``timings`` tell of both, and ``examples_per_second`` is at the row's batch, ``measured`` or ``predicted``; a
+    step is of all its micro-batches.
 
     Args:
         row: of :func:`groupsearch.fit.fit_rows`, with a size above 0.
@@ -314,22 +321,19 @@ def add_rates(row: dict[str, Any], sizes: Sizes) -> None:
     Raises:
         GroupSearchError: when a measurement fails.
     """
-    trace = sizes.at(row["size"])
-    grouping = None if row["boundaries"] is None or trace is None else Grouping(tuple(row["boundaries"]), trace.sites)
-    setup, timings = sizes.setup_at(row["size"]), []
+    trace, setup = sizes.at(row.size), sizes.setup_at(row.size)
+    grouping = None if row.boundaries is None or trace is None else Grouping(row.boundaries, trace.sites)
     how = {part.name: getattr(setup, part.name) for part in fields(setup) if part.name not in _OWN}
-    for examples in measured_batches(row[BATCH]):
+    timings = []
+    for examples in measured_batches(row.batch_size):
         measured = measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: examples}, **how)
-        timings.append({BATCH: examples, **asdict(measured)})
-    row["timings"] = timings
-    row["examples_per_second"] = rate(timings, row[BATCH], setup.micro_batches)
+        timings.append(Timing.from_json({BATCH: examples, **asdict(measured)}))
+    found = rate(timings, row.batch_size, setup.micro_batches)
+    return replace(row, timings=tuple(timings), examples_per_second=found)
 
 
-def rate(timings: Sequence[Mapping[str, Any]], batch_size: int, micro_batches: int = 1) -> dict[str, Any]:
-    """``examples_per_second`` of a row from its timings: the value, the batch it is for, and its source."""
-    points = [(timing[BATCH], timing["step_seconds"]) for timing in timings]
-    return {
-        "value": micro_batches * batch_size / step_seconds(points, batch_size),
-        BATCH: batch_size,
-        "source": "measured" if batch_size in dict(points) else "predicted",
-    }
+def rate(timings: Sequence[Timing], batch_size: int, micro_batches: int = 1) -> Rate:
+    """Examples per second from a row's timings: the value, the batch it is for, and its source."""
+    points = [(timing.batch_size, timing.step_seconds) for timing in timings]
+    value = micro_batches * batch_size / step_seconds(points, batch_size)
+    return Rate(value=value, batch_size=batch_size, source="measured" if batch_size in dict(points) else "predicted")

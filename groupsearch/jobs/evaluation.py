@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from groupsearch.clipping import RULES, AdaptiveQuantile
+from groupsearch.documents.rows import Variant
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import LOSS, Advanced, Evaluated, Notify, Said, described
 from groupsearch.jobs.request import RUNGS, SearchRequest, bytes_of
@@ -61,10 +62,18 @@ def check_values(name: str, values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+class Searched(TypedDict):
+    """The part of the search's settings that says what is searched."""
+
+    rules: tuple[str, ...]
+    allocations: tuple[str, ...]
+    objectives: tuple[str, ...]
+
+
 def searched(
     vary: Mapping[str, Sequence[str]], given_rule: str | None, own_rule: str, objective: str | None
-) -> dict[str, Any]:
-    """The part of the search's settings that says what is searched; the training's own rule is tried first.
+) -> Searched:
+    """What is searched; the training's own rule is tried first.
 
     Raises:
         GroupSearchError: when the clip rule is both searched and given.
@@ -129,18 +138,18 @@ class Ways:
             settings = replace(settings, checkpoint=setup.checkpoint, options=setup.options)
         return Grouping.from_boundaries(self.traces[name], choice.boundaries), settings
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[Variant]:
         """How every way takes its step, the command's own first; nothing where there is one alone."""
         if len(self.setups) == 1:
             return []
         return [
-            {
-                "name": name,
-                "checkpoint": setup.checkpoint,
-                "micro_batches": setup.micro_batches,
-                "batch_size": setup.loaded.batch_size,
-                "norm_method": setup.options.norm_method,
-            }
+            Variant(
+                name=name,
+                checkpoint=setup.checkpoint,
+                micro_batches=setup.micro_batches,
+                batch_size=setup.loaded.batch_size,
+                norm_method=setup.options.norm_method,
+            )
             for name, setup in self.setups.items()
         ]
 
@@ -213,18 +222,19 @@ def trials_of(rungs: Sequence[str], trials: int | None) -> int:
 
 
 def search_settings(
-    document: Mapping[str, Any], metric_name: str, request: SearchRequest, storage: str | None, *, force: bool
+    header: Mapping[str, object], metric_name: str, request: SearchRequest, storage: str | None, *, force: bool
 ) -> SearchSettings:
     """The settings of the rung of full runs.
 
     Raises:
         GroupSearchError: for a value out of its range, or options that exclude each other.
     """
+    from groupsearch.jobs.stages import part_of
     from groupsearch.search import SearchSettings
 
-    asked = document["settings"]
+    model, environment, asked = (part_of(header, name) for name in ("model", "environment", "settings"))
     fixed = {key: asked[key] for key in FINGERPRINT}
-    fixed["device"] = fixed["device"].partition(":")[0]  # workers have one GPU of the same kind each
+    fixed["device"] = str(asked["device"]).partition(":")[0]  # workers have one GPU of the same kind each
     return SearchSettings(
         trials=request.promote if "short" in request.rungs else trials_of(request.rungs, request.trials),
         budget_bytes=bytes_of(request.budget),
@@ -242,8 +252,8 @@ def search_settings(
         max_groups=request.max_groups,
         metric_name=metric_name,
         selection_data=request.selection_data,
-        **searched(values_of(request.vary), request.rule, asked["rule"], request.objective),
-        fingerprint={**document["model"], **fixed, "packages": document["environment"]["packages"]},
+        **searched(values_of(request.vary), request.rule, str(asked["rule"]), request.objective),
+        fingerprint={**model, **fixed, "packages": environment["packages"]},
     )
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
 
 from groupsearch.cards import card_of
 from groupsearch.documents import Fit
+from groupsearch.documents.rows import FitRow, Fitting
 from groupsearch.errors import GroupSearchError
 from groupsearch.fit import (
     BATCH,
     MARGIN,
     Room,
     Sizes,
-    add_rates,
     fit_rows,
     length_setting,
     poisson_part,
     summarise,
+    with_rate,
 )
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import StepRequest, bytes_of, door, texts_of
-from groupsearch.jobs.stages import add_estimates, make_setup, start_document, tracing
+from groupsearch.jobs.stages import Asked, estimated, make_setup, start_document, tracing
 from groupsearch.reserved import CARD_MARGIN, CONTEXT_BYTES
 from groupsearch.units import format_bytes
 
@@ -69,22 +69,32 @@ def run(request: FitRequest) -> Fit:
     notify, texts = request.notify, texts_of(request.grouping)
     kept = {"max_groups": request.max_groups, "limit": request.limit, "measure": request.measure}
     setup = sizes.setup
-    draft = start_document("profile", setup, device=setup.device, margin=room.margin, groupings=list(texts), **kept)
-    found = draft["fit"] = _start_fit(sizes, room)
-    notify(Begun(draft))
-    notify(tracing(draft))
-    add_estimates(draft, setup, texts, max_groups=request.max_groups, trace=sizes.first, notify=notify)
+    header = start_document("profile", setup, device=setup.device, margin=room.margin, groupings=list(texts), **kept)
+    fitting = _start_fit(sizes, room)
+    notify(Begun({**header, "fit": fitting.to_json()}))
+    notify(tracing(setup))
+    header |= estimated(setup, Asked(texts, request.max_groups), notify, trace=sizes.first).to_json()
     notify(
-        Said(f"Looking for the largest {sizes.vary} within {format_bytes(room.usable_bytes)}, up to {found['limit']}")
+        Said(f"Looking for the largest {sizes.vary} within {format_bytes(room.usable_bytes)}, up to {fitting.limit}")
     )
+    rows: list[FitRow] = []
+    summary = None
     try:
-        _add_rows(found, sizes, room, request)
+        _add_rows(rows, sizes, room, request)
+        summary = summarise(rows, sizes.vary)
         if request.measure:
-            _add_rates(found, sizes, request)
+            _add_rates(rows, sizes, request)
     except KeyboardInterrupt as interrupt:
-        said = f"Interrupted; the document has {len(found['rows'])} rows of the fit."
-        raise Interrupted(said, Fit.from_json(draft)) from interrupt
-    return Fit.from_json(draft)
+        said = f"Interrupted; the document has {len(rows)} rows of the fit."
+        raise Interrupted(said, _document(header, fitting, rows, summary, sizes)) from interrupt
+    return _document(header, fitting, rows, summary, sizes)
+
+
+def _document(
+    header: Mapping[str, object], fitting: Fitting, rows: Sequence[FitRow], summary: str | None, sizes: Sizes
+) -> Fit:
+    found = replace(fitting, rows=tuple(rows), summary=summary, traced=sizes.traced)
+    return Fit.from_json({**header, "fit": found.to_json()})
 
 
 def _plan(request: FitRequest) -> tuple[Sizes, Room]:
@@ -124,43 +134,39 @@ def _memory(given: int | None, device: str) -> int:
     return given if given is not None else card.memory_bytes  # type: ignore[union-attr]
 
 
-def _start_fit(sizes: Sizes, room: Room) -> dict[str, Any]:
-    return {
-        "memory_bytes": room.memory_bytes,
-        "margin": room.margin,
-        "context_bytes": room.context_bytes,
-        "held_back": room.held_back,
-        "usable_bytes": room.usable_bytes,
-        "varies": sizes.vary,
-        "limit": sizes.limit(room.limit),
-        "poisson": poisson_part(room, sizes.setup.micro_batches),
-        "rows": [],
-        "summary": None,
-    }
+def _start_fit(sizes: Sizes, room: Room) -> Fitting:
+    return Fitting(
+        memory_bytes=room.memory_bytes,
+        margin=room.margin,
+        context_bytes=room.context_bytes,
+        held_back=room.held_back,
+        usable_bytes=room.usable_bytes,
+        varies=sizes.vary,
+        limit=sizes.limit(room.limit),
+        poisson=poisson_part(room, sizes.setup.micro_batches),
+        rows=(),
+        summary=None,
+    )
 
 
-def _add_rows(fit: dict[str, Any], sizes: Sizes, room: Room, request: FitRequest) -> None:
-    """Every row is in the document as soon as it is known."""
+def _add_rows(rows: list[FitRow], sizes: Sizes, room: Room, request: FitRequest) -> None:
+    """Every row is there as soon as it is known."""
     request.notify(Advanced("Tracing", "", 0, None))
-    try:
-        for row in fit_rows(sizes, room, texts_of(request.grouping), request.max_groups):
-            fit["rows"].append(row)
-            said = f"{row['grouping']}: {row['size']}; tracing"
-            request.notify(Advanced("Tracing", said, len(fit["rows"]), None))
-    finally:
-        fit["traced"] = list(sizes.traced)
-    fit["summary"] = summarise(fit["rows"], sizes.vary)
+    for row in fit_rows(sizes, room, texts_of(request.grouping), request.max_groups):
+        rows.append(row)
+        request.notify(Advanced("Tracing", f"{row.grouping}: {row.size}; tracing", len(rows), None))
 
 
-def _add_rates(fit: dict[str, Any], sizes: Sizes, request: FitRequest) -> None:
+def _add_rates(rows: list[FitRow], sizes: Sizes, request: FitRequest) -> None:
     """Measure each row that has a size; one that fails is said and has no rate."""
-    rows = [row for row in fit["rows"] if row["size"]]
-    for done, row in enumerate(rows):
-        request.notify(Advanced("Measuring", f"Measuring {row['grouping']}", done, len(rows)))
+    sized = [index for index, row in enumerate(rows) if row.size]
+    for done, index in enumerate(sized):
+        name = rows[index].grouping
+        request.notify(Advanced("Measuring", f"Measuring {name}", done, len(sized)))
         try:
-            add_rates(row, sizes)
+            rows[index] = with_rate(rows[index], sizes)
         except GroupSearchError as error:
-            request.notify(Said(f"Without a rate for {row['grouping']}: {error}"))
+            request.notify(Said(f"Without a rate for {name}: {error}"))
 
 
 fit = door(FitRequest, run)

@@ -9,7 +9,16 @@ from groupsearch.documents import Profile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Begun, Interrupted
 from groupsearch.jobs.request import LEVELS, StepRequest, bytes_of, door, texts_of
-from groupsearch.jobs.stages import add_checks, add_estimates, choose_jointly, make_setup, start_document, tracing
+from groupsearch.jobs.stages import (
+    Asked,
+    add_checks,
+    choose_jointly,
+    estimated,
+    make_setup,
+    part_of,
+    start_document,
+    tracing,
+)
 from groupsearch.joint import JOINT
 
 
@@ -53,7 +62,7 @@ def run(request: ProfileRequest) -> Profile:
     if "measurements" in LEVELS[request.verify]:
         setup.check_measurable()
     texts = texts_of(request.grouping)
-    draft = start_document(
+    header = start_document(
         "profile",
         setup,
         device=setup.device,
@@ -64,28 +73,21 @@ def run(request: ProfileRequest) -> Profile:
         verify=request.verify,
         **({"norm_method": JOINT, "budget_bytes": budget} if joint else {}),
     )
-    request.notify(Begun(draft))
-    trace = None
+    request.notify(Begun(header))
+    trace = chosen = None
     if joint:
-        request.notify(tracing(draft, " by every norm method"))
-        setup, trace = choose_jointly(draft, setup, budget)
-    trace = add_estimates(
-        draft,
-        setup,
-        texts,
-        max_groups=request.max_groups,
-        randoms=request.random,
-        seed=request.seed,
-        trace=trace,
-        notify=request.notify,
-    )
+        request.notify(tracing(setup, " by every norm method"))
+        setup, trace, chosen = choose_jointly(setup, budget)
+        header["settings"] = {**part_of(header, "settings"), "methods": dict(setup.options.methods)}
+    asked = Asked(texts, request.max_groups, request.random, request.seed)
+    known = estimated(setup, asked, request.notify, trace=trace, joint=chosen)
     try:
-        add_checks(draft, setup, trace, request.verify, request.notify)
+        add_checks(known, setup, request.verify, request.notify)
     except KeyboardInterrupt as interrupt:
-        done = len(draft["simulations"]) + len(draft["measurements"])
+        done = len(known.simulations) + len(known.measurements)
         said = f"Interrupted; the document has every estimate and {done} checks of them."
-        raise Interrupted(said, Profile.from_json(draft)) from interrupt
-    return Profile.from_json(draft)
+        raise Interrupted(said, Profile.from_json({**header, **known.to_json()})) from interrupt
+    return Profile.from_json({**header, **known.to_json()})
 
 
 profile = door(ProfileRequest, run)

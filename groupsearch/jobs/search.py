@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import NormalDist
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from groupsearch.documents import Profile, Search
+from groupsearch.documents.rows import Candidate, Metric
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping, fewest_groups
 from groupsearch.jobs.evaluation import (
@@ -24,7 +25,16 @@ from groupsearch.jobs.evaluation import (
 )
 from groupsearch.jobs.events import Begun, Interrupted, Profiled, Said
 from groupsearch.jobs.request import LEVELS, SearchRequest, bytes_of, door
-from groupsearch.jobs.stages import add_checks, add_estimates, describe, start_document, tracing, training_setup
+from groupsearch.jobs.stages import (
+    Asked,
+    Known,
+    add_checks,
+    describe,
+    estimated,
+    start_document,
+    tracing,
+    training_setup,
+)
 from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, SelectionCost
 from groupsearch.randomness import secret_rng
 from groupsearch.search import Choice, SearchSettings
@@ -104,7 +114,7 @@ class Prepared:
     request: SearchRequest
     setup: Setup
     training: TrainSettings
-    header: dict[str, Any]
+    header: dict[str, object]
 
     @classmethod
     def of(cls, request: SearchRequest) -> Prepared:
@@ -135,18 +145,24 @@ class Prepared:
 
     def run(self, storage: str | None, *, force: bool) -> Search:
         """Search, in this process and in any that helps."""
-        document, training, request = self.header, self.training, self.request
-        settings = search_settings(document, self.setup.loaded.metric_name, request, storage, force=force)
-        trace = self._profile(settings)
-        ways = Ways.of(self.setup, trace, training, values_of(request.vary))
-        document["variants"] = ways.describe()
+        training, request = self.training, self.request
+        settings = search_settings(self.header, self.setup.loaded.metric_name, request, storage, force=force)
+        known = self._profile(settings)
+        ways = Ways.of(self.setup, known.trace, training, values_of(request.vary))
         result = search_rungs(self.setup, ways, training, settings, request)
         parts = result.to_json()
         trained = {**describe(training), **parts["training"]}
-        document |= {**parts, "training": trained, "cost": {**parts["cost"], "epsilon": trained["epsilon"]}}
-        document["privacy"] = self._statement(settings.selection_data).to_json()
-        document["not_private"] = NOT_PRIVATE["search"] if settings.selection_data == "private" else {}
-        found = Search.from_json(document)
+        found = self._document(
+            known,
+            {
+                "variants": [each.to_json() for each in ways.describe()],
+                **parts,
+                "training": trained,
+                "cost": {**parts["cost"], "epsilon": trained["epsilon"]},
+                "privacy": self._statement(settings.selection_data).to_json(),
+                "not_private": NOT_PRIVATE["search"] if settings.selection_data == "private" else {},
+            },
+        )
         if result.interrupted:
             kept = "gone with the process, as there was no storage" if storage is None else f"kept in {shown(storage)}"
             raise Interrupted(
@@ -158,14 +174,25 @@ class Prepared:
 
     def select(self) -> Search:
         """Choose privately among fixed groupings; there is no study, and the document has the chosen one alone."""
-        document, request = self.header, replace(self.request, rungs=("full",))
-        settings = search_settings(document, self.setup.loaded.metric_name, request, None, force=False)
-        trace = self._profile(settings)
-        select(document, self.setup, trace, self.training, settings, request)
-        document["training"] = describe(self.training)
-        document["not_private"] = {}
-        document["cost"]["epsilon"] = document["training"]["epsilon"]
-        return Search.from_json(document)
+        request, training = replace(self.request, rungs=("full",)), describe(self.training)
+        settings = search_settings(self.header, self.setup.loaded.metric_name, request, None, force=False)
+        known = self._profile(settings)
+        selected = select(self.setup, known.trace, self.training, settings, request)
+        return self._document(
+            known,
+            {
+                "candidates": [selected.candidate.to_json()],
+                "recommended": selected.candidate.to_json(),
+                "reason": selected.reason,
+                "cost": {"selection": asdict(selected.cost), "epsilon": training["epsilon"]},
+                "training": training,
+                "privacy": selected.privacy.to_json(),
+                "not_private": {},
+            },
+        )
+
+    def _document(self, known: Known, parts: Mapping[str, object]) -> Search:
+        return Search.from_json({**self.header, **known.to_json(), **parts})
 
     def work(self, storage: str) -> int:
         """Take trials of a search that another process began, until it ends; how many trainings all of them made.
@@ -176,7 +203,7 @@ class Prepared:
         """
         notify, request = self.request.notify, replace(self.request, resume=True)
         settings = search_settings(self.header, self.setup.loaded.metric_name, request, storage, force=False)
-        notify(tracing(self.header))
+        notify(tracing(self.setup))
         trace = self.setup.trace()
         notify(Said(f"Waiting for the search {settings.study_name!r} in {shown(settings.storage)}"))
         await_study(settings, _WORKER_PATIENCE_SECONDS)
@@ -192,22 +219,22 @@ class Prepared:
         statement = self.training.statement(self.setup.loaded.data.train_size)
         return replace(statement, selection=adaptive_selection_cost(selection_data))
 
-    def _profile(self, settings: SearchSettings) -> Trace:
+    def _profile(self, settings: SearchSettings) -> Known:
         """Trace a step and check its estimates, which is done before anything is trained."""
-        document, notify, level = self.header, self.request.notify, self.request.verify
+        notify = self.request.notify
         try:
-            trace = add_estimates(document, self.setup, (), max_groups=8, notify=notify)
-            if settings.budget_bytes is not None and not set(COSTS) & set(document["settings"].get("vary", {})):
-                fewest_groups(trace, settings.budget_bytes)  # refuses a budget below the floor before any check
-            add_checks(document, self.setup, trace, level, notify, CHECKED)
-            notify(Profiled(Profile.from_json({**document, "kind": "profile"})))
+            known = estimated(self.setup, Asked(), notify)
+            if settings.budget_bytes is not None and not set(COSTS) & set(self.request.vary):
+                fewest_groups(known.trace, settings.budget_bytes)  # refuses a budget below the floor before any check
+            add_checks(known, self.setup, self.request.verify, notify, CHECKED)
+            notify(Profiled(Profile.from_json({**self.header, **known.to_json(), "kind": "profile"})))
         except KeyboardInterrupt as interrupt:
             kept = "An earlier search is kept as it was; running" if settings.resume else "Running"
             raise Interrupted(
                 f"Interrupted before the search: nothing was searched yet and no document was written. {kept} the "
                 f"same command again starts over with the trace."
             ) from interrupt
-        return trace
+        return known
 
 
 search = door(SearchRequest, run)
@@ -216,18 +243,21 @@ search = door(SearchRequest, run)
 _CONFIDENCE = 0.95
 
 
+class Chosen(NamedTuple):
+    """What a private selection may publish: the best, why, what choosing it cost, and what is stated of it."""
+
+    candidate: Candidate
+    reason: str
+    cost: SelectionCost
+    privacy: PrivacyStatement
+
+
 def select(
-    document: dict[str, Any],
-    setup: Setup,
-    trace: Trace,
-    training: TrainSettings,
-    settings: SearchSettings,
-    request: SearchRequest,
-) -> None:
-    """Select, and put into the document what may be published: the best, its noisy score, and what it cost.
+    setup: Setup, trace: Trace, training: TrainSettings, settings: SearchSettings, request: SearchRequest
+) -> Chosen:
+    """Select among fixed groupings on private data: the best, its noisy score, and what it cost.
 
     Args:
-        document: is added to.
         setup: what is trained.
         trace: of its step.
         training: how it is trained.
@@ -255,17 +285,15 @@ def select(
         raise Interrupted("Interrupted. Nothing of a private selection is kept.") from interrupt
     assert best is not None  # a geometric number is at least 1
     row = _row(space, best, workload, noise)
-    metric = row["metric"]
+    assert row.metric.mean is not None  # it has a score
     reason = (
-        f"{row['groups']} groups ({row['source']}) need {format_bytes(row['peak_bytes'])} and had the best noisy score "
-        f"of those that were drawn: {format_interval(metric['mean'], metric['half_width'], percent=True)}."
+        f"{row.groups} groups ({row.source}) need {format_bytes(row.peak_bytes)} and had the best noisy score "
+        f"of those that were drawn: {format_interval(row.metric.mean, row.metric.half_width, percent=True)}."
     )
-    document |= {"candidates": [row], "recommended": row, "reason": reason}
-    document["cost"] = {"selection": asdict(cost)}
     assert workload.data is not None  # it was trained
     # Its trainings are drawn from the system's entropy, whatever seed the settings have.
     statement = replace(training.statement(workload.data.train_size), selection=cost, seeded=False)
-    document["privacy"] = statement.to_json()
+    return Chosen(row, reason, cost, statement)
 
 
 def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise: float) -> SelectionCost:
@@ -277,7 +305,7 @@ def _cost(scheme: RepeatAndSelect, choices: int, training: TrainSettings, noise:
     return repeated_selection_cost(choices, scheme.mean, delta, epsilon, anew)
 
 
-def _scorer(workload: Workload, trace: Trace, training: TrainSettings) -> Any:
+def _scorer(workload: Workload, trace: Trace, training: TrainSettings) -> Callable[[Choice, int], float | None]:
     def score(choice: Choice, seed: int) -> float | None:
         """How many validation examples are right, each counting 1 at most; None where weights are not finite."""
         assert workload.data is not None
@@ -302,30 +330,32 @@ def _judged_by_shares(workload: Workload) -> Workload:
             f"Workload such a metric and metric_is_share=True; a score outside that range then counts as its end."
         )
 
-    def share(model: nn.Module, batch: Any) -> Tensor:
+    def share(model: nn.Module, batch: object) -> Tensor:
         return metric(model, batch).nan_to_num(0.0).clamp(0.0, 1.0)
 
     return replace(workload, metric=share)
 
 
-def _row(space: Space, best: Selected[Choice], workload: Workload, noise: float) -> dict[str, Any]:
+def _row(space: Space, best: Selected[Choice], workload: Workload, noise: float) -> Candidate:
     """The candidate of the document; its interval is of the noise that was added, which is known."""
     assert workload.data is not None
     examples, choice = workload.data.validation_size, best.candidate
     mean = min(1.0, max(0.0, best.score / examples))
     half_width = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2) * noise / examples
-    return {
-        **choice.to_json(),
-        "groups": choice.groups,
-        "peak_bytes": space.peak_bytes(choice.boundaries),
-        "metric": {
-            "name": workload.metric_name,
-            "mean": mean,
-            "half_width": half_width,
-            "interval": [mean - half_width, mean + half_width],
-            "interval_from": "the noise added to the score",
-            "seeds": 1,
-        },
-        "on_front": True,
-        "source": space.source(choice.boundaries),
-    }
+    return Candidate(
+        boundaries=choice.boundaries,
+        rule=choice.rule,
+        allocation=choice.allocation,
+        groups=choice.groups,
+        peak_bytes=space.peak_bytes(choice.boundaries),
+        metric=Metric(
+            name=workload.metric_name,
+            mean=mean,
+            half_width=half_width,
+            interval=(mean - half_width, mean + half_width),
+            interval_from="the noise added to the score",
+            seeds=1,
+        ),
+        on_front=True,
+        source=space.source(choice.boundaries),
+    )

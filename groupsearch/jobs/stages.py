@@ -9,12 +9,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from groupsearch.cards import card_of, named_cards
 from groupsearch.documents import Profile
+from groupsearch.documents.rows import Bound, Compared, Estimate, FrontRow, Joint, Measurement, Simulation
 from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.jobs.events import Advanced, Notify, Said
@@ -24,7 +24,7 @@ from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, SITE_METHODS, EngineOptions
 from groupsearch.partition import floor_bytes
 from groupsearch.privacy.accounting import default_delta, epsilon, noise_multiplier_for
-from groupsearch.records import environment, new_document, read_document
+from groupsearch.records import environment, new_document
 from groupsearch.report.finding import finding, joint_finding
 from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings
@@ -83,7 +83,7 @@ def named(model: str | Workload | Callable[..., object], settings: Mapping[str, 
     return model.__name__, workload_of(model.__name__, model, settings)
 
 
-def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
+def start_document(kind: str, setup: Setup, **settings: object) -> dict[str, object]:
     """A document that so far says what it is about."""
     card = card_of(setup.device)
     said = {} if card is None else {"not_measured": card.not_measured}
@@ -91,85 +91,118 @@ def start_document(kind: str, setup: Setup, **settings: Any) -> dict[str, Any]:
     return new_document(kind, setup.describe_model(), environment(setup.device), described, **said)
 
 
-def add_estimates(  # noqa: PLR0913 - settings by name, each with a default
-    document: dict[str, Any],
-    setup: Setup,
-    texts: Sequence[str],
-    *,
-    max_groups: int,
-    randoms: int = 0,
-    seed: int = 0,
-    trace: Trace | None = None,
-    notify: Notify,
-) -> Trace:
-    """Trace one step and put the trace, the estimates and the front into the document.
+def part_of(document: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """A part of the header: ``model``, ``environment`` or ``settings``."""
+    part = document[name]
+    assert isinstance(part, Mapping)  # as start_document wrote it
+    return part
 
-    What was chosen together with norm methods is the first of the estimates, under the name ``joint``.
 
-    Args:
-        document: is added to.
-        setup: what to trace.
+@dataclass(frozen=True)
+class Asked:
+    """Of which groupings to estimate the peak.
+
+    Attributes:
         texts: groupings as text; none for :data:`DEFAULT_GROUPINGS`, as far as the model has sites for them.
         max_groups: where the front ends.
         randoms: how many random groupings to add.
         seed: of the random groupings.
-        trace: of the step, where it was taken already.
-        notify: is told.
-
-    Returns:
-        The trace.
     """
-    if trace is None:
-        notify(tracing(document))
-        trace = setup.trace()
-    joint = document.get(JOINT)
-    chosen = {} if joint is None else {JOINT: Grouping.from_boundaries(trace, joint["boundaries"])}
-    parsed = _parse(trace, texts) if texts else _parse(trace, DEFAULT_GROUPINGS, as_far_as_possible=True)
-    chosen |= {text: grouping for text, grouping in parsed.items() if grouping not in chosen.values()}
-    chosen |= _random_groupings(trace, randoms, seed)
-    document |= {
-        "trace": trace.to_json(),
-        "nonprivate_peak_bytes": trace.nonprivate_peak_bytes,
-        "floor_bytes": floor_bytes(trace),
-        "front": front_rows(trace, max_groups),
-        "estimates": estimate_rows(trace, chosen),
-        "simulations": [],
-        "measurements": [],
-        "summary": finding(trace) if joint is None else joint_finding(trace, joint),
-    }
-    if held := held_bytes(trace, None):
-        document["nonprivate_held"] = held
-    return trace
+
+    texts: Sequence[str] = ()
+    max_groups: int = 8
+    randoms: int = 0
+    seed: int = 0
 
 
-def tracing(document: dict[str, Any], how: str = "") -> Said:
-    """What takes its time now."""
-    model = document["model"]
-    return Said(f"Tracing one step of {model['name']} at batch {model['batch_size']}{how}")
+@dataclass
+class Known:
+    """What one traced step told of its groupings; checks are added one by one."""
+
+    trace: Trace
+    front: list[FrontRow]
+    estimates: list[Estimate]
+    summary: str
+    joint: Joint | None = None
+    simulations: list[Simulation] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """The parts of a document that tell it."""
+        found: dict[str, object] = {
+            "trace": self.trace.to_json(),
+            "nonprivate_peak_bytes": self.trace.nonprivate_peak_bytes,
+            "floor_bytes": floor_bytes(self.trace),
+            "front": [row.to_json() for row in self.front],
+            "estimates": [row.to_json() for row in self.estimates],
+            "simulations": [row.to_json() for row in self.simulations],
+            "measurements": [row.to_json() for row in self.measurements],
+            "summary": self.summary,
+        }
+        if self.joint is not None:
+            found[JOINT] = self.joint.to_json()
+        if held := held_bytes(self.trace, None):
+            found["nonprivate_held"] = held
+        return found
 
 
-def add_checks(
-    document: dict[str, Any], setup: Setup, trace: Trace, level: str, notify: Notify, names: Iterable[str] = ()
-) -> None:
-    """Simulate and measure estimates of the document; each row is in it as soon as it is known.
+def estimated(
+    setup: Setup, asked: Asked, notify: Notify, *, trace: Trace | None = None, joint: Joint | None = None
+) -> Known:
+    """Trace one step, and estimate the peaks of groupings and the front.
+
+    What was chosen together with norm methods is the first of the estimates, under the name ``joint``.
 
     Args:
-        document: is added to.
+        setup: what to trace.
+        asked: of which groupings.
+        notify: is told.
+        trace: of the step, where it was taken already.
+        joint: what was chosen together with norm methods.
+    """
+    if trace is None:
+        notify(tracing(setup))
+        trace = setup.trace()
+    chosen = {} if joint is None else {JOINT: Grouping.from_boundaries(trace, joint.boundaries)}
+    texts = asked.texts
+    parsed = _parse(trace, texts) if texts else _parse(trace, DEFAULT_GROUPINGS, as_far_as_possible=True)
+    chosen |= {text: grouping for text, grouping in parsed.items() if grouping not in chosen.values()}
+    chosen |= _random_groupings(trace, asked.randoms, asked.seed)
+    return Known(
+        trace,
+        front=front_rows(trace, asked.max_groups),
+        estimates=estimate_rows(trace, chosen),
+        summary=finding(trace) if joint is None else joint_finding(trace, joint),
+        joint=joint,
+    )
+
+
+def tracing(setup: Setup, how: str = "") -> Said:
+    """What takes its time now."""
+    return Said(f"Tracing one step of {setup.workload} at batch {setup.loaded.batch_size}{how}")
+
+
+def add_checks(known: Known, setup: Setup, level: str, notify: Notify, names: Iterable[str] = ()) -> None:
+    """Simulate and measure estimates; each check is known as soon as it is made.
+
+    Args:
+        known: is added to.
         setup: how a step is taken.
-        trace: the document's trace.
         level: a key of :data:`LEVELS`.
         notify: is told.
         names: which estimates to check; none for all.
     """
     wanted = set(names)
-    rows = [row for row in document["estimates"] if not wanted or row["grouping"] in wanted]
+    rows = [row for row in known.estimates if not wanted or row.grouping in wanted]
     for part in LEVELS[level]:
-        check = setup.simulate if part == "simulations" else setup.measure
         verb = "Simulating" if part == "simulations" else "Measuring"
         for done, row in enumerate(rows):
-            notify(Advanced(verb, f"{verb} {row['grouping']}", done, len(rows)))
-            grouping = Grouping.from_boundaries(trace, row["boundaries"])
-            document[part].append(check(row["grouping"], grouping, row["peak_bytes"]))
+            notify(Advanced(verb, f"{verb} {row.grouping}", done, len(rows)))
+            what = row.grouping, Grouping.from_boundaries(known.trace, row.boundaries), row.peak_bytes
+            if part == "simulations":
+                known.simulations.append(setup.simulate(*what))
+            else:
+                known.measurements.append(setup.measure(*what))
 
 
 def expand_ranges(texts: Iterable[str]) -> list[str]:
@@ -249,13 +282,13 @@ def refuse_joint(norm_method: str) -> None:
         )
 
 
-def choose_jointly(document: dict[str, Any], setup: Setup, budget_bytes: int | None) -> tuple[Setup, Trace]:
-    """Trace the step by every norm method, choose methods and grouping, and put the choice into the document.
+def choose_jointly(setup: Setup, budget_bytes: int | None) -> tuple[Setup, Trace, Joint]:
+    """Trace the step by every norm method, and choose methods and grouping.
 
     With a budget the fewest operations within it are chosen, without one the least peak.
 
     Returns:
-        The setup with the methods chosen, and the trace of its step.
+        The setup with the methods chosen, the trace of its step, and what a document says of the choice.
 
     Raises:
         BudgetError: when the budget is below the least peak that was found; the message says that peak.
@@ -268,18 +301,18 @@ def choose_jointly(document: dict[str, Any], setup: Setup, budget_bytes: int | N
         choice, bound_bytes = fewest_operations(known, budget_bytes), None
     trace = known.trace(choice.methods)
     traces = {"mixed": mixed, **known.traces, JOINT: trace}
-    document["settings"] |= {"norm_method": JOINT, "methods": dict(choice.methods)}
-    document[JOINT] = {
-        "budget_bytes": budget_bytes,
-        "boundaries": list(choice.boundaries),
-        "groups": len(choice.boundaries) + 1,
-        "peak_bytes": choice.peak_bytes,
-        "operations": choice.operations,
-        "bound": _bound(choice, bound_bytes),
-        "weights": {method: count for method in SITE_METHODS if (count := _count(choice)[method])},
-        "compared": [_compared(known, method, traces[method]) for method in (*NORM_METHODS, JOINT)],
-    }
-    return setup.with_options(EngineOptions("mixed", choice.methods)), trace
+    counts = Counter(choice.methods.values())
+    joint = Joint(
+        budget_bytes=budget_bytes,
+        boundaries=tuple(choice.boundaries),
+        groups=len(choice.boundaries) + 1,
+        peak_bytes=choice.peak_bytes,
+        operations=choice.operations,
+        bound=_bound(choice, bound_bytes),
+        weights={method: counts[method] for method in SITE_METHODS if counts[method]},
+        compared=tuple(_compared(known, method, traces[method]) for method in (*NORM_METHODS, JOINT)),
+    )
+    return setup.with_options(EngineOptions("mixed", choice.methods)), trace, joint
 
 
 def joint_choice(found: str | Profile, workload: str) -> tuple[tuple[int, ...], EngineOptions]:
@@ -289,22 +322,20 @@ def joint_choice(found: str | Profile, workload: str) -> tuple[tuple[int, ...], 
         DocumentError: when it is no such profile, or the file holds none.
         GroupSearchError: when it is about another workload.
     """
-    document: dict[str, Any] = read_document(found, kind="profile") if isinstance(found, str) else found.to_json()
+    profile = Profile.load(found) if isinstance(found, str) else found
     path = found if isinstance(found, str) else "the one given"
-    try:
-        boundaries = tuple(int(boundary) for boundary in document[JOINT]["boundaries"])
-        options = EngineOptions("mixed", dict(document["settings"]["methods"]))
-    except (KeyError, TypeError, ValueError) as error:
+    methods = profile.settings.get("methods")
+    if profile.joint is None or not isinstance(methods, Mapping):
         raise DocumentError(
             f"Expected a profile with norm methods chosen together with the grouping, found one without in {path}. "
             "Write it with `groupsearch profile MODEL --norm-method joint`, or name a grouping such as best:4."
-        ) from error
-    if document["model"].get("name") != workload:
-        raise GroupSearchError(
-            f"Expected a profile of {workload}, found one of {document['model'].get('name')} in {path}. Name the "
-            "document of the model that is to be trained."
         )
-    return boundaries, options
+    if profile.model.name != workload:
+        raise GroupSearchError(
+            f"Expected a profile of {workload}, found one of {profile.model.name} in {path}. Name the document of the "
+            "model that is to be trained."
+        )
+    return profile.joint.boundaries, EngineOptions("mixed", dict(methods))
 
 
 def names_document(text: str) -> bool:
@@ -312,24 +343,20 @@ def names_document(text: str) -> bool:
     return text.endswith(".json") or Path(text).is_file()
 
 
-def _bound(choice: Choice, bound_bytes: int | None) -> dict[str, Any]:
+def _bound(choice: Choice, bound_bytes: int | None) -> Bound:
     """What no choice goes below: operations within the budget, or bytes; and how far above it the choice may be."""
     if bound_bytes is None:
-        return {"of": "operations", "least": choice.bound, "gap": choice.gap}
-    return {"of": "peak_bytes", "least": bound_bytes, "gap": choice.peak_bytes / bound_bytes - 1}
+        return Bound(of="operations", least=choice.bound, gap=choice.gap)
+    return Bound(of="peak_bytes", least=bound_bytes, gap=choice.peak_bytes / bound_bytes - 1)
 
 
-def _count(choice: Choice) -> Counter[str]:
-    return Counter(choice.methods.values())
-
-
-def _compared(known: Alternatives, method: str, trace: Trace) -> dict[str, Any]:
-    return {
-        "norm_method": method,
-        "all_layer_bytes": peak_memory(trace, ()).peak_bytes,
-        "floor_bytes": floor_bytes(trace),
-        "operations": known.operations_of(trace.sites),
-    }
+def _compared(known: Alternatives, method: str, trace: Trace) -> Compared:
+    return Compared(
+        norm_method=method,
+        all_layer_bytes=peak_memory(trace, ()).peak_bytes,
+        floor_bytes=floor_bytes(trace),
+        operations=known.operations_of(trace.sites),
+    )
 
 
 TRAINING = ("epsilon", "delta", "steps", "learning_rate", "sampling_rate", "rule", "max_grad_norm")
@@ -413,7 +440,7 @@ def train_settings(
     return replace(chosen, epsilon=None, delta=delta, noise_multiplier=noise, evaluate_every=every)
 
 
-def describe(settings: TrainSettings) -> dict[str, Any]:
+def describe(settings: TrainSettings) -> dict[str, object]:
     """The part of a document that says how a run was trained; its epsilon is that of all steps."""
     assert settings.noise_multiplier is not None
     assert settings.delta is not None

@@ -63,7 +63,9 @@ def run(request: TrainRequest) -> Train:
         boundaries, options = joint_choice(found, setup.workload)
         setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
-    draft = start_document("train", setup, device=setup.device, grouping=text, **_known_of(settings), **plan)
+    draft: dict[str, Any] = start_document(
+        "train", setup, device=setup.device, grouping=text, **_known_of(settings), **plan
+    )
     draft["randomness"] = settings.streams().describe()
     request.notify(Begun(draft))
     trace = setup.trace()

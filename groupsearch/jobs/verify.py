@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 from groupsearch.documents import Profile, Search, Verify
+from groupsearch.documents.rows import Check
 from groupsearch.jobs.events import Advanced, Begun, Interrupted
 from groupsearch.jobs.request import Request, door
 from groupsearch.jobs.stages import check_device, start_document
@@ -43,21 +44,26 @@ def run(request: VerifyRequest) -> Verify:
     wanted = rows_to_check(found)
     setup = Setup.from_document(found, device=request.device)
     check_device(setup.device)
-    trace = Trace.from_json(found.get("trace") or {})
-    draft = start_document("verify", setup, device=setup.device, document=name, tolerance=request.tolerance)
-    draft["rows"] = rows = []
-    request.notify(Begun(draft))
+    told = found.get("trace")
+    trace = Trace.from_json(told if isinstance(told, Mapping) else {})
+    header = start_document("verify", setup, device=setup.device, document=name, tolerance=request.tolerance)
+    rows: list[Check] = []
+    request.notify(Begun(header))
     try:
         for row in check_rows(setup, trace, wanted, request.tolerance):
             rows.append(row)
             request.notify(Advanced("Measuring", "", len(rows), len(wanted)))
     except KeyboardInterrupt as interrupt:
         said = f"Interrupted; {len(rows)} of {len(wanted)} groupings were measured."
-        raise Interrupted(said, Verify.from_json(draft)) from interrupt
-    return Verify.from_json(draft)
+        raise Interrupted(said, _document(header, rows)) from interrupt
+    return _document(header, rows)
 
 
-def _found(document: Profile | Search | str | Path) -> tuple[dict[str, Any], str | None]:
+def _document(header: Mapping[str, object], rows: Sequence[Check]) -> Verify:
+    return Verify.from_json({**header, "rows": [row.to_json() for row in rows]})
+
+
+def _found(document: Profile | Search | str | Path) -> tuple[Mapping[str, object], str | None]:
     """What the document says, and the name of its file where it has one."""
     if isinstance(document, (Profile, Search)):
         return document.to_json(), None

@@ -96,10 +96,10 @@ def test_a_batch_fits_a_card_when_what_the_allocator_holds_does(sizes):
     assert given.usable_bytes == int(100 * MIB * 0.96) - 50 * MIB
     tight = Rules(capacity_bytes=given.usable_bytes)
     for row in fit_rows(sizes, given, ("layer-wise",)):
-        for size, fits in ((row["size"], True), (row["size"] + 1, False)):
+        for size, fits in ((row.size, True), (row.size + 1, False)):
             trace = sizes.at(size)
-            boundaries = row["boundaries"]
-            if row["grouping"] == "layer-wise":
+            boundaries = row.boundaries
+            if row.grouping == "layer-wise":
                 boundaries = Grouping.layer_wise(trace).boundaries
             try:
                 assert replay_memory(trace, boundaries, tight).reserved_bytes <= given.usable_bytes
@@ -107,9 +107,9 @@ def test_a_batch_fits_a_card_when_what_the_allocator_holds_does(sizes):
             except NoRoomError:
                 held = False
             assert held is fits
-        found = replay_memory(sizes.at(row["size"]), row["boundaries"], Rules())
-        assert row["allocated_bytes"] == found.allocated_bytes
-        assert row["reserved_bytes"] == found.reserved_bytes
+        found = replay_memory(sizes.at(row.size), row.boundaries, Rules())
+        assert row.allocated_bytes == found.allocated_bytes
+        assert row.reserved_bytes == found.reserved_bytes
 
 
 def test_a_card_that_holds_nothing_says_what_is_held_back(sizes):

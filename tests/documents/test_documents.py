@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ PROFILE, SEARCH = (
     ROOT / "reports" / "digits-vit-checkpointed.json",
 )
 COMMITTED = [*sorted((ROOT / "profiles").glob("hf-*.json")), *sorted((ROOT / "reports").glob("*.json"))]
+
+OLDER = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
 
 
 def plain(path: Path) -> dict:
@@ -128,6 +132,17 @@ def test_they_are_shown_in_few_lines():
     named = plain(PROFILE)
     named["estimates"][0]["grouping"] = "<script>"
     assert "<script>" not in Profile.from_json(named)._repr_html_()
+
+
+@pytest.mark.parametrize("path", COMMITTED[-1:] + OLDER, ids=lambda path: path.stem)
+def test_a_table_says_the_same_in_every_drawing(path):
+    table = Document.load(path).table()
+    heads, *rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.html().split("<tr>")[1:]]
+    assert [unescape(cell) for cell in heads] == [heading.strip() for heading in table.columns]
+    assert [tuple(map(unescape, row)) for row in rows] == list(table.rows)
+    lines = table.text(len(table.rows)).splitlines()
+    assert [line.split() for line in lines[1:]] == [" ".join(row).split() for row in table.rows]
+    assert len(table.text(1).splitlines()) == 2
 
 
 def test_rows_become_a_table(monkeypatch):

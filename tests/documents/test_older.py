@@ -17,7 +17,6 @@ import pytest
 from groupsearch import DocumentError
 from groupsearch.documents import KINDS, Document, Fit, Search, Train, json_schema
 from groupsearch.documents.codec import Part
-from groupsearch.records import document_text
 from groupsearch.report import render_page
 from tests.documents.schemas import violations
 
@@ -100,10 +99,11 @@ def test_they_are_read_with_every_figure(path):
 
 
 @each_of_them
-def test_they_are_written_again_with_every_key_and_figure(path, tmp_path):
-    again = Document.load(path).save(tmp_path / "again.json")
-    assert plain(again) == plain(path)
-    assert again.read_text(encoding="utf-8") == document_text(plain(path)) + "\n"
+def test_they_are_written_again_with_nothing_changed(path, tmp_path):
+    """Lines may be cut otherwise; an int stays an int, a null a null."""
+    once = Document.load(path).save(tmp_path / "once.json")
+    assert json.dumps(plain(once), sort_keys=True) == json.dumps(plain(path), sort_keys=True)
+    assert Document.load(once).save(tmp_path / "twice.json").read_bytes() == once.read_bytes()
 
 
 @each_of_them

@@ -161,7 +161,7 @@ def test_fit_goes_on_with_what_there_is_room_for(tmp_path: Path) -> None:
     (tmp_path / "limited.py").write_text(FACTORY.format(most=20))
     sizes = Sizes(Setup(f"{tmp_path / 'limited.py'}:make", {"batch_size": 2}))
     rows = list(fit_rows(sizes, Room(2**30, limit=64), ("all-layer",)))
-    assert {row["size"] for row in rows} == {20}
+    assert {row.size for row in rows} == {20}
     assert all("no room to trace" in text for text in sizes.refused.values())
 
 

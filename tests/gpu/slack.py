@@ -56,18 +56,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(lines: Lines, model: str, sizes: Sizes, room: Room, most: int | None) -> None:
     for row in islice(fit_rows(sizes, room, ("all-layer",)), most):
-        key = {"model": model, "grouping": row["grouping"], "slack": room.margin}
-        if lines.has(**key) or not row["size"]:
+        key = {"model": model, "grouping": row.grouping, "slack": room.margin}
+        if lines.has(**key) or not row.size:
             continue
         begin, setup = time.monotonic(), sizes.setup
-        how = {"boundaries": row["boundaries"], "optimizer": "adam", "checkpoint": setup.checkpoint}
-        settings = {**setup.settings, BATCH: row["size"]}
+        how = {"boundaries": row.boundaries, "optimizer": "adam", "checkpoint": setup.checkpoint}
+        settings = {**setup.settings, BATCH: row.size}
         outcome = step_under_limit(room.memory_bytes, setup.workload, settings, device=setup.device, **how)
-        figures = {"batch_size": row["size"], "estimate_bytes": row["peak_bytes"], "memory_bytes": room.memory_bytes}
+        figures = {"batch_size": row.size, "estimate_bytes": row.peak_bytes, "memory_bytes": room.memory_bytes}
         lines.add({**key, **figures, "outcome": outcome, "seconds": round(time.monotonic() - begin, 2)})
-        print(
-            f"{model:<11} {row['grouping']:<12} {room.margin:5.1%} free: batch {row['size']:>5} {outcome}", flush=True
-        )
+        print(f"{model:<11} {row.grouping:<12} {room.margin:5.1%} free: batch {row.size:>5} {outcome}", flush=True)
 
 
 if __name__ == "__main__":
