@@ -494,7 +494,7 @@ Boundaries = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Choice:
+class JointChoice:
     """A grouping and a norm method per weight.
 
     Attributes:
@@ -520,7 +520,7 @@ class Choice:
         return self.operations / self.bound - 1 if self.bound else math.inf
 
 
-def fewest_operations(alternatives: Alternatives, budget_bytes: int, width: int = WIDTH) -> Choice:
+def fewest_operations(alternatives: Alternatives, budget_bytes: int, width: int = WIDTH) -> JointChoice:
     """The grouping and the methods with the fewest operations, and of those the fewest groups, within a budget.
 
     Sites that share a parameter go by one method.
@@ -551,7 +551,7 @@ def fewest_operations(alternatives: Alternatives, budget_bytes: int, width: int 
     return _choice(alternatives, best, (best.score if bound is None else min(bound, best.score)) // unit)
 
 
-def least_peak_choice(alternatives: Alternatives, width: int = WIDTH) -> tuple[Choice, int]:
+def least_peak_choice(alternatives: Alternatives, width: int = WIDTH) -> tuple[JointChoice, int]:
     """The grouping and the methods with the least peak, of those the fewest operations; and a bound on the peak.
 
     Returns:
@@ -588,10 +588,10 @@ def _refusal(problem: Problem, budget_bytes: int, width: int, *, cut_short: bool
     )
 
 
-def _choice(alternatives: Alternatives, label: Label, bound: int) -> Choice:
+def _choice(alternatives: Alternatives, label: Label, bound: int) -> JointChoice:
     decided = list(label.decisions())
     boundaries = tuple(site for site, decision in enumerate(decided) if decision.closes and site)
     methods = {w: made.method for w, made in zip(alternatives.weights, decided, strict=True) if w is not None}
     trace = alternatives.trace(methods)
     peak_bytes = peak_memory(trace, boundaries).peak_bytes
-    return Choice(boundaries, methods, alternatives.operations(methods), peak_bytes, bound)
+    return JointChoice(boundaries, methods, alternatives.operations(methods), peak_bytes, bound)

@@ -28,7 +28,7 @@ from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient,
 from groupsearch.engine.passes import Arrival, Passes, Receiver, in_backward
 from groupsearch.engine.substitutes import Arrive, Source
 from groupsearch.engine.taps import Hook, Take, with_gradient
-from groupsearch.engine.whole import Left, Randomness, WholeCall, check_nothing_left, left_on
+from groupsearch.engine.whole import Left, RandomDraws, WholeCall, check_nothing_left, left_on
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
 from groupsearch.trace import Rows
@@ -76,7 +76,7 @@ class Capture:
         self._lent = _slots_of_lent(model, self.layers)
         self._lending: list[list[tuple[dict[str, Any], str, Any]]] = []
         self._inside: list[CheckpointedForward] = []
-        self._before_calls: list[tuple[Randomness, Left]] = []
+        self._before_calls: list[tuple[RandomDraws, Left]] = []
         self._aside = False
         self._given_as = ("second",) if self._rows.dimension else ("first",) if self._rows.count == 1 else ("folded",)
         self._watch_outputs = any(
@@ -326,7 +326,7 @@ class Capture:
 
     def _before_whole(self, layer: Layer) -> None:
         self._swap(layer, self._detached(layer))
-        self._before_calls.append((Randomness(next(layer.module.parameters()).device), left_on(layer.module)))
+        self._before_calls.append((RandomDraws(next(layer.module.parameters()).device), left_on(layer.module)))
 
     def _after_whole(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Any:
         randomness, left = self._before_calls.pop()

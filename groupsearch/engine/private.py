@@ -22,7 +22,7 @@ from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.mechanism import Mechanism, added_delta
 from groupsearch.engine.ownership import check_covered, check_optimizer_kind, check_plain
 from groupsearch.engine.step import LossScale, PrivateStep, ZeroGrad, check_surroundings, nothing_yet
-from groupsearch.engine.truth.check import Reading, Subject, check_before
+from groupsearch.engine.truth.check import CheckSubject, Reading, check_before
 from groupsearch.engine.truth.comparison import Loss
 from groupsearch.engine.truth.draws import alike
 from groupsearch.engine.truth.watch import RATE, EngineReport, Watch
@@ -325,7 +325,7 @@ class PrivateEngine:
         if batches is None or loss is None or not self.settings.watch:
             return None
         shared = shared_parameters(self.plan.grouping.sites)
-        subject = Subject(self._model, loss, lambda model, receive: self._capture.turned_to(receive), shared)
+        subject = CheckSubject(self._model, loss, lambda model, receive: self._capture.turned_to(receive), shared)
         mode = self.settings.checked.mode if self.settings.checked else None
         watch = Watch(subject, self._capture.set_aside, reading, self.settings.watch, mode)
         batches.on_piece = watch.see

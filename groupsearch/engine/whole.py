@@ -42,7 +42,7 @@ APART = 64
 """Units of rounding that a norm is made longer by."""
 
 
-class Randomness:
+class RandomDraws:
     """The state of the random generators as a module begins to run, if it draws from them."""
 
     def __init__(self, device: torch.device) -> None:

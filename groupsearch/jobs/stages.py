@@ -19,7 +19,7 @@ from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.jobs.events import Advanced, Notify, Said
 from groupsearch.jobs.request import LEVELS, StepRequest, TrainingRequest
-from groupsearch.joint import JOINT, Alternatives, Choice, fewest_operations, least_peak_choice
+from groupsearch.joint import JOINT, Alternatives, JointChoice, fewest_operations, least_peak_choice
 from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, SITE_METHODS, EngineOptions
 from groupsearch.partition import floor_bytes
@@ -343,7 +343,7 @@ def names_document(text: str) -> bool:
     return text.endswith(".json") or Path(text).is_file()
 
 
-def _bound(choice: Choice, bound_bytes: int | None) -> Bound:
+def _bound(choice: JointChoice, bound_bytes: int | None) -> Bound:
     """What no choice goes below: operations within the budget, or bytes; and how far above it the choice may be."""
     if bound_bytes is None:
         return Bound(of="operations", least=choice.bound, gap=choice.gap)

@@ -24,7 +24,7 @@ _ERROR_CHARACTERS = 1000
 _Key = tuple[Choice, int]
 
 
-class Ledger:
+class EvaluationLog:
     """All evaluations of one study; makes those that are missing, and none twice.
 
     An exception that ``evaluate`` raises, or a value that is not finite, is remembered as a failure and

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from groupsearch.search.candidates import Candidate, gather
 from groupsearch.search.choice import Choice, Evaluation
-from groupsearch.search.evaluations import Ledger
+from groupsearch.search.evaluations import EvaluationLog
 from groupsearch.search.settings import Event, Notify, SearchSettings
 from groupsearch.search.space import Space
 from groupsearch.search.study import Order, SharedStudy, queue, queued
@@ -22,12 +22,12 @@ PATIENCE = 10
 
 
 @dataclass(frozen=True)
-class Search:
+class Exploration:
     """One running search: the space, its study, its ledger and who is told."""
 
     space: Space
     study: SharedStudy
-    ledger: Ledger
+    ledger: EvaluationLog
     settings: SearchSettings
     notify: Notify
 
@@ -48,7 +48,7 @@ class Search:
         return evaluation
 
 
-def explore(search: Search) -> None:
+def explore(search: Exploration) -> None:
     """Evaluate choices with the first seed until ``trials`` of them are, or none is left to find."""
     settings = search.settings
     start = starting_choices(search.space, settings)
@@ -79,7 +79,7 @@ def starting_choices(space: Space, settings: SearchSettings) -> list[Choice]:
     return list(dict.fromkeys([*first, *space.warm_start(settings.trials)]))[: max(settings.trials, len(first))]
 
 
-def enqueue(search: Search, choices: Sequence[Choice]) -> None:
+def enqueue(search: Exploration, choices: Sequence[Choice]) -> None:
     """Queue those that are neither evaluated nor queued."""
     known = {*_seen(search), *queued(search.study)}
     for choice in choices:
@@ -87,7 +87,7 @@ def enqueue(search: Search, choices: Sequence[Choice]) -> None:
             queue(search.study, search.space, choice)
 
 
-def answer(search: Search, done: int) -> bool:
+def answer(search: Exploration, done: int) -> bool:
     """Ask for one trial and answer it; whether that took an evaluation.
 
     A trial that costs nothing is told as pruned: with its excess where it is outside the limits,
@@ -109,7 +109,7 @@ def answer(search: Search, done: int) -> bool:
     return fresh
 
 
-def _tell(search: Search, order: Order, evaluation: Evaluation | None, kind: str) -> None:
+def _tell(search: Exploration, order: Order, evaluation: Evaluation | None, kind: str) -> None:
     if evaluation is not None and evaluation.error is not None:
         search.study.end(order, TrialState.FAIL, answer=kind)
     elif evaluation is None or evaluation.value is None or (kind == "cached" and _told(search.study, order.choice)):
@@ -126,12 +126,12 @@ def _told(study: optuna.Study, choice: Choice) -> bool:
     return any(Choice.from_json(trial.user_attrs) == choice for trial in complete)
 
 
-def _ended(search: Search, choices: Sequence[Choice]) -> bool:
+def _ended(search: Exploration, choices: Sequence[Choice]) -> bool:
     ended = {e.choice for e in search.ledger.evaluations if e.seed == search.settings.seed}
     return ended.issuperset(choices)
 
 
-def _seen(search: Search) -> list[Choice]:
+def _seen(search: Exploration) -> list[Choice]:
     """What has been evaluated with the first seed, or is being evaluated by another process."""
     first = search.settings.seed
     ended = [e.choice for e in search.ledger.evaluations if e.seed == first]
@@ -144,7 +144,7 @@ def _seen(search: Search) -> list[Choice]:
 MOST_SEEDS = 100
 
 
-def replicate(search: Search) -> None:
+def replicate(search: Exploration) -> None:
     """Evaluate the front and the references with every seed, then with more as long as that may decide something.
 
     One seed at a time: new means move the front, and what has left it is not evaluated further. It
@@ -162,7 +162,7 @@ def replicate(search: Search) -> None:
             done += 1
 
 
-def _missing(search: Search) -> dict[Choice, list[int]]:
+def _missing(search: Exploration) -> dict[Choice, list[int]]:
     """The seeds that the references, the front, and what ties with it on peak with fewest groups still lack."""
     candidates = _candidates(search)
     fewest: dict[int, Candidate] = {}
@@ -177,7 +177,7 @@ def _missing(search: Search) -> dict[Choice, list[int]]:
     return _lacking(search, list(wanted), max(seeds, FEWEST + 1) if more else seeds)  # of fewer nothing is told
 
 
-def _undecided(search: Search) -> dict[Choice, list[int]]:
+def _undecided(search: Exploration) -> dict[Choice, list[int]]:
     """One more seed for the best and each that is not told from it; for those behind first, so that they compare."""
     settings = search.settings
     if settings.max_runs is None:
@@ -190,7 +190,7 @@ def _undecided(search: Search) -> dict[Choice, list[int]]:
     return _lacking(search, wanted, fewest + 1) if fewest < MOST_SEEDS else {}
 
 
-def _lacking(search: Search, wanted: list[Choice], seeds: int) -> dict[Choice, list[int]]:
+def _lacking(search: Exploration, wanted: list[Choice], seeds: int) -> dict[Choice, list[int]]:
     """Which of the first so many seeds choices lack, those left out that failed or lack none."""
     failed = {e.choice for e in search.ledger.evaluations if e.error is not None}
     first = search.settings.seed
@@ -202,7 +202,7 @@ def _lacking(search: Search, wanted: list[Choice], seeds: int) -> dict[Choice, l
     return {choice: missing for choice, missing in lacking.items() if missing}
 
 
-def _candidates(search: Search) -> tuple[Candidate, ...]:
+def _candidates(search: Exploration) -> tuple[Candidate, ...]:
     return gather(search.space, search.ledger.evaluations, timed=search.settings.timed)
 
 
@@ -210,6 +210,6 @@ def _seeds(candidate: Candidate) -> int:
     return len(candidate.values)
 
 
-def _runs_left(search: Search) -> int | None:
+def _runs_left(search: Exploration) -> int | None:
     most = search.settings.max_runs
     return None if most is None else max(0, most - len(search.ledger.evaluations))

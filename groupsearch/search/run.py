@@ -11,8 +11,8 @@ from pathlib import Path
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.candidates import worthiest
 from groupsearch.search.choice import Choice, Evaluate
-from groupsearch.search.evaluations import POLL_SECONDS, Ledger
-from groupsearch.search.exploration import Search, explore, replicate
+from groupsearch.search.evaluations import POLL_SECONDS, EvaluationLog
+from groupsearch.search.exploration import Exploration, explore, replicate
 from groupsearch.search.proxied import Agreement, Evidence, Judge, Proxy
 from groupsearch.search.result import Cost, Rung, SearchResult, conclude
 from groupsearch.search.sampler import make_sampler
@@ -57,7 +57,7 @@ def run_search(
     with quiet_optuna():
         study = open_study(space, settings)
         study.sampler = make_sampler(space, settings, study.place)
-        search = Search(space, study, Ledger(study, evaluate), settings, on_event)
+        search = Exploration(space, study, EvaluationLog(study, evaluate), settings, on_event)
         interrupted = False
         try:
             explore(search)
@@ -320,5 +320,5 @@ def _begun(settings: SearchSettings) -> bool:
 def _others_went_on(evaluate: Evaluate, settings: SearchSettings, known: int) -> bool:
     """Wait for what others are at; whether there is more than so many evaluations then, or someone died at one."""
     with quiet_optuna():
-        ledger = Ledger(SharedStudy(settings.study_name, open_storage(settings.storage)), evaluate)
+        ledger = EvaluationLog(SharedStudy(settings.study_name, open_storage(settings.storage)), evaluate)
         return ledger.wait_for_others() or len(ledger.evaluations) > known

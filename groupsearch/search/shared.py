@@ -171,7 +171,7 @@ def beating(beat: Callable[[str, int], None], worker: str) -> Iterator[None]:
         _EVALUATING.discard(worker)
 
 
-class Watch:
+class WorkerWatch:
     """Tells which of other workers have been silent for ``GRACE_SECONDS`` since they were first looked at."""
 
     def __init__(self) -> None:

@@ -19,7 +19,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from groupsearch.errors import GroupSearchError
 from groupsearch.search.choice import Choice
 from groupsearch.search.settings import SearchSettings
-from groupsearch.search.shared import WORKER, SharedStorage, Watch, is_known_dead, open_storage, shown, study_names
+from groupsearch.search.shared import (
+    WORKER,
+    SharedStorage,
+    WorkerWatch,
+    is_known_dead,
+    open_storage,
+    shown,
+    study_names,
+)
 from groupsearch.search.space import Space, digest
 
 # -- What makes two runs runs of one problem -------------------------------------------------------
@@ -152,7 +160,7 @@ class SharedStudy(Study):
         self.records = optuna.load_study(study_name=name + _RECORDS, storage=storage)
         self.place = 0
         self.study_id = storage.get_study_id_from_name(name)
-        self._watch = Watch()
+        self._watch = WorkerWatch()
         self._looked = self._beats_at = -math.inf
         self._beats: dict[str, Any] = {}
 

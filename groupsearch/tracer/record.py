@@ -44,7 +44,7 @@ FORWARD_PIECES = 60
 
 
 @dataclass
-class Hook:
+class HookSpan:
     """Where in the log one site's hook began, closed its group and ended, and what it told.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Segment(NamedTuple):
 
 
 def cut_instants(
-    live: LiveBytes, hooks: Sequence[Hook], span: tuple[int, int], booked: Iterable[int]
+    live: LiveBytes, hooks: Sequence[HookSpan], span: tuple[int, int], booked: Iterable[int]
 ) -> tuple[tuple[Instant, ...], dict[int, int]]:
     """Cut time at hooks and wherever a booked storage is released.
 
@@ -113,7 +113,7 @@ def cut_instants(
     return tuple(instants), released
 
 
-def _segments(hooks: Sequence[Hook], start: int, end: int) -> Iterable[_Segment]:
+def _segments(hooks: Sequence[HookSpan], start: int, end: int) -> Iterable[_Segment]:
     yield _Segment(-1, False, start, hooks[0].begin, hooks[0].sums_before)
     for step, hook in enumerate(hooks):
         site = len(hooks) - 1 - step
@@ -122,7 +122,7 @@ def _segments(hooks: Sequence[Hook], start: int, end: int) -> Iterable[_Segment]
         yield _Segment(site, False, hook.end, following, hook.sums_before + hook.gradient_bytes)
 
 
-def _released(death: int | None, end: int, begins: Sequence[int], hooks: Sequence[Hook]) -> int:
+def _released(death: int | None, end: int, begins: Sequence[int], hooks: Sequence[HookSpan]) -> int:
     if death is None or death >= end:
         return len(begins)
     return bisect_left(begins, death)
@@ -144,7 +144,7 @@ _DEATH, _INSIDE, _LOGGED = -1, 0, 1
 """At one position of the log what an operation had beside its results ends first, then the next one's begins."""
 
 
-def step_events(live: LiveBytes, passes: Sequence[Sequence[Hook]], private_begin: int) -> StepEvents:
+def step_events(live: LiveBytes, passes: Sequence[Sequence[HookSpan]], private_begin: int) -> StepEvents:
     """The events of a non-private step and the private one after it.
 
     Args:
@@ -274,8 +274,8 @@ class StepRecorder:
     stage: Stage
     settings: StepSettings
     arrivals: list[Observed] = field(default_factory=list)
-    hooks: list[Hook] = field(default_factory=list)
-    passes: list[list[Hook]] = field(default_factory=list)
+    hooks: list[HookSpan] = field(default_factory=list)
+    passes: list[list[HookSpan]] = field(default_factory=list)
     blueprints: list[Callable[[], Entry]] = field(default_factory=list)
     start: int = 0
     carried_bytes: int = 0
@@ -296,7 +296,7 @@ class StepRecorder:
 
     def receive(self, arrival: Arrival) -> None:
         """One site: book it, close it."""
-        hook = Hook(begin=len(self._log), sums_before=self._sums_bytes())
+        hook = HookSpan(begin=len(self._log), sums_before=self._sums_bytes())
         self.hooks.append(hook)
         site = len(self.hooks) - 1
         entry = arrival.make_entry()
@@ -428,7 +428,7 @@ def _nonprivate_step(stage: Stage, examined: Examined | None) -> int:
         ) from error
 
 
-def _booked(hooks: Sequence[Hook]) -> dict[int, tuple[int, ...]]:
+def _booked(hooks: Sequence[HookSpan]) -> dict[int, tuple[int, ...]]:
     """Per booked storage the sites that book it, in the order of backward."""
     booked: dict[int, tuple[int, ...]] = {}
     for step, hook in enumerate(hooks):

@@ -195,7 +195,7 @@ PROBE_LIMIT_BYTES = 2**30
 _FOREIGN = ("prim", "prims", "profiler", "c10d", "_c10d_functional", "rpc")
 
 
-class Form(NamedTuple):
+class OperandForm(NamedTuple):
     """What there is to know of a tensor but its values."""
 
     shape: tuple[int, ...]
@@ -213,7 +213,7 @@ class Probed(NamedTuple):
     """
 
     peak_bytes: int
-    results: tuple[Form | None, ...]
+    results: tuple[OperandForm | None, ...]
 
 
 class CpuScratch:
@@ -279,7 +279,7 @@ def _alone(func: torch._ops.OpOverload) -> Iterator[None]:
                 torch.default_generator.set_state(state)
 
 
-def _forms(result: Any, given: Sequence[Any]) -> tuple[Form | None, ...]:
+def _forms(result: Any, given: Sequence[Any]) -> tuple[OperandForm | None, ...]:
     storages = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
     return tuple(
         None if x.untyped_storage().data_ptr() in storages else _form(x)
@@ -288,11 +288,11 @@ def _forms(result: Any, given: Sequence[Any]) -> tuple[Form | None, ...]:
     )
 
 
-def _form(x: Tensor) -> Form:
-    return Form(tuple(x.shape), tuple(x.stride()), x.dtype, x.untyped_storage().nbytes())
+def _form(x: Tensor) -> OperandForm:
+    return OperandForm(tuple(x.shape), tuple(x.stride()), x.dtype, x.untyped_storage().nbytes())
 
 
-def _formed(out: Any, forms: Sequence[Form | None]) -> Any:
+def _formed(out: Any, forms: Sequence[OperandForm | None]) -> Any:
     """Fake results as the real ones are; whatever else there is stays."""
     leaves, spec = pytree.tree_flatten(out)
     places = [place for place, x in enumerate(leaves) if isinstance(x, FakeTensor)]
@@ -306,7 +306,7 @@ def _formed(out: Any, forms: Sequence[Form | None]) -> Any:
     return pytree.tree_unflatten([changed.get(place, x) for place, x in enumerate(leaves)], spec) if changed else out
 
 
-def _real_form(form: Form) -> Tensor:
+def _real_form(form: OperandForm) -> Tensor:
     storage = torch.empty(form.storage_bytes // form.dtype.itemsize, dtype=form.dtype)
     return storage.as_strided(form.shape, form.stride)
 

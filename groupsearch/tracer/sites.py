@@ -18,7 +18,7 @@ from groupsearch.engine.entries import Dimensions
 from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.passes import Arrival
-from groupsearch.engine.truth.check import Reading, Subject, Tried, check_truth, try_rows
+from groupsearch.engine.truth.check import CheckSubject, Reading, Tried, check_truth, try_rows
 from groupsearch.engine.truth.draws import OTHERS, USUAL, Constants, alike
 from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.engine.truth.rows import joined
@@ -156,7 +156,7 @@ def _examined(
     settled = _settled(model, joined(tried.rows.examples), loss, options, apart)
     reading, draws, shared = settled.reading, settled.draws, shared_parameters(settled.sites)
     found = [
-        check_truth(Subject.of(model, loss, reading, shared, each), tried, allow_state)
+        check_truth(CheckSubject.of(model, loss, reading, shared, each), tried, allow_state)
         for each in dict.fromkeys((draws, USUAL))
     ]
     return replace(settled, checked=merged(found))

@@ -13,7 +13,7 @@ import pytest
 from groupsearch.errors import GroupSearchError
 from groupsearch.search import Choice, Outcome, SearchSettings, run_search
 from groupsearch.search import shared as workers
-from groupsearch.search.evaluations import Ledger
+from groupsearch.search.evaluations import EvaluationLog
 from groupsearch.search.run import await_study, run_together
 from groupsearch.search.sampler import make_sampler
 from groupsearch.search.space import Space
@@ -130,7 +130,7 @@ def test_a_claim_of_a_silent_worker_is_taken_and_of_a_living_one_is_not(
         end.wait(30)
         return ledgers.problem.evaluate(choice, seed)
 
-    far = Ledger(ledgers.open("far"), slow)
+    far = EvaluationLog(ledgers.open("far"), slow)
     thread = threading.Thread(target=far.obtain, args=(Choice((2,)), 0))
     thread.start()
     begun.wait(10)
@@ -140,7 +140,7 @@ def test_a_claim_of_a_silent_worker_is_taken_and_of_a_living_one_is_not(
         calls.append(choice)
         return ledgers.problem.evaluate(choice, seed)
 
-    near = Ledger(ledgers.open(), evaluate)
+    near = EvaluationLog(ledgers.open(), evaluate)
     for _ in range(12):  # far longer than the grace: it says that it lives
         time.sleep(0.1)
         assert near.obtain(Choice((2,)), 0).under_way
@@ -151,7 +151,7 @@ def test_a_claim_of_a_silent_worker_is_taken_and_of_a_living_one_is_not(
     assert calls == [Choice((2,))]
     end.set()  # what was thought dead comes back: its evaluation was made twice, and counts once
     thread.join()
-    assert len(Ledger(ledgers.open(), evaluate).evaluations) == 1
+    assert len(EvaluationLog(ledgers.open(), evaluate).evaluations) == 1
 
 
 def test_two_that_claim_at_the_same_time_evaluate_once(tmp_path: Path, storage: str) -> None:
@@ -164,9 +164,9 @@ def test_two_that_claim_at_the_same_time_evaluate_once(tmp_path: Path, storage: 
         return ledgers.problem.evaluate(choice, seed)
 
     barrier = threading.Barrier(4)
-    both = [Ledger(ledgers.open(f"host{i}"), evaluate) for i in range(4)]
+    both = [EvaluationLog(ledgers.open(f"host{i}"), evaluate) for i in range(4)]
 
-    def race(ledger: Ledger) -> None:
+    def race(ledger: EvaluationLog) -> None:
         for seed in range(8):
             barrier.wait(60)
             ledger.obtain(Choice((1, 3)), seed)
@@ -204,6 +204,6 @@ def test_an_interrupted_worker_gives_its_trial_back_at_once(tmp_path: Path) -> N
     assert run_together(problem.trace, evaluate, settings).interrupted
     study = Ledgers(settings, 12).study
     assert study.get_trials(states=(optuna.trial.TrialState.RUNNING,)) == []
-    assert Ledger(study, evaluate).under_way == ()
+    assert EvaluationLog(study, evaluate).under_way == ()
     assert not run_together(problem.trace, evaluate, settings).interrupted
     assert asked.count(asked[4]) == 2

@@ -26,7 +26,7 @@ from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.passes import Receiver
 from groupsearch.engine.truth.comparison import (
     TOLERANCES,
-    Booked,
+    BookedPass,
     Difference,
     Gradient,
     Loss,
@@ -42,8 +42,8 @@ from groupsearch.engine.truth.comparison import (
     tolerance_of,
 )
 from groupsearch.engine.truth.draws import USUAL, Constants, alike
-from groupsearch.engine.truth.leftovers import Memory, left_as_it_was, same_values
-from groupsearch.engine.truth.rows import Crowd, PoisonedIds, Rows, choose_rows, joined, poisoned
+from groupsearch.engine.truth.leftovers import ModelMemory, left_as_it_was, same_values
+from groupsearch.engine.truth.rows import Crowd, PoisonedIds, TriedRows, choose_rows, joined, poisoned
 from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
@@ -85,7 +85,7 @@ Attach = Callable[[nn.Module, Receiver], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckSubject:
     """What is checked.
 
     Attributes:
@@ -105,7 +105,7 @@ class Subject:
     @classmethod
     def of(
         cls, model: nn.Module, loss: Loss, reading: Reading, shared: Collection[str], draws: Constants = USUAL
-    ) -> Subject:
+    ) -> CheckSubject:
         """A model without an engine, read as a reading says."""
         return cls(model, loss, reading.attached, frozenset(shared), draws)
 
@@ -114,7 +114,7 @@ class Subject:
         losses, gradient = plain_pass(self.model, example, self.loss)
         return Truth(float(losses), gradient)
 
-    def booked(self, batch: Any, examples: Sequence[int] | None = None, factor: float = 1.0) -> Booked:
+    def booked(self, batch: Any, examples: Sequence[int] | None = None, factor: float = 1.0) -> BookedPass:
         """A batch through the engine; the sum of all unless some are asked for."""
         return booked_pass(
             self.model, batch, self.loss, lambda r: self.attach(self.model, r), self.shared, examples, factor
@@ -148,7 +148,7 @@ class _Comparison:
     whole: bool = True
     factor: float = 1.0
 
-    def fault(self, subject: Subject, tolerance: float) -> tuple[float, Difference | None]:
+    def fault(self, subject: CheckSubject, tolerance: float) -> tuple[float, Difference | None]:
         """The largest difference of an example's gradient, and the worst of those that are not allowed."""
         booked = subject.booked(self.batch, None if self.whole else sorted(self.truths), self.factor)
         scaled = {i: Truth(t.loss, t.gradient.times(self.factor)) for i, t in self.truths.items()}
@@ -171,7 +171,7 @@ class _State:
 class Tried:
     """Rows that a model takes, together and one by one, and what plain autograd gives for each at some draws."""
 
-    rows: Rows
+    rows: TriedRows
     truths: tuple[Truth, ...]
     draws: Constants
 
@@ -188,7 +188,7 @@ def try_rows(model: nn.Module, batch: Any, loss: Loss, draws: Constants = USUAL)
     return Tried(rows, truths, draws)
 
 
-def check_truth(subject: Subject, tried: Tried, allow_state: Collection[str] = ()) -> Checked:
+def check_truth(subject: CheckSubject, tried: Tried, allow_state: Collection[str] = ()) -> Checked:
     """Hold the engine to plain autograd on rows of a batch.
 
     Model, buffers, gradients, modes and random generators are afterwards as they were. It costs about
@@ -220,18 +220,18 @@ def check_before(
     device = next(model.parameters()).device
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         tried = try_rows(model, map_tensors(lambda tensor: tensor.to(device), sample), loss)
-        return check_truth(Subject.of(model, loss, reading, shared), tried, allow_state)
+        return check_truth(CheckSubject.of(model, loss, reading, shared), tried, allow_state)
 
 
 class _Runs:
     """Tries which rows run."""
 
-    def __init__(self, model: nn.Module, loss: Loss, memory: Memory) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, memory: ModelMemory) -> None:
         self._model = model
         self._loss = loss
         self._memory = memory
 
-    def on(self, batch: Any, rows: Rows) -> tuple[Rows, tuple[Truth, ...]]:
+    def on(self, batch: Any, rows: TriedRows) -> tuple[TriedRows, tuple[Truth, ...]]:
         """The rows, or those of the batch alone where others are refused."""
         try:
             self._try(joined(rows.examples))
@@ -260,7 +260,7 @@ class _Runs:
         self._memory.put_back()
         return plain_pass(self._model, batch, self._loss)
 
-    def _of_size(self, batch: Any, rows: Rows, error: Exception) -> UnsupportedModelError:
+    def _of_size(self, batch: Any, rows: TriedRows, error: Exception) -> UnsupportedModelError:
         """Some rows do not run: the batch as it was given tells whether their number is the reason."""
         whole = count_examples(batch)
         try:
@@ -278,7 +278,7 @@ class _Runs:
 
 
 class _Check:
-    def __init__(self, subject: Subject, memory: Memory, allowed: frozenset[str]) -> None:
+    def __init__(self, subject: CheckSubject, memory: ModelMemory, allowed: frozenset[str]) -> None:
         self._subject = subject
         self._memory = memory
         self._allowed = allowed
@@ -340,7 +340,7 @@ class _Check:
 
     # -- comparisons -------------------------------------------------------------------------
 
-    def _shapes(self, rows: Rows) -> list[_Batch]:
+    def _shapes(self, rows: TriedRows) -> list[_Batch]:
         count = len(rows.examples)
         last, middle = count - 1, min(1, count - 1)
         shapes = [_Batch((0,)), _Batch((middle, 0)), _Batch((0, middle, last)), _Batch((last, last, 0))]
@@ -378,7 +378,7 @@ class _Check:
     def _in_double(self, comparison: _Comparison) -> tuple[Difference | None] | None:
         self._memory.put_back()
 
-        def again(subject: Subject, convert: Callable[[Any], Any]) -> Difference | None:
+        def again(subject: CheckSubject, convert: Callable[[Any], Any]) -> Difference | None:
             examples = {i: convert(example) for i, example in comparison.examples.items()}
             truths = {i: subject.alone(example) for i, example in examples.items()}
             wide = replace(comparison, batch=convert(comparison.batch), examples=examples, truths=truths)
@@ -410,10 +410,10 @@ class _Check:
                 truths.append(subject.alone(example))
         except Exception:
             return None
-        booked = Booked(torch.zeros(len(truths)), {}, together, {}, {})
+        booked = BookedPass(torch.zeros(len(truths)), {}, together, {}, {})
         return not sum_faults(booked, [t.gradient for t in truths], self._tolerance)
 
-    def _compare_extreme(self, rows: Rows) -> None:
+    def _compare_extreme(self, rows: TriedRows) -> None:
         if not rows.extremes:
             self._say("an extreme example: the inputs have no numbers to multiply, or only whole ones")
         for crowd, factor in zip(rows.extremes, ("30", "-30"), strict=False):
@@ -435,7 +435,7 @@ class _Check:
         examples, truths = {0: crowd.first, last: crowd.copied}, {0: self._alone(crowd.first), last: copied}
         self._is_held(_Comparison(name, crowd.batch, examples, truths, whole=False))
 
-    def _compare_last(self, rows: Rows, example: Any, truth: Truth, what: str) -> None:
+    def _compare_last(self, rows: TriedRows, example: Any, truth: Truth, what: str) -> None:
         """The rows with another one for the last."""
         count = len(rows.examples)
         numbers = tuple(range(count - 1)) if count > 1 else (0,)
@@ -443,13 +443,13 @@ class _Check:
         truths = [*(self._truths[i] for i in numbers), truth]
         self._compare(_Batch((*numbers, count - 1), last=what), examples, truths)
 
-    def _compare_scaled(self, rows: Rows) -> None:
+    def _compare_scaled(self, rows: TriedRows) -> None:
         """Gradients are as many times smaller as the loss is, which a mean over the batch makes of it."""
         numbers = tuple(range(len(rows.examples)))
         shape = _Batch(numbers, how=f", losses times {_FACTOR:g}")
         self._compare(shape, rows.examples, self._truths, _FACTOR)
 
-    def _compare_blank(self, rows: Rows) -> None:
+    def _compare_blank(self, rows: TriedRows) -> None:
         """What a batch counts (positions that are not padding, classes that are weighed) is no matter of others."""
         if rows.blank is None:
             return
@@ -463,7 +463,7 @@ class _Check:
             return
         self._compare_last(rows, rows.blank, truth, " of row 1 with zeros for half its whole numbers")
 
-    def _compare_shuffled(self, rows: Rows) -> None:
+    def _compare_shuffled(self, rows: TriedRows) -> None:
         """All sets that the model takes, at once where that needs no more memory than the batch as it was given."""
         sets = [found for examples in rows.shuffled if (found := self._made(examples))]
         if sum(len(examples) for examples, _ in sets) <= 1.5 * count_examples(rows.whole):
@@ -489,7 +489,7 @@ class _Check:
             return None
         return examples, truths
 
-    def _compare_whole(self, rows: Rows) -> None:
+    def _compare_whole(self, rows: TriedRows) -> None:
         """Its own rows and the last in the batch as it was given: what depends on its size or on the others shows."""
         size = count_examples(rows.whole)
         numbered = dict(zip(rows.places, rows.examples, strict=False))
@@ -500,7 +500,7 @@ class _Check:
             truths[size - 1] = self._alone(numbered[size - 1])
         self._is_held(_Comparison(name, rows.whole, numbered, truths, whole=False))
 
-    def _poison(self, rows: Rows) -> None:
+    def _poison(self, rows: TriedRows) -> None:
         """NaN in the last of three examples reaches neither loss nor gradient of the others."""
         examples = [rows.examples[i] for i in (0, min(1, len(rows.examples) - 1), len(rows.examples) - 1)]
         batch, changed = poisoned(joined(examples))
@@ -534,7 +534,7 @@ class _Check:
 
     # -- what is left behind -----------------------------------------------------------------
 
-    def _look_back(self, rows: Rows) -> None:
+    def _look_back(self, rows: TriedRows) -> None:
         """A pass leaves nothing behind that depends on its data and that the next one uses."""
         examples = rows.examples
         if len(examples) == 1:
@@ -560,7 +560,7 @@ class _Check:
             )
 
     def _differ(self, one: Truth, other: Truth) -> bool:
-        booked = Booked(torch.tensor([one.loss]), {0: one.gradient}, Gradient(), {}, {})
+        booked = BookedPass(torch.tensor([one.loss]), {0: one.gradient}, Gradient(), {}, {})
         fault = compare(booked, {0: other}, self._tolerance)[1]
         return (compare_losses(booked.losses, {0: other}, self._tolerance) or fault) is not None
 
@@ -588,7 +588,7 @@ class _Check:
 
 
 def in_double(
-    subject: Subject, again: Callable[[Subject, Callable[[Any], Any]], Difference | None]
+    subject: CheckSubject, again: Callable[[CheckSubject, Callable[[Any], Any]], Difference | None]
 ) -> tuple[Difference | None] | None:
     """What a comparison finds on a copy of the model in float64, where rounding cannot be the reason.
 

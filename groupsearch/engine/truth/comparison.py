@@ -121,7 +121,7 @@ class Gradient:
 
 
 @dataclass
-class Booked:
+class BookedPass:
     """What the engine booked of a batch.
 
     Attributes:
@@ -184,7 +184,7 @@ def booked_pass(  # noqa: PLR0913 - what one pass is made of
     shared: Collection[str],
     examples: Sequence[int] | None = None,
     factor: float = 1.0,
-) -> Booked:
+) -> BookedPass:
     """One pass of a batch through the engine's capture.
 
     Args:
@@ -202,7 +202,7 @@ def booked_pass(  # noqa: PLR0913 - what one pass is made of
         losses = check_loss(model, batch, loss)
         (losses * factor).sum().backward()
     found = receiver.gradients
-    return Booked(losses.detach(), found, receiver.together, receiver.sqnorms(), receiver.places)
+    return BookedPass(losses.detach(), found, receiver.together, receiver.sqnorms(), receiver.places)
 
 
 class _Receiver:
@@ -324,7 +324,7 @@ def compare_losses(losses: Tensor, truths: Mapping[int, Truth], tolerance: float
     return None
 
 
-def compare(booked: Booked, truths: Mapping[int, Truth], tolerance: float) -> tuple[float, Difference | None]:
+def compare(booked: BookedPass, truths: Mapping[int, Truth], tolerance: float) -> tuple[float, Difference | None]:
     """The largest difference of an example's gradient, and the worst of those that are not allowed.
 
     Args:
@@ -351,7 +351,7 @@ def compare(booked: Booked, truths: Mapping[int, Truth], tolerance: float) -> tu
 
 
 def _norm_faults(
-    booked: Booked, truth: Gradient, example: tuple[int, int], tolerance: float, floor: float
+    booked: BookedPass, truth: Gradient, example: tuple[int, int], tolerance: float, floor: float
 ) -> list[Difference]:
     faults = []
     place, number = example
@@ -366,7 +366,7 @@ def _norm_faults(
     return faults
 
 
-def sum_faults(booked: Booked, truths: Sequence[Gradient], tolerance: float) -> list[Difference]:
+def sum_faults(booked: BookedPass, truths: Sequence[Gradient], tolerance: float) -> list[Difference]:
     """Where the sum over a batch is not that of the examples' own gradients."""
     faults = []
     wanted: dict[str, Tensor] = {}
@@ -398,7 +398,7 @@ def _apart(one: Gradient, other: Gradient) -> dict[str, float]:
 
 def _fault(  # noqa: PLR0913 - the numbers of one sentence
     what: str,
-    booked: Booked,
+    booked: BookedPass,
     name: str,
     example: int | None,
     distance: float,

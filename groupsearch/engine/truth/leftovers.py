@@ -34,7 +34,7 @@ class _Slot:
     put_back: Callable[[], None]
 
 
-class Memory:
+class ModelMemory:
     """Remembers the state of a model.
 
     Attributes:
@@ -214,9 +214,9 @@ def _set(setter: Callable[[Any], Any], state: Any) -> None:
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[Memory]:
+def left_as_it_was(model: nn.Module) -> Iterator[ModelMemory]:
     """The memory of a model, put back in the end, also after an exception. Nothing else stays on its device."""
-    memory = Memory(model)
+    memory = ModelMemory(model)
     try:
         yield memory
     finally:

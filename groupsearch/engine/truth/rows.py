@@ -49,7 +49,7 @@ class Crowd:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TriedRows:
     """Examples to check with, each a batch of one.
 
     Attributes:
@@ -80,7 +80,7 @@ class Rows:
     crowds: tuple[Crowd, ...] = ()
     derived: int = 0
 
-    def without_derived(self, refused: str) -> Rows:
+    def without_derived(self, refused: str) -> TriedRows:
         """The same with the first row in place of those that were derived, which the model refused."""
         own = self.examples[: len(self.examples) - self.derived]
         return replace(
@@ -88,7 +88,7 @@ class Rows:
         )
 
 
-def choose_rows(batch: Any) -> Rows:
+def choose_rows(batch: Any) -> TriedRows:
     """Three rows of a batch: different ones, two with the same whole-numbered label and one with another.
 
     Raises:
@@ -119,7 +119,7 @@ def choose_rows(batch: Any) -> Rows:
     )
     crowds = tuple(Crowd.of(take_examples(batch, (a,)), take_examples(batch, (b,))) for a, b in pairs)
     crowded = tuple(Crowd.of(examples[0], row) for row in extremes)
-    return Rows(tuple(examples), crowded, whole, tuple(chosen), origin, shuffled, blank, crowds, derived)
+    return TriedRows(tuple(examples), crowded, whole, tuple(chosen), origin, shuffled, blank, crowds, derived)
 
 
 def joined(examples: Sequence[Any]) -> Any:

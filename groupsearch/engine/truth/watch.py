@@ -21,7 +21,7 @@ import torch
 from groupsearch.checked import Checked, Watched
 from groupsearch.clipping import ClipPlan
 from groupsearch.engine.arithmetic import ieee
-from groupsearch.engine.truth.check import Reading, Subject, in_double, mode_of
+from groupsearch.engine.truth.check import CheckSubject, Reading, in_double, mode_of
 from groupsearch.engine.truth.comparison import (
     Difference,
     Truth,
@@ -57,7 +57,7 @@ class Watch:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: CheckSubject,
         aside: Callable[[], AbstractContextManager[None]],
         reading: Reading,
         rate: float,
@@ -143,7 +143,7 @@ class Watch:
         self.watched = replace(self.watched, runs=self.watched.runs + 1, worst=max(self.watched.worst, found))
 
     def _compared(
-        self, subject: Subject, batch: Any, number: int, truth: Truth, tolerance: float
+        self, subject: CheckSubject, batch: Any, number: int, truth: Truth, tolerance: float
     ) -> tuple[float, Difference | None]:
         booked = subject.booked(batch, examples=[number])
         worst, fault = compare(booked, {number: truth}, tolerance)
@@ -154,7 +154,7 @@ class Watch:
         model, loss = self._subject.model, self._subject.loss
         plain = replace(self._subject, attach=self._reading.attached)
 
-        def again(subject: Subject, convert: Callable[[Any], Any]) -> Difference | None:
+        def again(subject: CheckSubject, convert: Callable[[Any], Any]) -> Difference | None:
             wide = convert(batch)
             truth = subject.alone(take_examples(wide, (number,)))
             return self._compared(subject, wide, number, truth, tolerance_of(model) / 10)[1]
