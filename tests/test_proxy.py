@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,11 +198,24 @@ def test_the_benchmarks_groupings_are_all_different() -> None:
     assert list(found)[:2] == ["all-layer", "layer-wise"]
 
 
-def test_the_committed_correlations_are_those_of_the_committed_runs() -> None:
-    document = json.loads(benchmark.OUTPUT.read_text(encoding="utf-8"))
-    assert document["correlations"]
-    for part in document["correlations"]:
-        rows = [r for r in document["rows"] if (r["workload"], r["epsilon"]) == (part["workload"], part["epsilon"])]
-        assert len(rows) == benchmark.SUBJECTS[part["workload"]].groupings
-        again = {"workload": part["workload"], "epsilon": part["epsilon"], **benchmark.correlations_of(rows)}
-        assert json.loads(json.dumps(again)) == part
+def test_the_document_holds_the_correlations_of_the_rows_beside_it(tmp_path: Path) -> None:
+    name, epsilon = next(iter(benchmark.SUBJECTS)), 8.0
+    document = benchmark.Document(tmp_path / "proxy.json")
+    for groups in range(benchmark.SUBJECTS[name].groupings):
+        run = {"metric": 1 / (1 + groups), "loss": float(groups)}
+        row = {"workload": name, "epsilon": epsilon, "groups": groups, "short": run, "full": [run, run]}
+        document.rows.append({**row, "score": {"value": -float(groups)}})
+    document.write()
+    written = json.loads(document.path.read_text(encoding="utf-8"))
+    assert "rows" not in written
+    (part,) = written["correlations"]
+    assert part["proxy/full"]["value"] == pytest.approx(1)
+    assert part["few groups/full"]["value"] == pytest.approx(1)
+    assert benchmark.Document(document.path).rows == document.rows  # the next run goes on from there
+
+
+def test_the_committed_correlations_are_of_every_workload_and_all_its_groupings() -> None:
+    found = json.loads(benchmark.OUTPUT.read_text(encoding="utf-8"))["correlations"]
+    assert {part["workload"] for part in found} == set(benchmark.SUBJECTS)
+    for part in found:
+        assert part["proxy/full"]["count"] == benchmark.SUBJECTS[part["workload"]].groupings
