@@ -30,6 +30,8 @@ from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.step import real_copy
 from groupsearch.workloads import Workload, load_workload
+from groupsearch.workloads.factory import in_mode
+from groupsearch.workloads.modes import described
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Setup:
     autocast: str = "none"
     device: str = "cpu"
     given: Workload | None = None
+    _known: dict[str, Workload] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], device: str | None = None) -> Setup:
@@ -89,7 +92,11 @@ class Setup:
             GroupSearchError: when it cannot be loaded, or the one that is given is to have other settings.
         """
         if self.given is None:
-            return load_workload(self.workload, **self.settings)
+            # A factory may take its time: setups that were made of this one by dataclasses.replace share what it gave.
+            key = repr((self.workload, self.settings))
+            if key not in self._known:
+                self._known[key] = load_workload(self.workload, **self.settings)
+            return self._known[key]
         made = {**self.given.settings, "batch_size": self.settings.get("batch_size")}
         other = [key for key, value in self.settings.items() if key not in made or made[key] != value]
         if other:
@@ -97,13 +104,11 @@ class Setup:
                 f"Found the settings {', '.join(other)} of a Workload that is made already. Make it with them, or give "
                 f"the function that makes it, or its name, instead."
             )
-        return replace(self.given, batch_size=int(self.settings.get("batch_size", self.given.batch_size)))
+        return replace(in_mode(self.given), batch_size=int(self.settings.get("batch_size", self.given.batch_size)))
 
     def empty_model(self) -> torch.nn.Module:
         """The model on the meta device, so that no weights are allocated."""
-        workload = self.loaded  # a file's factory makes its batch as it is loaded, on a real device
-        with torch.device("meta"):
-            return workload.build()
+        return self.loaded.empty()
 
     def with_options(self, options: EngineOptions) -> Setup:
         """The same step by other options of the engine."""
@@ -119,8 +124,10 @@ class Setup:
 
     def describe_model(self) -> dict[str, Any]:
         """The ``model`` part of a document."""
-        trainable = sum(p.numel() for p in self.empty_model().parameters() if p.requires_grad)
+        model = self.empty_model()
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         known = {"name": self.workload, "batch_size": self.loaded.batch_size, "parameters": trainable}
+        known |= {"mode": described(model)}
         return {**self.loaded.settings, **known}
 
     def describe_step(self) -> dict[str, Any]:

@@ -104,6 +104,36 @@ def test_commands_on_ones_own_task_run(command: list[str], tmp_path: Path, monke
     assert document["model"]["name"] == "examples/own_task.py:factory"
 
 
+OF_A_FOLDER = commands("train-with-it.md")
+SHORTER_ON_A_FOLDER = {
+    "fit": ["--batch-size", "4"],
+    "optimize": ["--steps", "2", "--trials", "1", "--seeds", "1", "--rungs", "full", "--verify", "none"],
+    "train": ["--steps", "2", "--batch-size", "4"],
+}
+
+
+def test_commands_from_a_folder_to_private_weights_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    datasets, _ = pytest.importorskip("datasets"), pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    config = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1}
+    transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**config)).save_pretrained("roberta")
+    rows = {"input_ids": [[2 + i % 90, 5, 7] for i in range(60)], "label": [i % 2 for i in range(60)]}
+    datasets.Dataset.from_dict(rows).save_to_disk("reviews")
+    assert [command[0] for command in OF_A_FOLDER] == ["fit", "optimize", "train", "train"]
+    for asked in OF_A_FOLDER:
+        result = run(*asked, *SHORTER_ON_A_FOLDER[asked[0]])
+        assert result.exit_code == 0, result.output
+    for folder in ("private", "again"):
+        assert {path.name for path in Path(folder).iterdir()} == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "privacy.json",
+        }
+
+
 def test_the_page_of_ones_own_task_has_every_command() -> None:
     assert [command[0] for command in OF_OWN_TASK] == ["profile", "train", "optimize"]
 

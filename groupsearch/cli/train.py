@@ -8,6 +8,7 @@ import click
 
 from groupsearch.cli.parameters import (
     Positive,
+    Size,
     model_options,
     output_options,
     private_seed_option,
@@ -48,9 +49,11 @@ class Allotment(click.ParamType[Any]):
 @click.option(
     "--grouping",
     required=True,
-    help="all-layer, layer-wise, best:4, within:12GiB, 3,17,40, or a document of profile --norm-method joint, whose "
-    "norm methods are then used too.",
+    help="all-layer, layer-wise, best:4, within:12GiB, 3,17,40; the document of a search, whose recommendation is "
+    "taken (search.json#3: its third candidate); or one of profile --norm-method joint, whose norm methods are then "
+    "used too.",
 )
+@click.option("--pick", type=Size(), help="Of a search: the best candidate whose peak is at most so much, as in 12GiB.")
 @model_options
 @step_options
 @training_options
@@ -67,6 +70,15 @@ class Allotment(click.ParamType[Any]):
     help="Noise of the groups: global (the same), equal (by threshold) or weights 1,2,1. [default: global]",
 )
 @click.option("--evaluate-every", type=click.IntRange(min=0), help="Steps between points. [default: a tenth of all]")
+@click.option(
+    "--save",
+    type=click.Path(),
+    help="A folder to make for the trained weights, with the privacy they were trained under beside them.",
+)
+@click.option(
+    "--checkpoint-every", type=click.IntRange(min=1), help="Steps between two checkpoints, beside that folder."
+)
+@click.option("--resume", is_flag=True, help="Go on with the checkpoint that a training left that was killed.")
 @private_seed_option
 @secure_option
 @output_options
@@ -78,15 +90,23 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
 
     \b
     groupsearch train digits-vit --grouping best:4 --epsilon 8
+    groupsearch train digits-vit --grouping reports/digits-vit.json --save weights --checkpoint-every 10
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
+    from groupsearch.jobs.weights import folder_of
+    from groupsearch.jobs.winners import winner_of
+
+    winner_of(given["grouping"], given["pick"])  # refused before torch is loaded, as a folder is
+    folder_of(given["save"], given["checkpoint_every"], given["resume"], force)
     from groupsearch.cli.terminal import Watch, watching
     from groupsearch.jobs.train import train
 
     watch = Watch(output, force, as_json)
     with watching(watch):
-        found = train(model, notify=watch, **given)
+        found = train(model, notify=watch, force=force, **given)
     _print_result(found)
+    if given["save"] is not None:
+        say(f"Saved the weights in {given['save']}; its README.md says how to load them and what they cost.")
     watch.save(found)
 
 

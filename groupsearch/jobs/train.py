@@ -7,17 +7,21 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
-from groupsearch.documents import Profile, Train
+from groupsearch.documents import Profile, Search, Train
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
-from groupsearch.jobs.events import Advanced, Begun, Interrupted, Notify
+from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import TrainingRequest, allotment, door
 from groupsearch.jobs.stages import describe, joint_choice, names_document, start_document, training_setup
+from groupsearch.jobs.weights import checkpoint_path, folder_of, write_card, write_folder
+from groupsearch.jobs.winners import Winner, winner_of
 from groupsearch.memory import peak_memory
 from groupsearch.privacy import NOT_PRIVATE
 from groupsearch.trace import Trace
-from groupsearch.training import CurvePoint, TrainSettings
+from groupsearch.training import Checkpoints, CurvePoint, TrainSettings
 from groupsearch.training import train as train_workload
 from groupsearch.verify import Setup
 
@@ -29,21 +33,32 @@ class TrainRequest(TrainingRequest):
     """What to train with which grouping; ``seed`` makes it an experiment that can be repeated.
 
     Attributes:
-        grouping: as text, as boundaries, or a profile (or the file of one) with a joint choice of norm methods.
+        grouping: as text, as boundaries, a profile (or the file of one) with a joint choice of norm methods, or a
+            search (or the file of one), whose recommendation is taken; ``search.json#3`` is its third candidate.
+        pick: of a search: the best candidate whose peak is at most so many bytes, as in ``12GiB``.
         thresholds: ``uniform``, ``dimension``, ``adaptive``, ``adaptive:0.7`` or a number for each group.
         count_noise: noise of adaptive thresholds' counts; None for batch / 20.
         noise_allocation: ``global``, ``equal`` or a weight for each group.
         evaluate_every: steps between points of the curve; None for a tenth of all.
         secure: draw noise and batches from a cipher.
+        save: a folder to make for the trained weights, with the privacy they were trained under beside them.
+        checkpoint_every: steps between two checkpoints, beside that folder; None for none.
+        resume: go on with the checkpoint that is there.
+        force: replace the folder and the checkpoint of another training.
     """
 
     _: KW_ONLY
-    grouping: str | Path | Sequence[int] | Profile
+    grouping: str | Path | Sequence[int] | Profile | Search
+    pick: int | str | None = None
     thresholds: Allotment | AdaptiveQuantile | None = None
     count_noise: float | None = None
     noise_allocation: Allotment | None = None
     evaluate_every: int | None = None
     secure: bool = False
+    save: str | Path | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
+    force: bool = False
 
 
 def run(request: TrainRequest) -> Train:
@@ -55,10 +70,14 @@ def run(request: TrainRequest) -> Train:
         DivergedError: when weights are no longer finite.
         Interrupted: with the curve so far, and what it cost.
     """
-    setup, settings = training_setup(request, request.evaluate_every, secure=request.secure)
-    settings = replace(settings, **_mechanism(request))
     text, boundaries = _asked(request.grouping), None
-    if isinstance(request.grouping, Profile) or names_document(text):
+    found_by = winner_of(request.grouping, request.pick)
+    folder = folder_of(request.save, request.checkpoint_every, request.resume, request.force)
+    setup, settings = training_setup(_as_searched(request, found_by), request.evaluate_every, secure=request.secure)
+    settings = replace(settings, **_mechanism(request, found_by))
+    if found_by is not None:
+        boundaries = found_by.candidate.boundaries
+    elif isinstance(request.grouping, Profile) or names_document(text):
         found = request.grouping if isinstance(request.grouping, Profile) else text
         boundaries, options = joint_choice(found, setup.workload)
         setup, settings = setup.with_options(options), replace(settings, options=options)
@@ -66,28 +85,24 @@ def run(request: TrainRequest) -> Train:
     draft: dict[str, Any] = start_document(
         "train", setup, device=setup.device, grouping=text, **_known_of(settings), **plan
     )
-    draft["randomness"] = settings.streams().describe()
+    draft |= {"randomness": settings.streams().describe(), "not_private": NOT_PRIVATE["train"]}
     request.notify(Begun(draft))
     trace = setup.trace()
+    if found_by is not None:
+        found_by.check(setup.workload, trace)
     chosen = Grouping.parse(trace, text) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
     settings.plan(chosen)  # refused before anything runs
     draft |= {**plan, **_describe_grouping(trace, text, chosen), "curve": [], "thresholds": [], "steps": 0}
-    draft["not_private"] = NOT_PRIVATE["train"]
-    try:
-        _run(setup, chosen, settings, draft, request.notify)
-    except KeyboardInterrupt as interrupt:
-        done = draft["steps"]
-        spent = settings.statement(_train_size(setup), steps=done)
-        draft |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
-        said = f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
-        raise Interrupted(said, Train.from_json(draft)) from interrupt
+    model = _trained(setup, chosen, settings, draft, request)
+    if folder is not None:
+        _save(setup, draft, folder, found_by, model)
     return Train.from_json(draft)
 
 
-def _asked(grouping: str | Path | Sequence[int] | Profile) -> str:
+def _asked(grouping: str | Path | Sequence[int] | Profile | Search) -> str:
     """The grouping as the document says it."""
-    if isinstance(grouping, Profile):
-        return "joint"
+    if isinstance(grouping, (Profile, Search)):
+        return "joint" if isinstance(grouping, Profile) else "search"
     if isinstance(grouping, (str, Path)):
         return str(grouping)
     return ",".join(map(str, grouping)) or "all-layer"
@@ -98,9 +113,27 @@ def _known_of(settings: TrainSettings) -> dict[str, Any]:
     return {} if settings.seed is None else {"seed": settings.seed}
 
 
-def _mechanism(request: TrainRequest) -> dict[str, Any]:
-    """Changes of the settings that the mechanism's own options ask for."""
+def _as_searched(request: TrainRequest, found: Winner | None) -> TrainRequest:
+    """The request with the way of taking a step that a candidate's peak is of, where several were searched."""
+    variant = None if found is None else found.variant
+    if variant is None:
+        return request
+    return replace(
+        request,
+        checkpoint=variant.checkpoint,
+        norm_method=variant.norm_method,
+        batch_size=variant.batch_size,
+        micro_batches=variant.micro_batches if variant.micro_batches > 1 else request.micro_batches,
+    )
+
+
+def _mechanism(request: TrainRequest, found: Winner | None) -> dict[str, Any]:
+    """Changes of the settings that the mechanism's own options ask for, or what a search found."""
     changes: dict[str, Any] = {}
+    if found is not None and found.candidate.rule is not None and request.rule is None:
+        changes["rule"] = found.candidate.rule
+    if found is not None and found.candidate.allocation is not None:
+        changes["allocation"] = allotment(found.candidate.allocation, ALLOCATIONS, adaptive=True)
     if request.thresholds is not None:
         changes["allocation"] = allotment(request.thresholds, ALLOCATIONS, adaptive=True)
     if request.noise_allocation is not None:
@@ -130,8 +163,38 @@ def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str,
     }
 
 
-def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, draft: dict[str, Any], notify: Notify) -> None:
+def _trained(
+    setup: Setup, grouping: Grouping, settings: TrainSettings, draft: dict[str, Any], request: TrainRequest
+) -> nn.Module:
+    """The trained model; an interrupt leaves the document of the steps so far."""
+    try:
+        return _run(setup, grouping, settings, draft, request)
+    except KeyboardInterrupt as interrupt:
+        done = draft["steps"]
+        spent = settings.statement(_train_size(setup), steps=done)
+        draft |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
+        said = f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
+        said += "" if request.checkpoint_every is None else " --resume goes on with the last checkpoint."
+        raise Interrupted(said, Train.from_json(draft)) from interrupt
+
+
+def _run(
+    setup: Setup,
+    grouping: Grouping,
+    settings: TrainSettings,
+    draft: dict[str, Any],
+    request: TrainRequest,
+) -> nn.Module:
     """Train, and keep in the document what is known after every step."""
+    notify = request.notify
+    checkpoints = None
+    if request.save is not None:
+        path = checkpoint_path(Path(request.save))
+        checkpoints = Checkpoints(path, request.checkpoint_every or 0, request.resume)
+        if request.resume and not path.is_file():
+            notify(Said(f"Found no checkpoint {path}: the training begins at its beginning."))
+        elif not request.resume:
+            checkpoints.remove()
 
     def on_step(step: int, point: CurvePoint | None) -> None:
         draft["steps"] = step
@@ -141,7 +204,8 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, draft: dict[
                 draft["thresholds"].append([point.step, *point.thresholds])
         notify(Advanced("Training", "", step, settings.steps))
 
-    result = train_workload(setup.loaded, grouping, settings, on_step)
+    kept: list[nn.Module] = []
+    result = train_workload(setup.loaded, grouping, settings, on_step, checkpoints=checkpoints, on_end=kept.append)
     draft |= {
         "metric": {"name": result.metric_name, "mean": result.metric},
         "step_seconds": result.step_seconds,
@@ -151,6 +215,22 @@ def _run(setup: Setup, grouping: Grouping, settings: TrainSettings, draft: dict[
         "checked": None if result.checked is None else result.checked.to_json(),
         "watched": None if result.watched is None else result.watched.to_json(),
     }
+    return kept[0]
+
+
+def _save(setup: Setup, document: dict[str, Any], folder: Path, found: Winner | None, model: nn.Module) -> None:
+    """Make the folder of the weights, after which there is nothing to go on with."""
+    told = "".join(f", {key}={value!r}" for key, value in setup.settings.items())
+    task = f'model = groupsearch.load_workload("{setup.workload}"{told}).build()'
+
+    def fill(made: Path) -> None:
+        saved = setup.loaded.save(model, made, str(folder))
+        if saved.needs_model and setup.given is None:
+            saved = replace(saved, loading=f"import groupsearch\n\n{task}\n{saved.loading}")
+        write_card(made, document, saved, None if found is None else found.cost)
+
+    write_folder(folder, fill)
+    Checkpoints(checkpoint_path(folder)).remove()
 
 
 def _train_size(setup: Setup) -> int:

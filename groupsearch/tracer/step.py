@@ -251,7 +251,9 @@ def make_stage(
 
 
 def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bool = True) -> tuple[nn.Module, Any]:
-    """A copy of a model (or the model itself) and of a batch on a device.
+    """A copy of a model (or the model itself) and of a batch on a device, as a training step would hold it.
+
+    A batch of slices, of expanded or shared storage is then one of its own, as a loader makes it.
 
     Raises:
         GroupSearchError: when the device is not there.
@@ -264,11 +266,18 @@ def real_copy(model: nn.Module, batch: Any, device: torch.device, copy_model: bo
     own = copy_of(model) if copy_model else model
     try:
         moved = own.to(device)
-        return moved, map_tensors(lambda t: t.to(device), batch)
+        return moved, map_tensors(lambda t: _on_its_own(t.to(device)), batch)
     except (RuntimeError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
         raise GroupSearchError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from error
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """The tensor, if its storage is all its own, else a copy that has one."""
+    if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _casting(loss: Loss, autocast: str, device: torch.device) -> Loss:

@@ -13,6 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
 from groupsearch.tracer.sites import sites_of
 from groupsearch.training.agreement import check_sites
+from groupsearch.training.checkpoints import Checkpoints, agreement, frozen_digest, learned, restore
 from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
 from groupsearch.training.settings import TrainSettings
 from groupsearch.workloads.blocks import checkpoint_as
@@ -37,10 +40,17 @@ _LOSS_SCALE = 2.0**10
 _SHOWN = 16
 
 OnStep = Callable[[int, CurvePoint | None], None]
+OnEnd = Callable[[nn.Module], None]
 
 
 def train(
-    workload: Workload, grouping: Grouping | None, settings: TrainSettings, on_step: OnStep | None = None
+    workload: Workload,
+    grouping: Grouping | None,
+    settings: TrainSettings,
+    on_step: OnStep | None = None,
+    *,
+    checkpoints: Checkpoints | None = None,
+    on_end: OnEnd | None = None,
 ) -> TrainResult:
     """Trains a freshly built model of the workload, with differential privacy unless ``grouping`` is None.
 
@@ -56,7 +66,10 @@ def train(
             and without noise, for reference.
         settings: see :class:`TrainSettings`.
         on_step: called after every step with its number, from 1, and with the point of the curve
-            where the step was evaluated. What it raises ends the training.
+            where the step was evaluated. What it raises ends the training. A training that is gone on with
+            begins with the points there were.
+        checkpoints: where to write checkpoints, and whether to go on with the one that is there.
+        on_end: called with the trained model, without the engine.
 
     Raises:
         DivergedError: when a weight is no longer finite. Nothing is decided by losses or metrics, which are of
@@ -64,7 +77,8 @@ def train(
         UnsupportedModelError: when the model cannot be trained privately, or has no blocks to checkpoint.
         GroupSearchError: when the workload has no data, when both or neither of epsilon and the
             noise multiplier are given for private training, or when the model has other sites than
-            the grouping; nothing has been trained then.
+            the grouping; nothing has been trained then. For a checkpoint of another training, or one that cannot be
+            written.
     """
     if workload.data is None:
         raise GroupSearchError(
@@ -74,16 +88,28 @@ def train(
     size = workload.data.train_size
     noise_multiplier = 0.0 if grouping is None else settings.noise_multiplier_for(size)
     statement = None if grouping is None else settings.statement(size)
-    run = _Run(workload, workload.data, settings, grouping, noise_multiplier)
-    points, seconds = [], []
+    tell = on_step or (lambda step, point: None)
+    known = agreement(workload, grouping, settings)
+    resumed = None if checkpoints is None else checkpoints.read(known)
+    run = _Run(workload, workload.data, settings, grouping, noise_multiplier, resumed)
+    points, seconds, taken = _so_far(resumed)
+    for point in points:
+        tell(point.step, point)
     with run.attached():
-        for step, logical in enumerate(run.batches, start=1):
+        if resumed is not None and checkpoints is not None:
+            run.restore(resumed, checkpoints.path)
+            tell(taken, None)
+        for step, logical in enumerate(run.batches if taken < settings.steps else (), start=taken + 1):
             seconds.append(run.step(step, logical))
-            point = run.evaluate(step) if run.is_due(step) else None
-            if point is not None:
-                points.append(point)
-            if on_step is not None:
-                on_step(step, point)
+            due = run.evaluate(step) if run.is_due(step) else None
+            if due is not None:
+                points.append(due)
+            tell(step, due)
+            if checkpoints is not None and checkpoints.every and step % checkpoints.every == 0:
+                rows = [(p.step, p.loss, p.metric, p.thresholds) for p in points]
+                checkpoints.write({"agreed": known, "points": rows, "seconds": seconds, **run.state(step)})
+    if on_end is not None:
+        on_end(run.model)
     return TrainResult(
         metric=points[-1].metric,
         metric_name=workload.metric_name,
@@ -100,6 +126,14 @@ def train(
     )
 
 
+def _so_far(resumed: Mapping[str, Any] | None) -> tuple[list[CurvePoint], list[float], int]:
+    """The curve, the steps' seconds and how many steps were taken when the checkpoint was written."""
+    if resumed is None:
+        return [], [], 0
+    points = [CurvePoint(step, loss, metric, tuple(more)) for step, loss, metric, more in resumed["points"]]
+    return points, list(resumed["seconds"]), int(resumed["step"])
+
+
 class _Run:
     """A model in training: its optimizer, its batches, its judge."""
 
@@ -110,6 +144,7 @@ class _Run:
         settings: TrainSettings,
         grouping: Grouping | None,
         noise_multiplier: float,
+        resumed: Mapping[str, Any] | None = None,
     ) -> None:
         self.workload = workload
         self.data = data
@@ -120,7 +155,11 @@ class _Run:
         self.report: EngineReport | None = None
         self.streams = settings.streams()
         self.device = torch.device(settings.device)
-        self.model = workload.build(self.streams.number("weights")).to(self.device)
+        self._cuda = [self.device] if self.device.type == "cuda" else []
+        self._frozen = ""
+        # Weights that are not trained are those of this number again when the run is gone on with.
+        self.weights = self.streams.number("weights") if resumed is None else int(resumed["weights"])
+        self.model = workload.build(self.weights).to(self.device)
         checkpoint_as(self.model, settings.checkpoint)
         self.scaler = GradScaler(self.device.type, _LOSS_SCALE, enabled=settings.autocast == "float16")
         self.optimizer = make_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
@@ -173,6 +212,36 @@ class _Run:
             finally:
                 self.report = self.engine.report()
                 self.engine.detach()
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What the run can be gone on with after so many steps; of an experiment with all that is random."""
+        exact = self.settings.seed is not None
+        self._frozen = self._frozen or frozen_digest(self.model)
+        return {
+            "step": step,
+            "weights": self.weights,
+            "frozen": self._frozen,
+            "model": learned(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "engine": None if self.engine is None else self.engine.state_dict(exact=exact),
+            "batches": self.batches.state_dict(exact=exact),
+            "dropout": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)] if exact else [],
+        }
+
+    def restore(self, state: Mapping[str, Any], path: Path) -> None:
+        """Go on where a run stood.
+
+        Raises:
+            GroupSearchError: when it was a run of another model or other data.
+        """
+        exact = self.settings.seed is not None
+        restore(self.model, state, path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.engine is not None:
+            self.engine.load_state_dict(state["engine"], exact=exact)
+        self.batches.load_state_dict(state["batches"], exact=exact)
+        for device, generator in zip((None, *self._cuda), state["dropout"], strict=False):
+            torch.set_rng_state(generator) if device is None else torch.cuda.set_rng_state(generator, device)
 
     def _check_sites(self, grouping: Grouping) -> None:
         few: Batch = self._select(self.data.train, torch.arange(min(_SHOWN, self.data.train_size), device="cpu"))

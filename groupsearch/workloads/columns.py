@@ -5,6 +5,7 @@ Shapes: B rows, T positions, C channels, H by W pixels.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from groupsearch.errors import GroupSearchError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
 class Reader(Protocol):
@@ -183,6 +185,13 @@ def load_tokenizer(text: str, folder: str) -> Any:
     """
     remedy = "Save the model's own there with tokenizer.save_pretrained, or name its folder with processor=..."
     return _load("AutoTokenizer", "tokenizer", text, folder, _TOKENIZER_FILES, remedy)
+
+
+def copy_processor(folder: str, to: Path) -> None:
+    """Copy what a folder has of a tokenizer and an image processor, so that a saved model has its own."""
+    for file in (*_TOKENIZER_FILES, *_PROCESSOR_FILES, *_OTHER_FILES):
+        if (Path(folder) / file).is_file():
+            shutil.copyfile(Path(folder) / file, to / file)
 
 
 def _load(auto_class: str, kind: str, text: str, folder: str, files: tuple[str, ...], remedy: str) -> Any:

@@ -55,6 +55,11 @@ def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) ->
     return duplicated
 
 
+def shapes_of(model: nn.Module) -> nn.Module:
+    """A copy with every tensor on the meta device, ties kept; copies no data."""
+    return copy_of(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False))
+
+
 def _refusal(model: nn.Module, error: Exception) -> UnsupportedModelError:
     """Names the attribute that cannot be copied, which is found by copying one after another."""
     where = "Something on the model"

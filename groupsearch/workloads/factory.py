@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.workloads.batches import count_examples, first_examples
-from groupsearch.workloads.copies import copy_of
+from groupsearch.workloads.copies import shapes_of
+from groupsearch.workloads.modes import in_training_mode
 from groupsearch.workloads.settings import read_settings, read_value
 from groupsearch.workloads.workload import Workload, fixed_seed, seeded
 
@@ -60,7 +61,9 @@ def workload_of(text: str, factory: Factory, settings: Mapping[str, Any]) -> Wor
     with fixed_seed(0):
         result = _call(text, factory, values)
     if isinstance(result, Workload):
-        workload = replace(result, name=text, settings={**result.settings, **values})
+        build = _with_a_word(f"The build of {text}", result.build)
+        workload = in_mode(replace(result, build=build))
+        workload = replace(workload, name=text, settings={**result.settings, **values})
     else:
         workload = _from_triple(text, lambda: _call(text, factory, values), result, values)
     if batch_size is not None:
@@ -69,12 +72,18 @@ def workload_of(text: str, factory: Factory, settings: Mapping[str, Any]) -> Wor
     return workload
 
 
+def in_mode(workload: Workload) -> Workload:
+    """The workload whose models are built in training mode, see :func:`in_training_mode`."""
+    return replace(workload, build=lambda *seed, **named: in_training_mode(workload.build(*seed, **named)))
+
+
 def _from_triple(text: str, again: Callable[[], Any], result: Any, values: Mapping[str, Any]) -> Workload:
     model, batch, loss = _check_triple(text, result)
-    rebuild = seeded(lambda: _check_triple(text, again())[0])
+    in_training_mode(model)
+    rebuild = seeded(lambda: in_training_mode(_check_triple(text, again())[0]))
 
     def build(seed: int = 0) -> nn.Module:
-        return _meta_copy(model) if torch.get_default_device().type == "meta" else rebuild(seed)
+        return shapes_of(model) if torch.get_default_device().type == "meta" else rebuild(seed)
 
     return Workload(
         name=text,
@@ -174,17 +183,21 @@ def _check_signature(text: str, factory: Factory, values: Mapping[str, Any]) -> 
 
 
 def _call(text: str, factory: Factory, values: Mapping[str, Any]) -> Any:
-    try:
-        return factory(**values)
-    except GroupSearchError:
-        raise
-    except Exception as error:
-        raise GroupSearchError(f"{text} raised {_describe(error)}. Mend the function or its settings.") from error
+    return _with_a_word(text, factory)(**values)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """The model with every tensor on the meta device, ties kept; copies no data."""
-    return copy_of(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False))
+def _with_a_word(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's function, whose accidents are told in a paragraph."""
+
+    def call(*args: Any, **values: Any) -> Any:
+        try:
+            return function(*args, **values)
+        except Exception as error:
+            if isinstance(error, GroupSearchError) or is_out_of_memory(error):
+                raise
+            raise GroupSearchError(f"{text} raised {_describe(error)}. Mend the function or its settings.") from error
+
+    return call
 
 
 def _describe(error: Exception) -> str:

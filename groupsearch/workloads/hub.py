@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 from groupsearch.errors import GroupSearchError
+from groupsearch.workloads.adapters import add_lora, read_lora
+from groupsearch.workloads.columns import copy_processor
 from groupsearch.workloads.hub_data import DATA_SETTINGS, hub_data, with_data
 from groupsearch.workloads.pretrained import load_pretrained, weights_folder
+from groupsearch.workloads.saving import Save, Saved, save_weights
 from groupsearch.workloads.settings import read_settings, require_choice
 from groupsearch.workloads.tasks import TASKS, Task, choose_task
 from groupsearch.workloads.workload import Workload, seeded
@@ -36,6 +39,11 @@ HUB_SETTINGS: Mapping[str, Any] = {
     "processor": None,
     "validation": None,
     "metric": None,
+    "lora": None,
+    "lora_alpha": None,
+    "lora_targets": None,
+    "lora_dropout": None,
+    "lora_head": None,
 }
 _CHOICES = {
     "attn_implementation": ("sdpa", "eager"),
@@ -79,7 +87,8 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
 
     Its weights are those of the folder NAME, where it holds any, or of the setting ``weights``; else they
     are random. With the setting ``data``, a folder, it can be trained; see
-    :func:`groupsearch.workloads.hub_data.hub_data`.
+    :func:`groupsearch.workloads.hub_data.hub_data`. With the setting ``lora``, a rank, adapters are trained and the
+    weights are frozen; see :func:`groupsearch.workloads.adapters.read_lora`.
 
     Raises:
         GroupSearchError: when transformers is missing, the name is not known here, a setting is wrong,
@@ -92,24 +101,33 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
     config = _configuration(transformers, text, name)
     task_name = choose_task(text, config, settings["task"])
     task = TASKS[task_name]
-    settings = _complete(text, settings, config, task)
-    _configure(config, settings, task)
+    lora = read_lora(text, settings, labelled=task.labelled)
+    settings = _complete(text, settings, config, task) | {key: lora[key] for key in lora if lora[key] is not None}
+    found = _configure(config, settings, task)
     weights = weights_folder(text, name, settings.get("weights"))
     data = hub_data(text, settings, config, task, str(weights or name)) if "data" in settings else None
 
     def make() -> nn.Module:
         # from_config sets the attention of the configuration it is given: let every model have its own.
         own_config = type(config).from_dict(config.to_dict())
-        how = {"attn_implementation": settings["attn_implementation"], "dtype": getattr(torch, settings["dtype"])}
+        how: dict[str, Any] = {
+            "attn_implementation": settings["attn_implementation"],
+            "dtype": getattr(torch, settings["dtype"]),
+        }
         if weights is not None and torch.get_default_device().type != "meta":
-            return load_pretrained(transformers, text, task.auto_class, weights, own_config, **how).train()
+            # A head that is neither trained nor saved must not begin at random.
+            how["whole"] = bool(lora) and not task.labelled and not lora["lora_head"]
+            return adapted(load_pretrained(transformers, text, task.auto_class, weights, own_config, **how))
         try:
             model: nn.Module = getattr(transformers, task.auto_class).from_config(own_config, **how)
         except (ValueError, ImportError) as error:
             raise GroupSearchError(
                 f"transformers could not build {text}: {_paragraph(error)}. Change the setting or the configuration."
             ) from error
-        return model.train()
+        return adapted(model)
+
+    def adapted(model: nn.Module) -> nn.Module:
+        return (add_lora(text, model, task_name, lora, str(weights or "")) if lora else model).train()
 
     workload = Workload(
         name=text,
@@ -118,6 +136,7 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
         loss=task.loss,
         batch_size=settings["batch_size"],
         settings={**settings, "task": task_name},
+        save=_saver(found, settings.get("processor", str(weights or name))),
     )
     return workload if data is None else with_data(workload, data, task)
 
@@ -162,7 +181,9 @@ def _longest(config: Any) -> int | None:
     return None if positions is None else positions - offset
 
 
-def _configure(config: Any, settings: Mapping[str, Any], task: Task) -> None:
+def _configure(config: Any, settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Set a configuration up for training; what it said before of what ends with it."""
+    found = {"use_cache": getattr(config, "use_cache", True)}
     config.use_cache = False
     if task.labelled:
         config.num_labels = settings["num_labels"]
@@ -171,7 +192,27 @@ def _configure(config: Any, settings: Mapping[str, Any], task: Task) -> None:
     if settings["dropout"] == "off":
         for key, value in config.to_dict().items():
             if ("drop" in key) and isinstance(value, float):
+                found[key] = value
                 setattr(config, key, 0.0)
+    return found
+
+
+def _saver(found: Mapping[str, Any], processor: str) -> Save:
+    """Writes a model with its configuration as it was found, and with what makes tensors of its inputs."""
+
+    def save(model: Any, folder: Path, place: str) -> Saved:
+        ours = {key: getattr(model.config, key) for key in found}
+        try:
+            for key, value in found.items():
+                setattr(model.config, key, value)
+            saved = save_weights(model, folder, place)
+        finally:
+            for key, value in ours.items():
+                setattr(model.config, key, value)
+        copy_processor(processor, folder)
+        return saved
+
+    return save
 
 
 def _transformers(text: str) -> ModuleType:

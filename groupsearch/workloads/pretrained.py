@@ -45,12 +45,12 @@ def weights_folder(text: str, name: str, setting: str | None) -> Path | None:
 
 
 def load_pretrained(
-    transformers: ModuleType, text: str, auto_class: str, folder: Path, config: Any, **how: Any
+    transformers: ModuleType, text: str, auto_class: str, folder: Path, config: Any, *, whole: bool, **how: Any
 ) -> nn.Module:
     """A model with the weights of a folder.
 
     A head that the weights do not have, or have for another number of labels, is left as it was
-    initialised at random; what lies below the head must be complete.
+    initialised at random, unless the ``whole`` model is wanted; what lies below the head must be complete.
 
     Args:
         transformers: the package.
@@ -58,13 +58,14 @@ def load_pretrained(
         auto_class: the class of transformers that chooses the model's class.
         folder: where the weights are, see :func:`weights_folder`.
         config: the model's own configuration.
+        whole: whether the head must be there, too.
         **how: further arguments of ``from_pretrained``.
 
     Raises:
         GroupSearchError: when the weights cannot be read, or are not those of this model.
     """
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             model, found = getattr(transformers, auto_class).from_pretrained(
                 str(folder),
                 config=config,
@@ -80,7 +81,7 @@ def load_pretrained(
             f"The weights in {folder} could not be loaded for {text}: {_first_line(error)}. Save the model again with "
             f"save_pretrained, or give weights={RANDOM}."
         ) from error
-    body = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    body = f"{model.base_model_prefix}." if not whole and hasattr(model, model.base_model_prefix) else ""
     # A mismatch is (name, shape in the file, shape in the model).
     lacking = {*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])}
     # A pooler belongs to the head, wherever a model class keeps it.
@@ -90,7 +91,7 @@ def load_pretrained(
         raise GroupSearchError(
             f"Expected the weights in {folder} to be those of {text} ({type(model).__name__}); missing or of another "
             f"shape are {', '.join(sorted(lacking)[:_SHOWN])}{more}. Name the folder that the model was saved in, with "
-            f"its config.json, or give weights={RANDOM}."
+            f"its config.json, or give weights={RANDOM}{', or train the head, too, with lora_head=true' * whole}."
         )
     loaded: nn.Module = model
     return loaded
@@ -101,8 +102,8 @@ def _holds_weights(folder: Path) -> bool:
 
 
 @contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without the progress bars and reports of loading: the library prints nothing."""
+def quiet(transformers: ModuleType) -> Iterator[None]:
+    """Without the progress bars and reports of loading and saving: the library prints nothing."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

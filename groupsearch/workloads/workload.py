@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import GroupSearchError, is_out_of_memory
+from groupsearch.workloads.copies import shapes_of
+from groupsearch.workloads.saving import Save, save_weights
 
 Batch = Mapping[str, Tensor]
 PerExample = Callable[[nn.Module, Any], Tensor]
@@ -79,8 +81,9 @@ class Workload:
 
     Attributes:
         name: the text that :func:`groupsearch.workloads.load_workload` was given.
-        build: ``build(seed=0)`` makes the model, on torch's default device: under
-            ``torch.device("meta")`` it allocates nothing. The same seed gives the same weights.
+        build: ``build(seed=0)`` makes the model, on torch's default device. The same seed gives the same weights. It
+            is first tried under ``torch.device("meta")``, where it should allocate nothing; one that fails there
+            (``from_pretrained``, values that are looked at, adapters) is called once for real.
         make_batch: ``make_batch(B)`` gives a mapping of CPU tensors with B examples, the same each time.
         loss: ``loss(model, batch)`` is one loss per example, shape (B,).
         metric: ``metric(model, batch)`` is one score per example, shape (B,), up is better; or None.
@@ -93,6 +96,7 @@ class Workload:
         settings: what the workload was made with, for documents.
         views: K, how many views of every example a step takes, see :func:`groupsearch.workloads.views.with_views`.
         augment: makes the views of one another different; None where they are not.
+        save: writes a trained model into a folder, as :func:`groupsearch.workloads.saving.save_weights` does.
     """
 
     name: str
@@ -108,11 +112,33 @@ class Workload:
     settings: Mapping[str, Any] = field(default_factory=dict)
     views: int = 1
     augment: Callable[[Any], Any] | None = None
+    save: Save = save_weights
 
     @cached_property
     def model(self) -> nn.Module:
         """The model of ``build()``, made once."""
         return self.build()
+
+    def empty(self) -> nn.Module:
+        """The model with every tensor on the meta device, another one at every call.
+
+        Raises:
+            GroupSearchError: when ``build`` fails on a real device, too.
+        """
+        return shapes_of(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> nn.Module:
+        if "model" in vars(self):
+            return shapes_of(self.model)
+        try:
+            with torch.device("meta"):
+                return shapes_of(self.build())
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+        # Whatever it was that meta tensors cannot do: with values it may be done.
+        return shapes_of(self.build())
 
 
 @contextmanager

@@ -1,0 +1,197 @@
+"""The folder that a training leaves: weights, and beside them the privacy they were trained under."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from groupsearch.errors import GroupSearchError
+from groupsearch.records import document_text
+from groupsearch.units import format_number
+
+if TYPE_CHECKING:
+    from groupsearch.workloads.saving import Saved
+
+CARD = "privacy.json"
+README = "README.md"
+_SHARED = (
+    *("model", "environment", "grouping", "boundaries", "groups", "rule", "max_grad_norm", "allocation"),
+    *("noise_allocation", "noise_multiplier", "optimizer", "learning_rate", "sampling", "sampling_rate"),
+    *("expected_examples", "steps", "epsilon", "delta", "added_delta", "privacy", "randomness"),
+)
+_UNKNOWN = (
+    "It is not known what was chosen by a look at private data before this training (grouping, learning rate, number "
+    "of steps), nor what that cost: epsilon leaves it out."
+)
+
+
+def checkpoint_path(folder: Path) -> Path:
+    """Where the checkpoint of a training is that is to leave this folder."""
+    return folder.with_name(f"{folder.name}.checkpoint")
+
+
+def check_folder(folder: str | Path, *, force: bool = False, resume: bool = False) -> Path:
+    """The folder, if weights may be put there: to be asked before the training, not after it.
+
+    With ``force`` a folder that a training left, or an empty one, is replaced, and a checkpoint thrown away; one with
+    other things in it never is.
+
+    Raises:
+        GroupSearchError: when it is there already, or what it is to be made in is not there or cannot be written.
+    """
+    folder, name = Path(folder), Path(folder).name
+    unfinished = checkpoint_path(folder).is_file()
+    if not name or not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise GroupSearchError(
+            f"Expected a folder to make for the weights, in one that is there and can be written, found {folder}. Name "
+            f"another, or make {folder.parent} first."
+        )
+    if folder.exists() and not (folder / CARD).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise GroupSearchError(
+            f"Expected a folder to make for the weights, found {folder}, which is there and was not left by "
+            "`groupsearch train --save`: it is not overwritten, with --force neither. Name another."
+        )
+    if resume and folder.exists() and not unfinished:
+        raise GroupSearchError(
+            f"Found the weights of a finished training in {folder}, and no checkpoint to go on with. Use them, or "
+            "train anew into another folder, or with --force in place of --resume."
+        )
+    if folder.exists() and not (force or resume):
+        raise GroupSearchError(
+            f"{folder} exists already and is not overwritten. Name another folder, or overwrite it with --force."
+        )
+    if unfinished and not (force or resume):
+        raise GroupSearchError(
+            f"Found {checkpoint_path(folder)}, the checkpoint of a training that did not end. Go on with --resume, or "
+            "throw it away with --force."
+        )
+    return folder
+
+
+def folder_of(save: str | Path | None, checkpoint_every: int | None, resume: bool, force: bool) -> Path | None:
+    """The folder for the weights, if there may be one.
+
+    Raises:
+        GroupSearchError: when it may not be written, or checkpoints are asked for without it.
+    """
+    if save is not None:
+        return check_folder(save, force=force, resume=resume)
+    if resume or checkpoint_every is not None:
+        raise GroupSearchError(
+            "Found --checkpoint-every or --resume without --save: checkpoints lie beside the folder of the weights. "
+            "Give --save FOLDER, too."
+        )
+    return None
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder whole or not at all: it is filled under another name beside its place, and renamed.
+
+    One that is there (see :func:`check_folder`) is replaced.
+
+    Raises:
+        GroupSearchError: when it cannot be written; nothing has changed then.
+    """
+    made = None
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".tmp", dir=folder.parent))
+        fill(made)
+        made.chmod(0o755)
+        for path in [*made.rglob("*"), made]:
+            _sync(path)
+        if folder.exists():
+            before = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".old", dir=folder.parent))
+            os.replace(folder, before / folder.name)
+            os.replace(made, folder)
+            shutil.rmtree(before)
+        else:
+            os.replace(made, folder)
+        _sync(folder.parent)
+        made = None
+    except OSError as error:
+        raise GroupSearchError(
+            f"Expected to write the weights into {folder}, found: {error.strerror or error}. Nothing was written "
+            "there. See that the disk has room; with --checkpoint-every, --resume goes on with the last checkpoint."
+        ) from error
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def write_card(made: Path, document: Mapping[str, Any], saved: Saved, search: Mapping[str, Any] | None) -> None:
+    """Write what the weights are and what they cost in privacy, to be read by programs and by people.
+
+    Exact numbers about validation data, metric and curve, stay in the training's document: weights are published.
+
+    Args:
+        made: the folder.
+        document: of the training.
+        saved: how the weights were written.
+        search: the part of a search's document that says what choosing cost; None where nothing is known.
+    """
+    card = {
+        "kind": "weights",
+        "schema_version": 1,
+        "weights": {"what": saved.what, "library": saved.library, "base": saved.base, "loading": saved.loading},
+        "search": search or {"epsilon": None, "statement": _UNKNOWN},
+        **{key: document[key] for key in _SHARED if key in document},
+    }
+    card["clip_plan"] = {
+        key: card[key] for key in ("boundaries", "groups", "rule", "max_grad_norm", "allocation", "noise_allocation")
+    }
+    (made / CARD).write_text(document_text(card) + "\n", encoding="utf-8")
+    (made / README).write_text(_readme(card), encoding="utf-8")
+
+
+def _readme(card: Mapping[str, Any]) -> str:
+    weights, model = card["weights"], card["model"]["name"]
+    front = {"library_name": weights["library"], "base_model": weights["base"], "tags": "[differential-privacy]"}
+    settings = {
+        "groups": card["groups"],
+        "clip rule": card["rule"],
+        "norm that thresholds are allotted from": format_number(card["max_grad_norm"]),
+        "noise multiplier": format_number(card["noise_multiplier"]),
+        "sampling": f"{card['sampling']}, rate {format_number(card['sampling_rate'])}",
+        "steps": card["steps"],
+        "optimizer": f"{card['optimizer']}, learning rate {format_number(card['learning_rate'])}",
+        **{package: version for package, version in card["environment"]["packages"].items()},
+    }
+    lines = [
+        "---",
+        *(f"{key}: {value}" for key, value in front.items() if value),
+        "---",
+        "",
+        f"# {model}, trained with differential privacy",
+        "",
+        f"Here are {weights['what']}. {' '.join(card['privacy']['sentences'])}",
+        "",
+        f"What was chosen beforehand: {card['search']['statement']}",
+        "",
+        f"`{CARD}` says the same to programs.",
+        "",
+        "## Loading",
+        "",
+        "```python",
+        weights["loading"],
+        "model.eval()",
+        "```",
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in settings.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

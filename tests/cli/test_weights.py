@@ -1,0 +1,178 @@
+"""``train --save``: weights that load without groupsearch, with what they cost beside them, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import groupsearch as gs
+from groupsearch.engine.loading import physical_chunks
+from groupsearch.errors import GroupSearchError
+from groupsearch.jobs import weights
+from groupsearch.workloads import Workload, load_workload
+from tests.cli.running import refused, run
+from tests.workloads.test_hub_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
+
+SMALL = ("digits-vit", "--setting", "blocks=1", "--setting", "width=8", "--steps", 3, "--grouping", "best:2")
+
+
+def trained(*args: object) -> dict[str, Any]:
+    result = run("train", *args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def loaded(folder: Path) -> nn.Module:
+    """The model that the README's own lines make."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of tied heads and of what it asks transformers
+        exec(code, names)
+    return names["model"]
+
+
+@torch.no_grad()
+def judged(model: nn.Module, workload: Workload) -> float:
+    """The metric as the command takes it: in pieces of the physical batch."""
+    assert workload.data is not None
+    assert workload.metric is not None
+    assert not model.training
+    total = 0.0
+    for chunk in physical_chunks(torch.arange(workload.data.validation_size), workload.batch_size):
+        batch = {name: tensor[chunk] for name, tensor in workload.data.validation.items()}
+        total += workload.metric(model, batch).double().sum().item()
+    return total / workload.data.validation_size
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write(tmp_path / "data", text=TEXTS, label=LABELS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "files"),
+    [
+        ("bert", {}, {"config.json", "model.safetensors"}),
+        ("bert", {"lora": 2}, {"adapter_config.json", "adapter_model.safetensors"}),
+        (
+            "bert",
+            {"lora": 2, "lora_head": "false", "num_labels": 3},
+            {"adapter_config.json", "adapter_model.safetensors"},
+        ),
+        ("bert", {"lora": 2, "weights": "random"}, {"adapter_config.json", "adapter_model.safetensors", "base"}),
+        ("gpt2", {}, {"config.json", "generation_config.json", "model.safetensors"}),
+        ("gpt2", {"lora": 2}, {"adapter_config.json", "adapter_model.safetensors"}),
+        ("gpt2", {"lora": 2, "lora_head": "true"}, {"adapter_config.json", "adapter_model.safetensors"}),
+        (
+            "gpt2",
+            {"lora": 2, "task": "sequence-classification", "dtype": "bfloat16"},
+            {"adapter_config.json", "adapter_model.safetensors"},
+        ),
+    ],
+)
+def test_weights_of_transformers_load_and_are_judged_to_the_last_digit(
+    kind: str,
+    settings: dict[str, Any],
+    files: set[str],
+    saved: Callable[[str], Path],  # noqa: F811
+    data: str,
+    tmp_path: Path,
+) -> None:
+    settings = {"data": data, "sequence_length": 8, "batch_size": 16, **settings}
+    asked = [part for key, value in settings.items() for part in ("--setting", f"{key}={value}")]
+    place, text = tmp_path / "weights", f"hf:{saved(kind)}"
+    document = trained(text, *asked, "--grouping", "best:2", "--steps", 3, "--learning-rate", 0.1, "--save", place)
+    written = {path.name for path in place.iterdir()}
+    assert written == files | {"README.md", "privacy.json", "tokenizer.json", "tokenizer_config.json"}
+    assert judged(loaded(place), load_workload(text, **settings)) == document["metric"]["mean"]
+    if "lora" in settings:
+        with safe_open(place / "adapter_model.safetensors", "pt") as file:
+            assert all("lora_" in name or re.search("classifier|pooler|score|lm_head", name) for name in file.keys())  # noqa: SIM118
+    else:
+        config = json.loads((place / "config.json").read_text())
+        assert max(value for key, value in config.items() if "drop" in key and value) == 0.1, "dropout is as it was"
+        assert (
+            judged(load_workload(f"hf:{place}", **settings).build().eval(), load_workload(text, **settings))
+            == (document["metric"]["mean"])
+        )
+
+
+def test_weights_of_another_model_are_a_state_dict(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    document = trained(*SMALL, "--save", place, "--checkpoint-every", 2)
+    assert {path.name for path in place.iterdir()} == {"README.md", "privacy.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"], "neither checkpoint nor anything half-written"
+    workload = load_workload("digits-vit", blocks=1, width=8)
+    assert judged(loaded(place), workload) == document["metric"]["mean"]
+    assert oct(place.stat().st_mode)[-3:] == "755"
+
+
+def test_the_card_says_what_the_weights_cost_and_no_exact_number(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    document = trained(*SMALL, "--save", place, "--epsilon", 4)
+    card = json.loads((place / "privacy.json").read_text())
+    for key in ("epsilon", "delta", "privacy", "noise_multiplier", "sampling", "sampling_rate", "steps", "environment"):
+        assert card[key] == document[key], key
+    assert card["clip_plan"]["boundaries"] == document["boundaries"]
+    assert card["clip_plan"]["rule"] == document["rule"]
+    assert card["privacy"]["covered"]
+    assert card["privacy"]["not_covered"]
+    assert card["search"]["epsilon"] is None
+    assert "not known what was chosen" in card["search"]["statement"]
+    readme = (place / "README.md").read_text()
+    assert all(sentence in readme for sentence in document["privacy"]["sentences"])
+    assert not {"metric", "curve", "step_seconds"} & card.keys()
+    for text in (readme, (place / "privacy.json").read_text()):
+        assert str(document["metric"]["mean"]) not in text
+
+
+def test_nothing_is_overwritten_and_nothing_trained_for_it(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    trained(*SMALL, "--save", place, "--seed", 1)
+    before = (place / "model.safetensors").read_bytes()
+    assert "exists already and is not overwritten" in refused("train", *SMALL, "--save", place, "--json")
+    assert (place / "model.safetensors").read_bytes() == before
+    trained(*SMALL, "--save", place, "--seed", 2, "--force")
+    assert (place / "model.safetensors").read_bytes() != before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    assert "was not left by `groupsearch train" in refused("train", *SMALL, "--save", tmp_path / "other", "--force")
+    assert "in one that is there" in refused("train", *SMALL, "--save", tmp_path / "nowhere" / "weights")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "weights"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(made: Path, *rest: object) -> None:
+        assert (made / "model.safetensors").is_file()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("groupsearch.jobs.train.write_card", full)
+    place = tmp_path / "weights"
+    with pytest.raises(GroupSearchError, match=r"No space left on device\. Nothing was written"):
+        gs.train("digits-vit", setting={"blocks": 1, "width": 8}, steps=1, grouping="all-layer", save=place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+
+    def fill(made: Path) -> None:
+        assert not place.exists() or (place / "first").is_file()
+        (made / ("second" if place.exists() else "first")).write_text("")
+        if (made / "second").is_file():
+            raise OSError("failed")
+
+    weights.write_folder(place, fill)
+    with pytest.raises(GroupSearchError, match="failed"):
+        weights.write_folder(place, fill)
+    assert [path.name for path in tmp_path.rglob("*")] == ["weights", "first"]
