@@ -1,4 +1,7 @@
-"""Gram matrices of per-example gradients, from which the effect of any clip plan follows without a model."""
+"""Gram matrices of per-example gradients, from which the effect of any clip plan follows without a model.
+
+Apart from the proxy, which needs a model and torch; this needs neither.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The cheapest evidence on groupings: Gram matrices of per-example gradients, which score any of them without training.
 
 Shapes: n batches, L sites, B examples of a batch, P pairs of sites that share a parameter.
+
+Apart from the jobs, as it is of use without a search, too.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.step import real_copy
 from groupsearch.workloads import Workload, load_workload
-from groupsearch.workloads.factory import in_mode
-from groupsearch.workloads.modes import described
+from groupsearch.workloads.factory import described, in_mode
 
 
 @dataclass(frozen=True)

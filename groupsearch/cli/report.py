@@ -1,4 +1,7 @@
-"""``groupsearch report``: one self-contained HTML page from a document."""
+"""``groupsearch report``: one self-contained HTML page from a document.
+
+Apart from ``optimize``, which writes such a page, too: one file for each command.
+"""
 
 from __future__ import annotations
 

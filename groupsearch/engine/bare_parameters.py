@@ -10,6 +10,8 @@ Whether a tensor keeps the examples where the layer that is running keeps them i
 its size alone, for another dimension may have that size. Every layer's output asks for gradients,
 so what asks for them comes from the batch; what comes from it without gradients (ids, masks) is
 marked as it is made.
+
+Apart from the capture, as what is followed here needs no layer at all.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from groupsearch.randomness import (
     seeded_generator,
     source_of,
 )
-from groupsearch.workloads.views import group_views
+from groupsearch.workloads.batches import group_views
 
 # -- Poisson sampling of logical batches, and their division into physical ones --------------------
 #
@@ -289,7 +289,7 @@ class PoissonBatches:
         secure: draw the batches from a cipher, see :class:`groupsearch.randomness.SecureStream`.
         collate_fn: makes a physical batch of a list of elements; torch's default if None.
         views: K, how many times every example of a batch is loaded: tensors (B, ...) come as (B, K, ...). An example
-            is clipped once, whatever its views (:func:`groupsearch.workloads.views.mean_over_views`).
+            is clipped once, whatever its views (:func:`groupsearch.workloads.batches.mean_over_views`).
         augment: is given every physical batch as it was collated, with K rows of an example side by side, and
             changes row by row; None where the data set itself gives another view at every look.
         num_workers: processes that load; 0 for none.

@@ -1,4 +1,7 @@
-"""make_private: the one call that makes an existing loop differentially private."""
+"""make_private: the one call that makes an existing loop differentially private.
+
+Apart from the package, which names its two classes and nothing else.
+"""
 
 from __future__ import annotations
 

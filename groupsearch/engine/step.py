@@ -1,4 +1,7 @@
-"""What happens when the optimizer steps: the clipped sums become one noisy gradient."""
+"""What happens when the optimizer steps: the clipped sums become one noisy gradient.
+
+Apart from the engine, as these are the moments between two logical batches.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which sampler suggests groupings: ours, or one of Optuna's."""
+"""Which sampler suggests groupings: ours, or one of Optuna's.
+
+Apart from the run, as a sampler is chosen by name and knows nothing of evaluations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""trace_model: one step of the engine with every site a group of its own, written down as a Trace."""
+"""trace_model: one step of the engine with every site a group of its own, written down as a Trace.
+
+Apart from the package, whose call chooses between real and fake tensors.
+"""
 
 from __future__ import annotations
 

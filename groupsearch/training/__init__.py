@@ -2,7 +2,6 @@
 
 from groupsearch.training.checkpoints import Checkpoints
 from groupsearch.training.loop import OnEnd, OnStep, train
-from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
-from groupsearch.training.settings import TrainSettings
+from groupsearch.training.settings import CurvePoint, DivergedError, TrainResult, TrainSettings
 
 __all__ = ["Checkpoints", "CurvePoint", "DivergedError", "OnEnd", "OnStep", "TrainResult", "TrainSettings", "train"]

@@ -4,6 +4,8 @@ Initial weights, sampling, noise and dropout draw from separate streams, which n
 a seed is given. Two groupings trained with the same seed start from the same weights and see the same
 batches, so their difference is the grouping's: an experiment, whose epsilon holds for nobody who knows the seed.
 With that seed they also have the same noise, so what they publish together is not covered by adding their epsilons.
+
+Apart from the package, which names its functions and nothing else.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,45 @@ from groupsearch.engine.optimizers import make_optimizer
 from groupsearch.engine.truth.watch import EngineReport
 from groupsearch.errors import GroupSearchError
 from groupsearch.grouping import Grouping
+from groupsearch.trace import Site
 from groupsearch.tracer.sites import sites_of
-from groupsearch.training.agreement import check_sites
 from groupsearch.training.checkpoints import Checkpoints, agreement, frozen_digest, learned, restore
-from groupsearch.training.result import CurvePoint, DivergedError, TrainResult
-from groupsearch.training.settings import TrainSettings
+from groupsearch.training.settings import CurvePoint, DivergedError, TrainResult, TrainSettings
+from groupsearch.workloads.batches import repeat_views
 from groupsearch.workloads.blocks import checkpoint_as
-from groupsearch.workloads.views import repeat_views
 from groupsearch.workloads.workload import Batch, Data, Workload
+
+# -- Whether the model in training is the one that its grouping was made for -----------------------
+
+
+def check_sites(grouping: Grouping, observed: Sequence[Site]) -> None:
+    """Raise unless a model's sites are, by name, parameters and order, those of the grouping.
+
+    A plan tells which parameters share a threshold by the sites of the trace: with other sites in
+    the model its groups, and with them the sensitivity that the noise is scaled to, would be wrong.
+    Numbers of positions may differ, as batches of text do.
+
+    Args:
+        grouping: what the model is to be trained with.
+        observed: what :func:`groupsearch.tracer.observe_sites` found in the model.
+
+    Raises:
+        GroupSearchError: naming the first site that differs.
+    """
+    for number, (expected, found) in enumerate(zip_longest(grouping.sites, observed)):
+        if _told(expected) != _told(found):
+            raise GroupSearchError(
+                f"Expected the model to have the {len(grouping.sites)} sites that the grouping was made for, found "
+                f"{len(observed)}, and at site {number} {_told(found)} instead of {_told(expected)}. Profile the "
+                f"model again with the settings that it is trained with, and make the grouping from that trace."
+            )
+
+
+def _told(site: Site | None) -> str:
+    return "none" if site is None else f"{site.name} (parameters {', '.join(site.parameters)})"
+
+
+# -- loop ------------------------------------------------------------------------------------------
 
 # float16 takes small gradients for zero. A scale that adapts tells of overflows without noise, so it stays as it is.
 _LOSS_SCALE = 2.0**10

@@ -8,11 +8,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.workloads.digits import CNN_SETTINGS, VIT_SETTINGS, digits_cnn, digits_vit
+from groupsearch.workloads.embedded import CNN_SETTINGS, GPT_SETTINGS, VIT_SETTINGS, digits_cnn, digits_vit, stdlib_gpt
 from groupsearch.workloads.factory import is_factory, load_factory
 from groupsearch.workloads.hub import HUB_PREFIX, HUB_SETTINGS, known_architectures, load_hub
 from groupsearch.workloads.settings import read_settings
-from groupsearch.workloads.stdlib_text import GPT_SETTINGS, stdlib_gpt
 from groupsearch.workloads.tasks import TASKS
 from groupsearch.workloads.workload import Workload
 

@@ -94,7 +94,7 @@ class Workload:
         batch_size: the physical batch size to assume when none is given.
         training: how to train it, or None where there are no data.
         settings: what the workload was made with, for documents.
-        views: K, how many views of every example a step takes, see :func:`groupsearch.workloads.views.with_views`.
+        views: K, how many views of every example a step takes, see :func:`groupsearch.workloads.batches.with_views`.
         augment: makes the views of one another different; None where they are not.
         save: writes a trained model into a folder, as :func:`groupsearch.workloads.saving.save_weights` does.
     """

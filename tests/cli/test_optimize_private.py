@@ -24,7 +24,7 @@ from groupsearch.search import Choice
 from groupsearch.training import TrainSettings
 from groupsearch.units import format_at_most
 from groupsearch.workloads import load_workload
-from groupsearch.workloads.digits import classification_loss
+from groupsearch.workloads.embedded import classification_loss
 from tests.cli.running import refused, run
 
 SMALL = ("--setting", "blocks=1", "--setting", "width=8", "--verify", "none", "--steps", "4")

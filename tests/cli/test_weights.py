@@ -20,7 +20,7 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.jobs import weights
 from groupsearch.workloads import Workload, load_workload
 from tests.cli.running import refused, run
-from tests.workloads.test_hub_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
+from tests.workloads.test_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
 
 SMALL = ("digits-vit", "--setting", "blocks=1", "--setting", "width=8", "--steps", 3, "--grouping", "best:2")
 

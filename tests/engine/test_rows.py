@@ -21,7 +21,7 @@ from groupsearch.trace import Rows, Trace
 from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.step import made_private, make_stage, real_copy
 from groupsearch.training import TrainSettings, train
-from groupsearch.workloads.views import mean_over_views, repeat_views, with_views
+from groupsearch.workloads.batches import mean_over_views, repeat_views, with_views
 from groupsearch.workloads.workload import Data, Workload
 from tests.reference import clipped_sums, per_example_gradients
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import groupsearch as gs
 from groupsearch.workloads import load_workload
-from groupsearch.workloads.modes import described, in_training_mode
+from groupsearch.workloads.factory import described, in_training_mode
 from tests.cli.running import run
 
 FILE = """

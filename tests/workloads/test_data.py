@@ -325,7 +325,7 @@ def test_training_is_private_and_learns(kind: str, saved: Saved, tmp_path: Path)
 
 
 def test_training_defaults_fit_the_size_of_the_data() -> None:
-    from groupsearch.workloads.local_data import training_defaults
+    from groupsearch.workloads.data import training_defaults
 
     small, large = training_defaults(100), training_defaults(1_000_000)
     assert (small.sampling_rate, small.steps) == (0.2, 50)

@@ -15,7 +15,7 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.workloads.workload import Workload
 from tests.cli.running import refused, run
 from tests.workloads.conftest import CONFIGS
-from tests.workloads.test_hub_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
+from tests.workloads.test_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
 
 pytest.importorskip("peft")
 
