@@ -27,7 +27,7 @@ ELSEWHERE = {
     "documents/codec": "documents/test_documents.py",
     "documents/kinds": "documents/test_documents.py",
     "documents/rows": "documents/test_documents.py",
-    "documents/tables": "report/test_rungs.py",
+    "documents/tables": "documents/test_documents.py",
     "engine/bare_parameters": "engine/test_parity.py",
     "engine/book": "engine/test_parity.py",
     "engine/capture": "engine/test_parity.py",
