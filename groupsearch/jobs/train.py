@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -61,6 +60,27 @@ class TrainRequest(TrainingRequest):
     force: bool = False
 
 
+@dataclass
+class Draft:
+    """A document of a training while it runs.
+
+    Attributes:
+        known: everything that does not grow.
+        curve: step, loss and metric of what was evaluated.
+        thresholds: step and thresholds, where those are adaptive.
+        steps: taken so far.
+    """
+
+    known: dict[str, object]
+    curve: list[tuple[int, float, float | None]] = field(default_factory=list)
+    thresholds: list[tuple[float, ...]] = field(default_factory=list)
+    steps: int = 0
+
+    def document(self) -> Train:
+        """The training as far as it has come."""
+        return Train.from_json({**self.known, "curve": self.curve, "thresholds": self.thresholds, "steps": self.steps})
+
+
 def run(request: TrainRequest) -> Train:
     """Train with privacy and one grouping.
 
@@ -74,7 +94,7 @@ def run(request: TrainRequest) -> Train:
     found_by = winner_of(request.grouping, request.pick)
     folder = folder_of(request.save, request.checkpoint_every, request.resume, request.force)
     setup, settings = training_setup(_as_searched(request, found_by), request.evaluate_every, secure=request.secure)
-    settings = replace(settings, **_mechanism(request, found_by))
+    settings = _with_mechanism(settings, request, found_by)
     if found_by is not None:
         boundaries = found_by.candidate.boundaries
     elif isinstance(request.grouping, Profile) or names_document(text):
@@ -82,21 +102,20 @@ def run(request: TrainRequest) -> Train:
         boundaries, options = joint_choice(found, setup.workload)
         setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
-    draft: dict[str, Any] = start_document(
-        "train", setup, device=setup.device, grouping=text, **_known_of(settings), **plan
-    )
-    draft |= {"randomness": settings.streams().describe(), "not_private": NOT_PRIVATE["train"]}
-    request.notify(Begun(draft))
+    header = start_document("train", setup, device=setup.device, grouping=text, **_known_of(settings), **plan)
+    header |= {"randomness": settings.streams().describe(), "not_private": NOT_PRIVATE["train"]}
+    request.notify(Begun(header))
     trace = setup.trace()
     if found_by is not None:
         found_by.check(setup.workload, trace)
     chosen = Grouping.parse(trace, text) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
     settings.plan(chosen)  # refused before anything runs
-    draft |= {**plan, **_describe_grouping(trace, text, chosen), "curve": [], "thresholds": [], "steps": 0}
+    draft = Draft(header | plan | _describe_grouping(trace, text, chosen))
     model = _trained(setup, chosen, settings, draft, request)
+    document = draft.document()
     if folder is not None:
-        _save(setup, draft, folder, found_by, model)
-    return Train.from_json(draft)
+        _save(setup, document, folder, found_by, model)
+    return document
 
 
 def _asked(grouping: str | Path | Sequence[int] | Profile | Search) -> str:
@@ -108,7 +127,7 @@ def _asked(grouping: str | Path | Sequence[int] | Profile | Search) -> str:
     return ",".join(map(str, grouping)) or "all-layer"
 
 
-def _known_of(settings: TrainSettings) -> dict[str, Any]:
+def _known_of(settings: TrainSettings) -> dict[str, object]:
     """The seed of an experiment; a secret training has none to tell."""
     return {} if settings.seed is None else {"seed": settings.seed}
 
@@ -127,33 +146,36 @@ def _as_searched(request: TrainRequest, found: Winner | None) -> TrainRequest:
     )
 
 
-def _mechanism(request: TrainRequest, found: Winner | None) -> dict[str, Any]:
-    """Changes of the settings that the mechanism's own options ask for, or what a search found."""
-    changes: dict[str, Any] = {}
-    if found is not None and found.candidate.rule is not None and request.rule is None:
-        changes["rule"] = found.candidate.rule
-    if found is not None and found.candidate.allocation is not None:
-        changes["allocation"] = allotment(found.candidate.allocation, ALLOCATIONS, adaptive=True)
-    if request.thresholds is not None:
-        changes["allocation"] = allotment(request.thresholds, ALLOCATIONS, adaptive=True)
-    if request.noise_allocation is not None:
-        changes["noise_allocation"] = allotment(request.noise_allocation, NOISE_ALLOCATIONS)
+def _with_mechanism(settings: TrainSettings, request: TrainRequest, found: Winner | None) -> TrainSettings:
+    """The settings with the mechanism that its own options ask for, or that a search found."""
+    asked = request.thresholds
+    if found is not None:
+        if found.candidate.rule is not None and request.rule is None:
+            settings = replace(settings, rule=found.candidate.rule)
+        asked = found.candidate.allocation if asked is None else asked
+    allocation = None if asked is None else allotment(asked, ALLOCATIONS, adaptive=True)
     if request.count_noise is not None:
-        if not isinstance(changes.get("allocation"), AdaptiveQuantile):
+        if not isinstance(allocation, AdaptiveQuantile):
             raise GroupSearchError(
                 "Found --count-noise without --thresholds adaptive: fixed thresholds count nothing. Give both or none."
             )
-        changes["allocation"] = replace(changes["allocation"], count_noise=request.count_noise)
-    return changes
+        allocation = replace(allocation, count_noise=request.count_noise)
+    if allocation is not None:
+        settings = replace(settings, allocation=allocation)
+    if request.noise_allocation is not None:
+        shared = allotment(request.noise_allocation, NOISE_ALLOCATIONS)
+        assert not isinstance(shared, AdaptiveQuantile)  # which was not asked for
+        settings = replace(settings, noise_allocation=shared)
+    return settings
 
 
-def _describe_mechanism(settings: TrainSettings) -> dict[str, Any]:
+def _describe_mechanism(settings: TrainSettings) -> dict[str, object]:
     allocation = settings.allocation
     found = {"adaptive": asdict(allocation)} if isinstance(allocation, AdaptiveQuantile) else allocation
     return {"allocation": found, "noise_allocation": settings.noise_allocation, "sampling": "poisson"}
 
 
-def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str, Any]:
+def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str, object]:
     return {
         "trace": trace.to_json(),
         "grouping": text,
@@ -164,25 +186,25 @@ def _describe_grouping(trace: Trace, text: str, grouping: Grouping) -> dict[str,
 
 
 def _trained(
-    setup: Setup, grouping: Grouping, settings: TrainSettings, draft: dict[str, Any], request: TrainRequest
+    setup: Setup, grouping: Grouping, settings: TrainSettings, draft: Draft, request: TrainRequest
 ) -> nn.Module:
     """The trained model; an interrupt leaves the document of the steps so far."""
     try:
         return _run(setup, grouping, settings, draft, request)
     except KeyboardInterrupt as interrupt:
-        done = draft["steps"]
+        done = draft.steps
         spent = settings.statement(_train_size(setup), steps=done)
-        draft |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
+        draft.known |= {"epsilon": spent.epsilon, "privacy": spent.to_json()}
         said = f"Interrupted after {done} of {settings.steps} steps; the curve so far and what it cost are kept."
         said += "" if request.checkpoint_every is None else " --resume goes on with the last checkpoint."
-        raise Interrupted(said, Train.from_json(draft)) from interrupt
+        raise Interrupted(said, draft.document()) from interrupt
 
 
 def _run(
     setup: Setup,
     grouping: Grouping,
     settings: TrainSettings,
-    draft: dict[str, Any],
+    draft: Draft,
     request: TrainRequest,
 ) -> nn.Module:
     """Train, and keep in the document what is known after every step."""
@@ -197,16 +219,16 @@ def _run(
             checkpoints.remove()
 
     def on_step(step: int, point: CurvePoint | None) -> None:
-        draft["steps"] = step
+        draft.steps = step
         if point is not None:
-            draft["curve"].append([point.step, point.loss, point.metric])
+            draft.curve.append((point.step, point.loss, point.metric))
             if point.thresholds:
-                draft["thresholds"].append([point.step, *point.thresholds])
+                draft.thresholds.append((point.step, *point.thresholds))
         notify(Advanced("Training", "", step, settings.steps))
 
     kept: list[nn.Module] = []
     result = train_workload(setup.loaded, grouping, settings, on_step, checkpoints=checkpoints, on_end=kept.append)
-    draft |= {
+    draft.known |= {
         "metric": {"name": result.metric_name, "mean": result.metric},
         "step_seconds": result.step_seconds,
         "expected_examples": settings.steps * settings.sampling_rate * _train_size(setup),
@@ -218,7 +240,7 @@ def _run(
     return kept[0]
 
 
-def _save(setup: Setup, document: dict[str, Any], folder: Path, found: Winner | None, model: nn.Module) -> None:
+def _save(setup: Setup, document: Train, folder: Path, found: Winner | None, model: nn.Module) -> None:
     """Make the folder of the weights, after which there is nothing to go on with."""
     told = "".join(f", {key}={value!r}" for key, value in setup.settings.items())
     task = f'model = groupsearch.load_workload("{setup.workload}"{told}).build()'

@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from groupsearch.documents import Train
 from groupsearch.errors import GroupSearchError
 from groupsearch.records import document_text
 from groupsearch.units import format_number
@@ -122,7 +123,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def write_card(made: Path, document: Mapping[str, Any], saved: Saved, search: Mapping[str, Any] | None) -> None:
+def write_card(made: Path, document: Train, saved: Saved, search: Mapping[str, object] | None) -> None:
     """Write what the weights are and what they cost in privacy, to be read by programs and by people.
 
     Exact numbers about validation data, metric and curve, stay in the training's document: weights are published.
@@ -133,50 +134,50 @@ def write_card(made: Path, document: Mapping[str, Any], saved: Saved, search: Ma
         saved: how the weights were written.
         search: the part of a search's document that says what choosing cost; None where nothing is known.
     """
-    card = {
+    found, chosen = document.to_json(), search or {"epsilon": None, "statement": _UNKNOWN}
+    card: dict[str, object] = {
         "kind": "weights",
         "schema_version": 1,
         "weights": {"what": saved.what, "library": saved.library, "base": saved.base, "loading": saved.loading},
-        "search": search or {"epsilon": None, "statement": _UNKNOWN},
-        **{key: document[key] for key in _SHARED if key in document},
+        "search": chosen,
+        **{key: found[key] for key in _SHARED if key in found},
     }
     card["clip_plan"] = {
         key: card[key] for key in ("boundaries", "groups", "rule", "max_grad_norm", "allocation", "noise_allocation")
     }
     (made / CARD).write_text(document_text(card) + "\n", encoding="utf-8")
-    (made / README).write_text(_readme(card), encoding="utf-8")
+    (made / README).write_text(_readme(document, saved, str(chosen["statement"])), encoding="utf-8")
 
 
-def _readme(card: Mapping[str, Any]) -> str:
-    weights, model = card["weights"], card["model"]["name"]
-    front = {"library_name": weights["library"], "base_model": weights["base"], "tags": "[differential-privacy]"}
+def _readme(document: Train, saved: Saved, chosen: str) -> str:
+    front = {"library_name": saved.library, "base_model": saved.base, "tags": "[differential-privacy]"}
     settings = {
-        "groups": card["groups"],
-        "clip rule": card["rule"],
-        "norm that thresholds are allotted from": format_number(card["max_grad_norm"]),
-        "noise multiplier": format_number(card["noise_multiplier"]),
-        "sampling": f"{card['sampling']}, rate {format_number(card['sampling_rate'])}",
-        "steps": card["steps"],
-        "optimizer": f"{card['optimizer']}, learning rate {format_number(card['learning_rate'])}",
-        **{package: version for package, version in card["environment"]["packages"].items()},
+        "groups": document.groups,
+        "clip rule": document.rule,
+        "norm that thresholds are allotted from": format_number(document.max_grad_norm),
+        "noise multiplier": format_number(document.noise_multiplier),
+        "sampling": f"{document.sampling}, rate {format_number(document.sampling_rate)}",
+        "steps": document.steps,
+        "optimizer": f"{document.optimizer}, learning rate {format_number(document.learning_rate)}",
+        **document.environment.packages,
     }
     lines = [
         "---",
         *(f"{key}: {value}" for key, value in front.items() if value),
         "---",
         "",
-        f"# {model}, trained with differential privacy",
+        f"# {document.model.name}, trained with differential privacy",
         "",
-        f"Here are {weights['what']}. {' '.join(card['privacy']['sentences'])}",
+        f"Here are {saved.what}. {' '.join(document.privacy.sentences)}",
         "",
-        f"What was chosen beforehand: {card['search']['statement']}",
+        f"What was chosen beforehand: {chosen}",
         "",
         f"`{CARD}` says the same to programs.",
         "",
         "## Loading",
         "",
         "```python",
-        weights["loading"],
+        saved.loading,
         "model.eval()",
         "```",
         "",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from groupsearch.documents import Search
 from groupsearch.documents.rows import Candidate, Variant
@@ -30,7 +28,7 @@ class Winner:
     candidate: Candidate
 
     @property
-    def cost(self) -> dict[str, Any]:
+    def cost(self) -> dict[str, object]:
         """What choosing it cost in privacy, as far as the search says."""
         chosen = self.document.cost.selection
         if chosen is None:
@@ -103,7 +101,7 @@ def winner(found: str | Search, pick: int | str | None = None) -> Winner:
     return Winner(path, document, _chosen(document, path, number, pick))
 
 
-def winner_of(grouping: Any, pick: int | str | None) -> Winner | None:
+def winner_of(grouping: object, pick: int | str | None) -> Winner | None:
     """The candidate that is asked for, where a search is.
 
     Raises:
@@ -152,7 +150,7 @@ def _chosen(document: Search, where: str, number: str, pick: int | str | None) -
 
 
 def _settings(document: Search) -> str:
-    asked: Mapping[str, Any] = document.settings
+    asked = document.settings
     given = asked.get("workload")
     told = [f"--setting {key}={value}" for key, value in (given.items() if isinstance(given, dict) else ())]
     told = [text.replace("--setting batch_size=", "--batch-size ") for text in told]
