@@ -28,12 +28,12 @@ import torch
 from torch import nn
 
 from benchmarks.architectures import ARCHITECTURES, CONFIGURATIONS, CONVOLUTIONS, WITHOUT_BLOCKS, small_workload
-from groupsearch.grouping import Grouping
 from groupsearch.measure import private_peak
-from groupsearch.memory import peak_memory
-from groupsearch.partition import front
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import front
+from groupsearch.plan.trace import Trace
 from groupsearch.records import document_text, write_text
-from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.scratch import cpu_scratch

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from groupsearch.clipping import ClipPlan
+from groupsearch.plan.clipping import ClipPlan
 from groupsearch.records import check_destination, document_text, environment, write_text
 from tests.case import Case
 from tests.privacy import broken

@@ -30,10 +30,10 @@ from benchmarks.bench_step import (
     Step,
     environment,
 )
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private, mechanism
 from groupsearch.engine.mechanism import Gaussians, add_noise_
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.randomness import SecureStream, secret_generator
 from groupsearch.records import document_text, write_text
 from groupsearch.tracer.sites import observe_sites

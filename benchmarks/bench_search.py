@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 import optuna
 
-from groupsearch.grouping import Grouping
-from groupsearch.memory import peaks
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peaks
 from groupsearch.search import Choice, SearchSettings, hypervolume, run_search
 from groupsearch.search.candidates import pareto
 from groupsearch.search.space import Space

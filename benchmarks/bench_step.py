@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.accuracy import version_of
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.arithmetic import as_on
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.records import document_text, write_text
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload

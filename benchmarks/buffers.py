@@ -17,8 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from groupsearch.memory import lifetimes
-from groupsearch.trace import Trace
+from groupsearch.plan.memory import lifetimes
+from groupsearch.plan.trace import Trace
 from groupsearch.tracer.step import StepSettings, fake_stage
 from groupsearch.workloads import Workload
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from benchmarks.accuracy import environment
 from benchmarks.realistic import MODELS
-from groupsearch.grouping import Grouping
-from groupsearch.memory import peak_memory
-from groupsearch.partition import floor_bytes, front
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import floor_bytes, front
+from groupsearch.plan.trace import Trace
 from groupsearch.records import document_text, write_text
 from groupsearch.report.finding import NEAR_FLOOR, finding, parts
-from groupsearch.trace import Trace
 
 OUTPUT = Path("profiles/evidence-cpu.json")
 AUTOCAST = ("none", "bfloat16")

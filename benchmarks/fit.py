@@ -19,8 +19,8 @@ from typing import Any
 
 from groupsearch.documents.rows import FitRow
 from groupsearch.fit import BATCH, MARGIN, Room, Sizes, fit_rows
-from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak
+from groupsearch.plan.grouping import Grouping
 from groupsearch.records import document_text, environment
 from groupsearch.units import format_bytes, parse_bytes
 from groupsearch.verify import Setup

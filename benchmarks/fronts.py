@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import environment
-from groupsearch.grouping import Grouping
-from groupsearch.memory import peak_memory
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.trace import Trace
 from groupsearch.records import document_text, write_text
 from groupsearch.search.statistics import half_width
-from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings, train
 from groupsearch.units import format_bytes, format_interval, format_number
 from groupsearch.workloads import load_workload

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from groupsearch.clipping import ClipPlan, gradient_noise_multiplier
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan, gradient_noise_multiplier
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Trace
 from groupsearch.records import read_document
-from groupsearch.trace import Trace
 from groupsearch.units import format_number, format_signed_percent
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,12 +26,12 @@ from typing import Any
 
 from benchmarks.accuracy import environment
 from groupsearch.gram import Grams
-from groupsearch.grouping import Grouping, named_groupings
-from groupsearch.partition import front
+from groupsearch.plan.grouping import Grouping, named_groupings
+from groupsearch.plan.partition import front
+from groupsearch.plan.trace import Trace
 from groupsearch.proxy import gram_matrices
 from groupsearch.records import document_text, write_text
 from groupsearch.search.statistics import rank_correlation
-from groupsearch.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import Workload, load_workload

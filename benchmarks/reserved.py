@@ -18,12 +18,12 @@ from typing import Any
 
 from benchmarks.accuracy import environment
 from benchmarks.evidence import MODELS as EVIDENCE
-from groupsearch.grouping import named_groupings
-from groupsearch.memory import peak_memory
-from groupsearch.partition import front
+from groupsearch.plan.grouping import named_groupings
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import front
+from groupsearch.plan.reserved import Rules, replay_memory
+from groupsearch.plan.trace import Trace
 from groupsearch.records import document_text, write_text
-from groupsearch.reserved import Rules, replay_memory
-from groupsearch.trace import Trace
 from groupsearch.verify import Setup
 
 OUTPUT = Path("profiles/reserved-cpu.json")

@@ -178,7 +178,7 @@ def reopen(storage: str, folder: str, answers: Any) -> None:
 
 
 def _draw(problem: Problem, parts: dict[str, Any], folder: Path) -> int:
-    from groupsearch.partition import floor_bytes
+    from groupsearch.plan.partition import floor_bytes
     from groupsearch.records import environment, write_document
 
     trace = problem.trace

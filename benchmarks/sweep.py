@@ -15,11 +15,11 @@ from typing import Any
 
 from benchmarks.accuracy import environment
 from benchmarks.buffers import held_by, peak_bytes
-from groupsearch.grouping import Grouping
-from groupsearch.memory import cost_table, peaks
-from groupsearch.partition import floor_bytes
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import cost_table, peaks
+from groupsearch.plan.partition import floor_bytes
+from groupsearch.plan.trace import Trace
 from groupsearch.records import document_text, write_text
-from groupsearch.trace import Trace
 from groupsearch.verify import Setup
 
 OUTPUT = Path("profiles/sweep-cpu.json")

@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from benchmarks.bench_step import environment
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.private import PrivateEngine
 from groupsearch.engine.truth.watch import MOST_BATCHES, RATE
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.records import document_text, write_text
 from groupsearch.tracer.sites import sites_of
 from groupsearch.workloads import load_workload

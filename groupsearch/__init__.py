@@ -8,7 +8,7 @@ the command's options as arguments. Four of them are also the package of that na
 
 >>> import groupsearch
 >>> groupsearch.Grouping.__module__
-'groupsearch.grouping'
+'groupsearch.plan.grouping'
 """
 
 from __future__ import annotations
@@ -20,73 +20,73 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from groupsearch.clipping import AdaptiveQuantile, ClipPlan
     from groupsearch.documents import Fit, Profile, Search, Train, Verify
     from groupsearch.engine import PrivateEngine, make_private
     from groupsearch.engine.loading import PoissonBatches
     from groupsearch.errors import BudgetError, DocumentError, GroupSearchError, ToleranceError, UnsupportedModelError
-    from groupsearch.export import to_fastdp, to_jax_privacy
-    from groupsearch.grouping import Grouping, fewest_groups, least_peak
     from groupsearch.jobs.fit import fit
     from groupsearch.jobs.profile import profile
     from groupsearch.jobs.search import search
     from groupsearch.jobs.train import train
     from groupsearch.jobs.verify import verify
-    from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice
     from groupsearch.measure import Measurement, measure_peak, simulate_peak
-    from groupsearch.memory import PeakEstimate, peak_memory, peaks
     from groupsearch.options import EngineOptions
+    from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
+    from groupsearch.plan.export import to_fastdp, to_jax_privacy
+    from groupsearch.plan.grouping import Grouping, fewest_groups, least_peak
+    from groupsearch.plan.joint import Alternatives, fewest_operations, least_peak_choice
+    from groupsearch.plan.memory import PeakEstimate, peak_memory, peaks
+    from groupsearch.plan.reserved import Holding, replay_memory
+    from groupsearch.plan.trace import Site, Trace
     from groupsearch.privacy.accounting import default_delta, noise_multiplier_for
     from groupsearch.records import read_document, write_document
     from groupsearch.report.page import report
-    from groupsearch.reserved import Holding, replay_memory
-    from groupsearch.trace import Site, Trace
     from groupsearch.tracer import trace_methods, trace_model
     from groupsearch.workloads import Workload, load_workload
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptiveQuantile": "clipping",
-    "Alternatives": "joint",
+    "AdaptiveQuantile": "plan.clipping",
+    "Alternatives": "plan.joint",
     "BudgetError": "errors",
-    "ClipPlan": "clipping",
+    "ClipPlan": "plan.clipping",
     "DocumentError": "errors",
     "EngineOptions": "options",
     "Fit": "documents",
     "GroupSearchError": "errors",
-    "Grouping": "grouping",
-    "Holding": "reserved",
+    "Grouping": "plan.grouping",
+    "Holding": "plan.reserved",
     "Measurement": "measure",
-    "PeakEstimate": "memory",
+    "PeakEstimate": "plan.memory",
     "PoissonBatches": "engine.loading",
     "PrivateEngine": "engine",
     "Profile": "documents",
     "Search": "documents",
-    "Site": "trace",
+    "Site": "plan.trace",
     "ToleranceError": "errors",
-    "Trace": "trace",
+    "Trace": "plan.trace",
     "Train": "documents",
     "UnsupportedModelError": "errors",
     "Verify": "documents",
     "Workload": "workloads",
     "default_delta": "privacy.accounting",
-    "fewest_groups": "grouping",
-    "fewest_operations": "joint",
-    "least_peak": "grouping",
-    "least_peak_choice": "joint",
+    "fewest_groups": "plan.grouping",
+    "fewest_operations": "plan.joint",
+    "least_peak": "plan.grouping",
+    "least_peak_choice": "plan.joint",
     "load_workload": "workloads",
     "make_private": "engine",
     "measure_peak": "measure",
     "noise_multiplier_for": "privacy.accounting",
-    "peak_memory": "memory",
-    "peaks": "memory",
+    "peak_memory": "plan.memory",
+    "peaks": "plan.memory",
     "profile": "jobs.profile",
     "read_document": "records",
-    "replay_memory": "reserved",
+    "replay_memory": "plan.reserved",
     "simulate_peak": "measure",
-    "to_fastdp": "export",
-    "to_jax_privacy": "export",
+    "to_fastdp": "plan.export",
+    "to_jax_privacy": "plan.export",
     "trace_methods": "tracer",
     "trace_model": "tracer",
     "train": "jobs.train",

@@ -14,10 +14,10 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from groupsearch.clipping import ClipPlan, clip_factors
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import ClipPlan, clip_factors
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 
 # -- What Gram matrices say of a clip plan: sums over examples, expectations, and the score made of them
 #
@@ -159,7 +159,7 @@ class Grams:
 
         Args:
             boundaries: of the grouping.
-            rule: as in :class:`~groupsearch.clipping.ClipPlan`, and so are the next three.
+            rule: as in :class:`~groupsearch.plan.clipping.ClipPlan`, and so are the next three.
             allocation: of the thresholds; fixed ones.
             max_grad_norm: R.
             noise_allocation: of the noise.

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.cards import card_of
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site
+from groupsearch.plan.cards import card_of
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import (

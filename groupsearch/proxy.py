@@ -26,9 +26,9 @@ from groupsearch.engine.layout import Layouts
 from groupsearch.engine.passes import Arrival
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.gram import Grams, sharing_pairs
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Site
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from groupsearch.tracer import observe_sites
 from groupsearch.tracer.discovery import Loss
 from groupsearch.training import CurvePoint, TrainSettings, train

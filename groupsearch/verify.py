@@ -14,18 +14,18 @@ from typing import Any, TypedDict
 
 import torch
 
-from groupsearch.cards import card_of
 from groupsearch.documents.rows import Check, Estimate, FrontRow, GroupingRow, Measurement, Simulation
 from groupsearch.errors import DocumentError, GroupSearchError
-from groupsearch.grouping import Grouping
-from groupsearch.joint import JOINT, Alternatives
 from groupsearch.measure import measure_peak, simulate_peak
-from groupsearch.memory import peak_memory
 from groupsearch.options import SITE_METHODS, EngineOptions
-from groupsearch.partition import front
+from groupsearch.plan.cards import card_of
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.joint import JOINT, Alternatives
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import front
+from groupsearch.plan.reserved import holding
+from groupsearch.plan.trace import Trace
 from groupsearch.records import COMMANDS
-from groupsearch.reserved import holding
-from groupsearch.trace import Trace
 from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.step import real_copy

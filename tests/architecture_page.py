@@ -25,7 +25,7 @@ def with_layers(text: str) -> str:
 def layers() -> list[list[str]]:
     """The modules of every layer that are there, the highest first, as the contract has them."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = (each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers")
+    (contract,) = (each for each in settings["tool"]["importlinter"]["contracts"] if each.get("containers"))
     named = ([name.strip(" ()") for name in re.split(r"[|:]", layer)] for layer in contract["layers"])
     found = ([name for name in layer if _source(name) is not None] for layer in named)
     return [layer for layer in found if layer]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import groupsearch as gs
 from groupsearch.errors import GroupSearchError
-from groupsearch.trace import Site
+from groupsearch.plan.trace import Site
 from groupsearch.tracer.sites import observe_sites
 from tests.alike import alike
 from tests.architectures import ARCHITECTURES, Architecture

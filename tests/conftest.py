@@ -35,12 +35,13 @@ FAST = {
     ),
     "the optimizer's step": ("engine/test_optimizers.py",),
     "groups, plans and the partition search": (
-        *("test_clipping.py", "test_grouping.py", "test_options.py", "test_partition.py", "test_gram.py"),
+        *("plan/test_clipping.py", "plan/test_grouping.py", "test_options.py", "plan/test_partition.py"),
+        *("test_gram.py",),
         *("search/test_choice.py", "search/test_candidates.py", "search/test_statistics.py", "search/test_space.py"),
         *("search/test_verdict_recommendation.py",),
     ),
-    "the memory model": ("test_memory.py", "test_reserved_segments.py", "test_trace.py"),
-    "documents": ("documents/test_documents.py", "test_records.py", "test_export.py", "test_units.py"),
+    "the memory model": ("plan/test_memory.py", "plan/test_reserved_segments.py", "plan/test_trace.py"),
+    "documents": ("documents/test_documents.py", "test_records.py", "plan/test_export.py", "test_units.py"),
     "the command line's errors and pages": ("cli/test_program.py", "cli/test_documents.py", "report/test_info.py"),
 }
 """The fast tier: what each of its files protects. ``pytest -m fast`` collects no others."""

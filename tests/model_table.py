@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from tests.case import Case
 from tests.engine.test_parity import DTYPES, assert_agree, groupings, step, truth, typical_norm
 from tests.reference import SiteGradients, combine, group_norms, magnitudes

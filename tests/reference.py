@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import AUTO_S_GAMMA, ClipPlan
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import AUTO_S_GAMMA, ClipPlan
+from groupsearch.plan.trace import Site
 
 Loss = Callable[[nn.Module, Any], Tensor]
 SiteGradients = list[dict[tuple[int, str], Tensor]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from groupsearch.trace import Booked, Trace
+from groupsearch.plan.trace import Booked, Trace
 
 
 def replay(trace: Trace, boundaries: Sequence[int]) -> list[int]:

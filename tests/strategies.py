@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
-from groupsearch.memory import UNREACHABLE_BYTES, CostTable
-from groupsearch.trace import Booked, CrossTerm, Instant, Site, StaticBytes, Trace
+from groupsearch.plan.memory import UNREACHABLE_BYTES, CostTable
+from groupsearch.plan.trace import Booked, CrossTerm, Instant, Site, StaticBytes, Trace
 
 Draw = Callable[[int, int], int]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.buffers import ONE_HOT_BYTES, Held, held_by, peak_bytes
-from groupsearch.trace import Trace
+from groupsearch.plan.trace import Trace
 from groupsearch.verify import Setup
 
 VOCABULARY, POSITIONS, BATCH = 8192, 128, 8

@@ -30,10 +30,10 @@ from groupsearch.fit import (
     summarise,
     with_rate,
 )
-from groupsearch.grouping import Grouping, fewest_groups
-from groupsearch.memory import peak_memory
-from groupsearch.partition import floor_bytes
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping, fewest_groups
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import floor_bytes
+from groupsearch.plan.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.units import parse_bytes
 from groupsearch.verify import Setup

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from groupsearch.clipping import RULES, AdaptiveQuantile, ClipPlan, clip_factors
 from groupsearch.errors import GroupSearchError
 from groupsearch.gram import Grams, sharing_pairs
-from groupsearch.grouping import Grouping
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import RULES, AdaptiveQuantile, ClipPlan, clip_factors
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from tests.reference import SiteGradients, clip_factor, combine
 
 SIZES = {"a": 3, "b": 2, "c": 5, "d": 1, "e": 4}

@@ -16,7 +16,6 @@ LIMIT_BYTES = 600 * 1024
 SMALL_FACE = 60
 ELSEWHERE = {
     "__main__": "cli/test_program.py",
-    "checked": "engine/test_truth.py",
     "cli": "cli/test_program.py",
     "cli/compare": "cli/test_documents.py",
     "cli/models": "cli/test_program.py",
@@ -55,6 +54,7 @@ ELSEWHERE = {
     "jobs/verify": "jobs/test_door.py",
     "jobs/weights": "cli/test_weights.py",
     "jobs/winners": "cli/test_winners.py",
+    "plan/checked": "engine/test_truth.py",
     "privacy": "privacy/test_statement.py",
     "report/figures": "report/test_page.py",
     "report/sections": "report/test_profile_sections.py",

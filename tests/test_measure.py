@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.accuracy import Subject
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.measure import CPU_METRIC, CUDA_METRIC, Measurement, measure_peak, measure_step
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.workloads import load_workload
 

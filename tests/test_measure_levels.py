@@ -20,10 +20,10 @@ from benchmarks.accuracy import Subject
 from benchmarks.architectures import BUILT_IN, small_workload
 from groupsearch.cli import parameters
 from groupsearch.engine.optimizers import OPTIMIZER_VARIANTS, OPTIMIZERS
-from groupsearch.grouping import Grouping
 from groupsearch.measure import simulate_peak
-from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, EngineOptions
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
 from groupsearch.tracer.step import AUTOCASTS, StepSettings
 from groupsearch.workloads import Workload
 from tests.cases import EVERY_CASE

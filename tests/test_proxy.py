@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from benchmarks import proxy as benchmark
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine.book import Groups
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.entries import Entry
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.gram import Grams, sharing_pairs
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from groupsearch.proxy import default_steps, gram, gram_matrices, site_grams
-from groupsearch.trace import Site
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import Workload, load_workload

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine.optimizers import OPTIMIZERS, make_optimizer, warm_state
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from groupsearch.privacy.accounting import default_delta, epsilon, noise_multiplier_for
-from groupsearch.trace import Site
 from groupsearch.tracer import observe_sites
 from groupsearch.training import CurvePoint, DivergedError, TrainSettings, train
 from groupsearch.workloads.workload import Data, TrainingDefaults, Workload, seeded

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from groupsearch.errors import DocumentError
-from groupsearch.grouping import named_groupings
-from groupsearch.memory import peaks
 from groupsearch.options import EngineOptions
+from groupsearch.plan.grouping import named_groupings
+from groupsearch.plan.memory import peaks
 from groupsearch.records import environment, new_document
 from groupsearch.verify import Setup, estimate_rows, front_rows, rows_to_check
 from tests.report.synthetic import profile_document, search_document, train_document, transformer_trace

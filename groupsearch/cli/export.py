@@ -10,9 +10,9 @@ import click
 
 from groupsearch.cli.parameters import Positive, json_option, no_seed_option
 from groupsearch.errors import DocumentError
-from groupsearch.grouping import Grouping
-from groupsearch.joint import JOINT
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.joint import JOINT
+from groupsearch.plan.trace import Trace
 
 FORMATS = ("fastdp", "jax-privacy")
 
@@ -33,8 +33,8 @@ def command(document: str, engine: str, text: str | None, max_grad_norm: float, 
     \b
     groupsearch export reports/digits-vit.json --format fastdp
     """
-    from groupsearch.clipping import ClipPlan
-    from groupsearch.export import to_fastdp, to_jax_privacy
+    from groupsearch.plan.clipping import ClipPlan
+    from groupsearch.plan.export import to_fastdp, to_jax_privacy
     from groupsearch.records import read_document
 
     grouping = _grouping(document, read_document(document), text)

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from groupsearch.clipping import RULES
 from groupsearch.errors import GroupSearchError
-from groupsearch.joint import JOINT
 from groupsearch.options import NORM_METHODS, checkpoint_interval
+from groupsearch.plan.clipping import RULES
+from groupsearch.plan.joint import JOINT
 from groupsearch.units import parse_bytes
 
 # of engine.optimizers and tracer.step, without loading torch for --help

@@ -17,9 +17,9 @@ from groupsearch.cli.parameters import (
     training_options,
 )
 from groupsearch.cli.terminal import say
-from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.request import allotment
+from groupsearch.plan.clipping import ALLOCATIONS, NOISE_ALLOCATIONS
 from groupsearch.privacy import not_private_sentence
 from groupsearch.units import format_bytes, format_interval, format_seconds
 

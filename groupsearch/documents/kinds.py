@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Self
 
-from groupsearch.checked import Checked
 from groupsearch.documents import tables
 from groupsearch.documents.codec import Part
 from groupsearch.documents.rows import (
@@ -41,9 +40,10 @@ from groupsearch.documents.rows import (
 )
 from groupsearch.documents.tables import Table
 from groupsearch.errors import DocumentError
+from groupsearch.plan.checked import Checked
+from groupsearch.plan.trace import Trace
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.records import COMMANDS, SCHEMA_VERSION, check_header, plain, read_document, write_document
-from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 
 _SHOWN = 12

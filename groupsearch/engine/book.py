@@ -21,7 +21,7 @@ from groupsearch.engine.arithmetic import habits_of
 from groupsearch.engine.entries import Entry, inner, of_examples
 from groupsearch.engine.passes import Arrival, Pass
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.trace import Site
+from groupsearch.plan.trace import Site
 
 
 class Observer(Protocol):

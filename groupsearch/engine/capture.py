@@ -31,7 +31,7 @@ from groupsearch.engine.taps import Hook, Take, with_gradient
 from groupsearch.engine.whole import Left, RandomDraws, WholeCall, check_nothing_left, left_on
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Rows
+from groupsearch.plan.trace import Rows
 from groupsearch.workloads.blocks import CheckpointedForward
 
 _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()

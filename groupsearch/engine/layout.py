@@ -6,7 +6,7 @@ inside the module rows have left their examples (routed tokens); only what goes 
 first or folded.
 
 The model itself may be called with several rows of every example (augmented views, triplets): then all of
-this is of K B rows, side by side or apart (:class:`~groupsearch.trace.Rows`), and belongs to B examples.
+this is of K B rows, side by side or apart (:class:`~groupsearch.plan.trace.Rows`), and belongs to B examples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.trace import Rows, Site
+from groupsearch.plan.trace import Rows, Site
 
 ONE_ROW = Rows()
 

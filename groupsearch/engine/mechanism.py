@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan, clip_factors, gradient_noise_multiplier
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan, clip_factors, gradient_noise_multiplier
 from groupsearch.randomness import SecureStream, Source, draw_words, make_secret
 
 # -- Gaussian noise on a clipped sum: what it is drawn from, how far it reaches, and how it is rounded

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine.layers import Layer, rule_for
 from groupsearch.engine.layout import Layouts
 from groupsearch.errors import OutsideUseError, UnsupportedModelError
+from groupsearch.plan.clipping import ClipPlan
 
 
 def owned_layers(model: nn.Module, layouts: Layouts | None = None) -> tuple[Layer, ...]:

@@ -13,7 +13,7 @@ from groupsearch.engine.entries import Entry
 from groupsearch.engine.layers import Layer
 from groupsearch.engine.layout import ONE_ROW, by_example, rows_per_example
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.trace import Rows
+from groupsearch.plan.trace import Rows
 
 
 @dataclass(eq=False)

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from groupsearch.checked import Checked
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine.book import Groups, Ledger
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.layout import Layouts
@@ -31,10 +29,12 @@ from groupsearch.engine.truth.draws import alike
 from groupsearch.engine.truth.watch import RATE, EngineReport, Watch
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.plan.checked import Checked
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.trace import Rows, Site, shared_parameters, weights_with_choice
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.privacy.accounting import Accountant, SizesSeen
 from groupsearch.randomness import source_of
-from groupsearch.trace import Rows, Site, shared_parameters, weights_with_choice
 
 # -- The engine's state as plain types and tensors, and what must agree for a run to be resumed ----
 

@@ -29,7 +29,7 @@ from groupsearch.engine.layout import fold_rows
 from groupsearch.engine.passes import Pass
 from groupsearch.engine.taps import Autocast, Take, with_gradients
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
-from groupsearch.trace import Rows
+from groupsearch.plan.trace import Rows
 
 
 def called(name: str) -> str:

@@ -14,9 +14,9 @@ from groupsearch.documents.rows import FitRow, Poisson, Rate, Timing
 from groupsearch.engine.loading import batch_quantile
 from groupsearch.errors import BudgetError, GroupSearchError
 from groupsearch.fit.sizes import BATCH, BEST, LIMIT, NON_PRIVATE, Sizes, held_on_card, largest_within, length_setting
-from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak
-from groupsearch.reserved import on_card
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.reserved import on_card
 from groupsearch.units import format_bytes, format_count, format_number, format_percent, format_ratio
 from groupsearch.verify import held_bytes
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from groupsearch.errors import GroupSearchError, is_out_of_memory
-from groupsearch.grouping import Grouping
-from groupsearch.memory import peak_memory
-from groupsearch.partition import floor_bytes, front
-from groupsearch.reserved import held_within, on_card
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import floor_bytes, front
+from groupsearch.plan.reserved import held_within, on_card
+from groupsearch.plan.trace import Trace
 from groupsearch.verify import Setup
 from groupsearch.workloads import Workload
 from groupsearch.workloads.batches import count_examples, tensors_of

@@ -10,18 +10,18 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, TypedDict
 
-from groupsearch.clipping import RULES, AdaptiveQuantile
 from groupsearch.documents.rows import Variant
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import LOSS, Advanced, Evaluated, Notify, Said, described
 from groupsearch.jobs.request import RUNGS, SearchRequest, bytes_of
 from groupsearch.options import NORM_METHODS, EngineOptions, checkpoint_interval
+from groupsearch.plan.clipping import RULES, AdaptiveQuantile
 
 if TYPE_CHECKING:
-    from groupsearch.grouping import Grouping
+    from groupsearch.plan.grouping import Grouping
+    from groupsearch.plan.trace import Trace
     from groupsearch.search import Choice, Event, Outcome, Proxy, SearchResult, SearchSettings, Short
     from groupsearch.search.space import Variants
-    from groupsearch.trace import Trace
     from groupsearch.training import TrainSettings
     from groupsearch.verify import Setup
 
@@ -126,7 +126,7 @@ class Ways:
 
     def of_choice(self, choice: Choice, training: TrainSettings) -> tuple[Grouping, TrainSettings]:
         """The grouping of a choice, and how it is trained: in the way that needs least memory, by its mechanism."""
-        from groupsearch.grouping import Grouping
+        from groupsearch.plan.grouping import Grouping
 
         name = self.variants.cheapest(choice.boundaries)
         settings = mechanism_of(choice, training)

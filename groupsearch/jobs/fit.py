@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
-from groupsearch.cards import card_of
 from groupsearch.documents import Fit
 from groupsearch.documents.rows import FitRow, Fitting
 from groupsearch.errors import GroupSearchError
@@ -23,7 +22,8 @@ from groupsearch.fit import (
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import StepRequest, bytes_of, door, texts_of
 from groupsearch.jobs.stages import Asked, estimated, make_setup, start_document, tracing
-from groupsearch.reserved import CARD_MARGIN, CONTEXT_BYTES
+from groupsearch.plan.cards import card_of
+from groupsearch.plan.reserved import CARD_MARGIN, CONTEXT_BYTES
 from groupsearch.units import format_bytes
 
 

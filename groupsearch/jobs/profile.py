@@ -19,7 +19,7 @@ from groupsearch.jobs.stages import (
     start_document,
     tracing,
 )
-from groupsearch.joint import JOINT
+from groupsearch.plan.joint import JOINT
 
 
 @dataclass(frozen=True)

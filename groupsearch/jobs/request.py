@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from groupsearch.clipping import AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Notify, ignore
+from groupsearch.plan.clipping import AdaptiveQuantile
 from groupsearch.units import parse_bytes
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from groupsearch.documents import Profile, Search
 from groupsearch.documents.rows import Candidate, Metric
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping, fewest_groups
 from groupsearch.jobs.evaluation import (
     COSTS,
     Ways,
@@ -35,6 +34,8 @@ from groupsearch.jobs.stages import (
     tracing,
     training_setup,
 )
+from groupsearch.plan.grouping import Grouping, fewest_groups
+from groupsearch.plan.trace import Trace
 from groupsearch.privacy import NOT_PRIVATE, PrivacyStatement, SelectionCost
 from groupsearch.randomness import secret_rng
 from groupsearch.search import Choice, SearchSettings
@@ -50,7 +51,6 @@ from groupsearch.search.selection import (
 )
 from groupsearch.search.shared import shown
 from groupsearch.search.space import Space
-from groupsearch.trace import Trace
 from groupsearch.training import DivergedError, TrainSettings, train
 from groupsearch.units import format_bytes, format_count, format_interval, format_number
 from groupsearch.verify import Setup

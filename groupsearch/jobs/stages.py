@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from groupsearch.cards import card_of, named_cards
 from groupsearch.documents import Profile
 from groupsearch.documents.rows import Bound, Compared, Estimate, FrontRow, Joint, Measurement, Simulation
 from groupsearch.errors import DocumentError, GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.jobs.events import Advanced, Notify, Said
 from groupsearch.jobs.request import LEVELS, StepRequest, TrainingRequest
-from groupsearch.joint import JOINT, Alternatives, JointChoice, fewest_operations, least_peak_choice
-from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, SITE_METHODS, EngineOptions
-from groupsearch.partition import floor_bytes
+from groupsearch.plan.cards import card_of, named_cards
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.joint import JOINT, Alternatives, JointChoice, fewest_operations, least_peak_choice
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import floor_bytes
+from groupsearch.plan.trace import Trace
 from groupsearch.privacy.accounting import default_delta, epsilon, noise_multiplier_for
 from groupsearch.records import environment, new_document
 from groupsearch.report.finding import finding, joint_finding
-from groupsearch.trace import Trace
 from groupsearch.training import TrainSettings
 from groupsearch.units import format_number
 from groupsearch.verify import Setup, check_measurable, estimate_rows, front_rows, held_bytes

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from torch import nn
 
-from groupsearch.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
 from groupsearch.documents import Profile, Search, Train
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import TrainingRequest, allotment, door
 from groupsearch.jobs.stages import describe, joint_choice, names_document, start_document, training_setup
 from groupsearch.jobs.weights import checkpoint_path, folder_of, write_card, write_folder
 from groupsearch.jobs.winners import Winner, winner_of
-from groupsearch.memory import peak_memory
+from groupsearch.plan.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.trace import Trace
 from groupsearch.privacy import NOT_PRIVATE
-from groupsearch.trace import Trace
 from groupsearch.training import Checkpoints, CurvePoint, TrainSettings
 from groupsearch.training import train as train_workload
 from groupsearch.verify import Setup

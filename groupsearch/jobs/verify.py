@@ -11,8 +11,8 @@ from groupsearch.documents.rows import Check
 from groupsearch.jobs.events import Advanced, Begun, Interrupted
 from groupsearch.jobs.request import Request, door
 from groupsearch.jobs.stages import check_device, start_document
+from groupsearch.plan.trace import Trace
 from groupsearch.records import read_document
-from groupsearch.trace import Trace
 from groupsearch.verify import Setup, check_rows, rows_to_check
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from groupsearch.documents import Search
 from groupsearch.documents.rows import Candidate, Variant
 from groupsearch.errors import BudgetError, DocumentError, GroupSearchError
+from groupsearch.plan.trace import Trace
 from groupsearch.records import read_document
-from groupsearch.trace import Trace
 from groupsearch.units import format_bytes, parse_bytes
 
 

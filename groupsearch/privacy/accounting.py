@@ -7,7 +7,7 @@ Poisson sampling: batches of a fixed size and shuffled epochs cost more, and are
 The figure that is reported comes from privacy loss distributions (``pld``) where there are any;
 Renyi differential privacy (``rdp``) is looser and serves as the cross-check. Adaptive thresholds change
 nothing here: their counts are paid for by more noise on the gradients, so that a step is still one Gaussian
-release of the stated noise multiplier (:func:`groupsearch.clipping.gradient_noise_multiplier`).
+release of the stated noise multiplier (:func:`groupsearch.plan.clipping.gradient_noise_multiplier`).
 """
 
 from __future__ import annotations

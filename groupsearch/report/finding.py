@@ -13,10 +13,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from groupsearch.documents.rows import Bound, Joint
-from groupsearch.grouping import Grouping
-from groupsearch.memory import PeakEstimate, lifetimes, peak_memory, timeline
-from groupsearch.partition import floor_bytes, front
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import PeakEstimate, lifetimes, peak_memory, timeline
+from groupsearch.plan.partition import floor_bytes, front
+from groupsearch.plan.trace import Trace
 from groupsearch.units import format_bytes, format_percent, format_ratio
 
 NEAR_FLOOR = 1.01

@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 from typing import NamedTuple, TypeVar
 
 from groupsearch.documents.rows import FitRow
-from groupsearch.memory import timeline
+from groupsearch.plan.memory import timeline
 from groupsearch.report.subject import PARTS, Metric, Row, Shown, Subject, groups_word, metric_of, options_of
 from groupsearch.units import format_count, format_percent, format_signed_percent
 

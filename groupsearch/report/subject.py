@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import NamedTuple, TypedDict, cast
 
 from groupsearch.documents.rows import Fitting, Joint
-from groupsearch.memory import peak_memory
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.trace import Trace
 from groupsearch.privacy import PrivacyStatement
-from groupsearch.trace import Trace
 from groupsearch.units import format_count, format_interval
 
 PARTS = ("weights", "buffers", "optimizer", "batch", "activations", "transients", "book", "sums")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from groupsearch.documents.tables import HELD, RESERVED, Table
+from groupsearch.plan.trace import Trace
 from groupsearch.report.info import BreakdownRow, Comparison, CurvesInfo
 from groupsearch.report.subject import PARTS, Against, Row, Subject, groups_word, is_share, metric_of, options_of
-from groupsearch.trace import Trace
 from groupsearch.units import (
     format_bytes,
     format_count,

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from groupsearch.memory import UNREACHABLE_BYTES, Bytes
+from groupsearch.plan.memory import UNREACHABLE_BYTES, Bytes
 from groupsearch.search.candidates import pareto
 from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.settings import SearchSettings

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groupsearch.clipping import RULES
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.clipping import RULES
 from groupsearch.search.choice import Boundaries, Choice, Evaluation
 from groupsearch.search.selection import adaptive_selection_cost
 
@@ -41,7 +41,7 @@ class SearchSettings:
         granularity: where the search may cut: between ``site``, ``layer`` or ``block``.
         max_groups: the most groups; None for no limit.
         groups: exactly so many groups; None for any number.
-        rules: the clip rules to search, of :data:`groupsearch.clipping.RULES`; none where training fixes it.
+        rules: the clip rules to search, of :data:`groupsearch.plan.clipping.RULES`; none where training fixes it.
         allocations: the allocations of thresholds to search, of :data:`ALLOCATIONS`; likewise.
         objectives: ``metric`` and ``peak``, and with ``time`` the step time that evaluations measure, down.
         metric_name: what the values are; larger is better.

@@ -21,12 +21,12 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.grouping import named_groupings
-from groupsearch.memory import Bytes, CostTable, cost_table, peaks
-from groupsearch.partition import solve_front, solve_least_peak
+from groupsearch.plan.grouping import named_groupings
+from groupsearch.plan.memory import Bytes, CostTable, cost_table, peaks
+from groupsearch.plan.partition import solve_front, solve_least_peak
+from groupsearch.plan.trace import Trace
 from groupsearch.search.choice import Boundaries, Choice
 from groupsearch.search.settings import SearchSettings
-from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 
 # -- The ways of taking one step that differ in memory and time alone, of which every grouping takes the cheapest

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.cards import Card, card_of
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
-from groupsearch.joint import Alternatives
 from groupsearch.options import SITE_METHODS, EngineOptions
-from groupsearch.trace import Trace
+from groupsearch.plan.cards import Card, card_of
+from groupsearch.plan.joint import Alternatives
+from groupsearch.plan.trace import Trace
 from groupsearch.tracer.fake import ValuesNeededError
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.scratch import cpu_scratch
@@ -58,8 +58,8 @@ def trace_model(  # noqa: PLR0913 - settings by name, each with a default
             last one, which finds the sums of those before it.
         autocast: ``none``, ``bfloat16`` or ``float16``: what forward and loss are cast to.
         device: a torch device to trace on with real tensors, or a card that is not there, as in ``cuda:h100``
-            (:mod:`groupsearch.cards`): its step on fake tensors, by its kernels for attention and with its allocator
-            and workspaces, not measured on a GPU. On a CUDA device every storage counts as what
+            (:mod:`groupsearch.plan.cards`): its step on fake tensors, by its kernels for attention and with its
+            allocator and workspaces, not measured on a GPU. On a CUDA device every storage counts as what
             the caching allocator hands out for it, a multiple of 512 bytes, an operation as the most it allocates
             inside, and the workspaces of cuBLAS as alive throughout.
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from groupsearch.cards import Card
+from groupsearch.plan.cards import Card
 
 # -- How many bytes a piece of work allocates at its peak, above what was there before: on the CPU, on a CUDA device
 

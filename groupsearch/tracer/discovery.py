@@ -22,7 +22,7 @@ from groupsearch.engine.layout import ONE_ROW
 from groupsearch.engine.ownership import owned_layers
 from groupsearch.engine.substitutes import SUBSTITUTED
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
-from groupsearch.trace import Rows
+from groupsearch.plan.trace import Rows
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples
 

@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import (
 from torch.backends import cuda
 from torch.utils import _pytree as pytree
 
-from groupsearch.cards import Card
 from groupsearch.engine.arithmetic import as_on
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.plan.cards import Card
 from groupsearch.tracer.allocator import has_storage
 from groupsearch.workloads.batches import map_tensors
 from groupsearch.workloads.copies import copy_of

@@ -24,7 +24,7 @@ from groupsearch.engine.passes import Arrival
 from groupsearch.engine.truth.draws import USUAL, alike
 from groupsearch.engine.whole import WholeEntry
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
-from groupsearch.trace import Booked, Close, CrossTerm, Instant, Site, StepEvents, Trace, weights_with_choice
+from groupsearch.plan.trace import Booked, Close, CrossTerm, Instant, Site, StepEvents, Trace, weights_with_choice
 from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.tracer.live import LiveBytes

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from groupsearch.checked import Checked, merged
 from groupsearch.engine.entries import Dimensions
 from groupsearch.engine.layout import Layouts
 from groupsearch.engine.ownership import owned_layers
@@ -25,7 +24,8 @@ from groupsearch.engine.truth.rows import joined
 from groupsearch.engine.whole import WholeEntry, called
 from groupsearch.errors import OutsideUseError, UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Rows, Site, shared_parameters
+from groupsearch.plan.checked import Checked, merged
+from groupsearch.plan.trace import Rows, Site, shared_parameters
 from groupsearch.tracer.discovery import Loss, find_layouts
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples, map_tensors, tensors_of

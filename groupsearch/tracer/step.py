@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from groupsearch.cards import Card
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.optimizers import make_optimizer, warm_state
 from groupsearch.errors import GroupSearchError, is_out_of_memory
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
-from groupsearch.trace import StaticBytes, weights_with_choice
+from groupsearch.plan.cards import Card
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import StaticBytes, weights_with_choice
 from groupsearch.tracer.allocator import Allocator, workspace_bytes
 from groupsearch.tracer.fake import FakeTensors, fake_batch, fake_model
 from groupsearch.tracer.live import LiveBytes, Scratch

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.grouping import Grouping
 from groupsearch.training.settings import TrainSettings
 from groupsearch.workloads.workload import Workload
 

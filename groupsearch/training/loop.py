@@ -28,8 +28,8 @@ from groupsearch.engine.loading import LogicalBatch, PoissonBatches, physical_ch
 from groupsearch.engine.optimizers import make_optimizer
 from groupsearch.engine.truth.watch import EngineReport
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
-from groupsearch.trace import Site
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from groupsearch.tracer.sites import sites_of
 from groupsearch.training.checkpoints import Checkpoints, agreement, frozen_digest, learned, restore
 from groupsearch.training.settings import CurvePoint, DivergedError, TrainResult, TrainSettings

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from groupsearch.checked import Checked, Watched
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions, checkpoint_interval
+from groupsearch.plan.checked import Checked, Watched
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.privacy.accounting import Accountant, default_delta, noise_multiplier_for
 from groupsearch.randomness import Streams
@@ -32,7 +32,7 @@ class TrainSettings:
         epsilon: budget that the noise multiplier is calibrated for, when that is not given.
         delta: None for 1e-2 / n, see :func:`groupsearch.privacy.accounting.default_delta`.
         noise_multiplier: used as it is, and ``epsilon`` is then what it costs.
-        rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`, as the three below.
+        rule: clip rule, see :class:`groupsearch.plan.clipping.ClipPlan`, as the three below.
         max_grad_norm: R.
         allocation: how R is allotted to the groups.
         noise_allocation: how noise is.

@@ -61,7 +61,7 @@ class TrainingDefaults:
         sampling_rate: probability with which Poisson sampling takes each training example.
         epsilon: privacy budget that the noise is calibrated for.
         delta: the other half of the budget; None for 1e-2 / n, n being the number of training examples.
-        rule: clip rule, see :class:`groupsearch.clipping.ClipPlan`.
+        rule: clip rule, see :class:`groupsearch.plan.clipping.ClipPlan`.
         max_grad_norm: R of the clip plan.
     """
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from groupsearch.cards import CARDS
 from groupsearch.fit import BATCH, Room, Sizes, fit_rows
-from groupsearch.grouping import Grouping
+from groupsearch.plan.cards import CARDS
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.reserved import CONTEXT_BYTES, MIB, NoRoomError, Rules, replay_memory
 from groupsearch.records import read_document
-from groupsearch.reserved import CONTEXT_BYTES, MIB, NoRoomError, Rules, replay_memory
 from groupsearch.verify import Setup
 from tests.cli.running import refused, run
 

@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from groupsearch.cli.export import command
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.export import to_fastdp, to_jax_privacy
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.export import to_fastdp, to_jax_privacy
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Trace
 from groupsearch.records import read_document
-from groupsearch.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = ROOT / "reports" / "digits-vit-checkpointed.json"

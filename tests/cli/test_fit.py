@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from groupsearch.memory import peak_memory
+from groupsearch.plan.memory import peak_memory
 from groupsearch.records import read_document
 from groupsearch.units import parse_bytes
 from groupsearch.verify import Setup

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from groupsearch.joint import fewest_operations, least_peak_choice
 from groupsearch.options import SITE_METHODS, EngineOptions
+from groupsearch.plan.joint import fewest_operations, least_peak_choice
+from groupsearch.plan.trace import Trace
 from groupsearch.records import read_document, write_document
-from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 from groupsearch.verify import Setup
 from tests.cli.running import refused, run

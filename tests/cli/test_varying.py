@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from groupsearch.clipping import RULES, AdaptiveQuantile
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.evaluation import DEFAULTS, THRESHOLDS, Ways, mechanism_of, searched
-from groupsearch.memory import peak_memory
+from groupsearch.plan.clipping import RULES, AdaptiveQuantile
+from groupsearch.plan.memory import peak_memory
 from groupsearch.records import read_document
 from groupsearch.search import Choice, settings
 from groupsearch.training import TrainSettings

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import groupsearch as gs
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.trace import Site
 from groupsearch.tracer import observe_sites
 from tests.engine.programs import Program, Recipe, generate, write
 from tests.engine.writer import MIXED, RIGHT

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import groupsearch as gs
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.trace import Trace
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.trace import Trace
 
 EXACT = "exact"
 Loss = Callable[[Any, Any], Tensor]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.reference import trainable

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import entries as grads
 from groupsearch.engine import entries as norms
 from groupsearch.engine.arithmetic import ieee
 from groupsearch.engine.entries import sliced_sqnorm
 from groupsearch.engine.truth import check
-from groupsearch.grouping import Grouping
 from groupsearch.options import NORM_METHODS, EngineOptions
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from groupsearch.tracer.sites import examine
 from tests.case import Case, Wrap

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import arithmetic as habits
 from groupsearch.engine import entries as grads
 from groupsearch.engine import entries as norms
 from groupsearch.engine import make_private
 from groupsearch.engine.entries import sliced_sqnorm
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak, simulate_peak
 from groupsearch.options import SITE_METHODS, EngineOptions
-from groupsearch.trace import weights_with_choice
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import weights_with_choice
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.workloads import load_workload

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import groupsearch as gs
-from groupsearch.clipping import ClipPlan
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.trace import Site
 from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers, refused
 

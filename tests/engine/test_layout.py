@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads.blocks import checkpoint_blocks
 from tests.cases import LAYER_CASES, Experts, Wrap, readout

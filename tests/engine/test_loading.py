@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.loading import LogicalBatch, PoissonBatches, PoissonSampler
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 
 SIZE = 40

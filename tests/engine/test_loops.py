@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.clipping import ClipPlan
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import CASE, TIED, TOLERANCE, part, plan_of, private, scaled, seen_by
 from tests.engine.test_parity import assert_agree

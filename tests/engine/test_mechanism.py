@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 from torch import Tensor
 
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.mechanism import Gaussians, Mechanism, add_noise_
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
+from tests.plan.test_clipping import largest_sum, tied_plans
 from tests.strategies import random_trace
-from tests.test_clipping import largest_sum, tied_plans
 
 SITES = tuple(
     replace(random_trace(1).sites[0], name=f"s{i}", layer=f"s{i}", parameters=(f"w{i}",), parameter_count=2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.engine.test_parity import (
     DTYPES_AND_RULES,

@@ -18,12 +18,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.arithmetic import CUDA, as_on, habits_of
 from groupsearch.engine.loading import PoissonBatches
-from groupsearch.grouping import Grouping
 from groupsearch.options import NORM_METHODS, EngineOptions
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from tests.case import Case
 from tests.cases import EVERY_CASE

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import RULES, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.options import NORM_METHODS, EngineOptions
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import RULES, ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import BATCH_SIZE, EXACT_OR_REFUSED, LAYER_CASES, Case, plain
 from tests.reference import (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import CASE, TIED, TOLERANCE, part, plan_of, private

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan, clip_factors
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.mechanism import Mechanism
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
+from groupsearch.plan.clipping import ClipPlan, clip_factors
 from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import part, plan_of, seen_by
 from tests.engine.test_parity import assert_agree

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.loading import PoissonSampler
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import EVERY_CASE
@@ -183,7 +183,7 @@ def test_the_middle_of_a_logical_batch_is_neither_saved_nor_loaded() -> None:
 
 
 def _attach(model: nn.Module, optimizer: torch.optim.Optimizer, like: Any, **settings: Any) -> PrivateEngine:
-    from groupsearch.grouping import Grouping
+    from groupsearch.plan.grouping import Grouping
 
     sites = tuple(observe_sites(like, CASE.batch(), CASE.loss))
     settings = {"noise_multiplier": 0.0, "expected_batch_size": 4, **settings}

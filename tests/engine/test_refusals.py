@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.cases import BATCH_SIZE, LAYER_CASES, Case, Wrap, readout
 from tests.reference import clipped_sums, trainable

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
-from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_step
-from groupsearch.memory import peak_memory
-from groupsearch.trace import Rows, Trace
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.trace import Rows, Trace
 from groupsearch.tracer import StepSettings, trace_model
 from groupsearch.tracer.step import made_private, make_stage, real_copy
 from groupsearch.training import TrainSettings, train

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import trace_model
 from groupsearch.workloads.blocks import checkpoint_blocks
 from tests.reference import clipped_sums

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.truth.check import Reading
 from groupsearch.engine.truth.watch import Watch
 from groupsearch.errors import GroupSearchError, TruthError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites, trace_model
 from tests.cases import EVERY_CASE
 

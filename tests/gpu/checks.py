@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.arithmetic import ieee
 from groupsearch.engine.entries import matrix_sqnorm
-from groupsearch.grouping import Grouping
 from groupsearch.measure import simulate_peak
-from groupsearch.memory import peak_memory
 from groupsearch.options import NORM_METHODS, EngineOptions
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, workspace_bytes
 from groupsearch.tracer.live import LiveBytes

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.measure import measure_peak, measure_step
-from groupsearch.memory import peak_memory
-from groupsearch.partition import front
-from groupsearch.reserved import holding
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.partition import front
+from groupsearch.plan.reserved import holding
+from groupsearch.plan.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.allocator import workspace_bytes
 from groupsearch.tracer.step import Stage, made_private, make_stage, real_copy

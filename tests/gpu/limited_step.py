@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.errors import is_out_of_memory
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from groupsearch.tracer.step import StepSettings, make_stage, real_copy
 from groupsearch.workloads import load_workload

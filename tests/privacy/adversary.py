@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.options import EngineOptions
+from groupsearch.plan.clipping import ClipPlan
 from tests.case import VOCABULARY, Case
 from tests.privacy.broken import Damage, none
 from tests.reference import trainable

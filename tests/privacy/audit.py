@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.loading import PoissonSampler
 from groupsearch.engine.mechanism import Gaussians, add_noise_
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.case import Batch, Case, Wrap
 from tests.privacy.bounds import CONFIDENCE, Claim, distinguishing_bound, family_bound

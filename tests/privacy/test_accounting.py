@@ -20,8 +20,8 @@ from scipy.integrate import quad
 from scipy.signal import fftconvolve
 from scipy.stats import norm
 
-from groupsearch.clipping import gradient_noise_multiplier
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.clipping import gradient_noise_multiplier
 from groupsearch.privacy.accounting import SAMPLINGS, Accountant, default_delta, epsilon, noise_multiplier_for
 
 noises = st.floats(0.4, 8.0)

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy.stats import binom, norm
 
-from groupsearch.clipping import ClipPlan
+from groupsearch.plan.clipping import ClipPlan
 from tests.case import Case
 from tests.privacy import broken
 from tests.privacy.audit import CanaryAudit, many_uses, two_groups

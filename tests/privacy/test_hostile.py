@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import RULES, ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.plan.clipping import RULES, ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.case import Batch, Case, Wrap
 from tests.engine.test_parity import assert_agree, step

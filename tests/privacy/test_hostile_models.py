@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from tests.case import Case
 from tests.engine.programs import SHAPES, Program, generate, recipe

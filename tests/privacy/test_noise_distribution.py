@@ -15,9 +15,9 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads.workload import Data, TrainingDefaults, Workload, seeded
@@ -129,9 +129,9 @@ def test_the_seed_decides_the_noise() -> None:
 SCRIPT = """
 import json, torch
 from torch import nn
-from groupsearch.clipping import ClipPlan
+from groupsearch.plan.clipping import ClipPlan
 from groupsearch.engine import make_private
-from groupsearch.grouping import Grouping
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 torch.manual_seed(0)
 model = nn.Linear(4, 3)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupsearch.clipping import RULES, ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
 from groupsearch.options import EngineOptions
+from groupsearch.plan.clipping import RULES, ClipPlan
+from groupsearch.plan.grouping import Grouping
 from tests.case import VOCABULARY, Case, Wrap
 from tests.cases import EVERY_CASE
 from tests.engine.test_parity import groupings, sites_of

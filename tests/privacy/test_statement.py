@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine import make_private
 from groupsearch.engine.loading import PoissonBatches
-from groupsearch.grouping import Grouping
+from groupsearch.plan.clipping import ClipPlan
+from groupsearch.plan.grouping import Grouping
 from groupsearch.privacy import PrivacyStatement, SelectionCost, not_private_sentence
 from groupsearch.privacy.accounting import Accountant, epsilon
 from groupsearch.report import render_page

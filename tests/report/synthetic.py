@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
-from groupsearch.memory import peak_memory
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.trace import Booked, Instant, Site, StaticBytes, Trace
 from groupsearch.records import new_document
-from groupsearch.trace import Booked, Instant, Site, StaticBytes, Trace
 
 BATCH, POSITIONS, WIDTH, BLOCKS = 64, 17, 64, 4
 STYLES = {

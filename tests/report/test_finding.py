@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from groupsearch.documents.rows import Joint
-from groupsearch.grouping import Grouping
-from groupsearch.memory import PeakEstimate, peak_memory
-from groupsearch.partition import floor_bytes, front
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import PeakEstimate, peak_memory
+from groupsearch.plan.partition import floor_bytes, front
+from groupsearch.plan.trace import Trace
 from groupsearch.report.finding import WORTH_NAMING, Part, finding, growing_share, joint_finding, parts
-from groupsearch.trace import Trace
 from groupsearch.units import format_bytes
 from groupsearch.verify import Setup
 from tests.report.synthetic import joint_document, transformer_trace

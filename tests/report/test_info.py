@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from groupsearch.memory import peak_memory, timeline
+from groupsearch.plan.memory import peak_memory, timeline
 from groupsearch.report.info import (
     MAX_POINTS,
     Curve,

@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from groupsearch.memory import cost_table
+from groupsearch.plan.memory import cost_table
+from groupsearch.plan.trace import Booked, Instant, Site, StaticBytes, Trace
 from groupsearch.search import Choice, Outcome
 from groupsearch.search.candidates import pareto
-from groupsearch.trace import Booked, Instant, Site, StaticBytes, Trace
 
 Boundaries = tuple[int, ...]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from groupsearch.grouping import Grouping
-from groupsearch.memory import peaks
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peaks
 from groupsearch.search import Choice, Outcome, SearchSettings, run_search
 from groupsearch.training import TrainSettings, train
 from groupsearch.verify import Setup

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.memory import peaks
+from groupsearch.plan.memory import peaks
 from groupsearch.search import Choice, Evaluation, Outcome, SearchSettings, hypervolume, run_search, study
 from groupsearch.search.space import Space, Variants
 from tests.search.problem import RULES, Boundaries, Mechanisms, frugal, make_trace

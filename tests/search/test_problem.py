@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from groupsearch.memory import peaks
+from groupsearch.plan.memory import peaks
 from groupsearch.search.candidates import hypervolume, pareto
 from groupsearch.search.space import Space, Variants
 from tests.search.problem import SHAPES, Problem

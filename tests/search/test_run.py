@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from groupsearch.errors import BudgetError, GroupSearchError, TruthError
-from groupsearch.memory import peaks
+from groupsearch.plan.memory import peaks
 from groupsearch.search import Choice, Event, Outcome, SearchResult, SearchSettings, hypervolume, run_search
 from tests.search.problem import Problem
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.memory import peaks
+from groupsearch.plan.memory import peaks
 from groupsearch.search import Choice, Outcome, Proxy, SearchSettings, Short, hypervolume, run_search, search_in_rungs
 from groupsearch.search.candidates import worthiest
 from tests.search.problem import Problem
@@ -307,7 +307,7 @@ def test_going_on_with_another_fraction_is_refused(ladder: Ladder, tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from groupsearch.memory import peaks
+from groupsearch.plan.memory import peaks
 from groupsearch.search import SearchSettings
 from tests.search.problem import Problem
 from tests.search.test_run_rungs import Ladder, SETTINGS

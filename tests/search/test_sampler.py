@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
-from groupsearch.memory import peaks
+from groupsearch.plan.memory import peaks
 from groupsearch.search import Choice, Outcome, SearchSettings, hypervolume, run_search
 from groupsearch.search.sampler import MOST_SEEN, FrontSampler, make_sampler
 from groupsearch.search.settings import SAMPLERS

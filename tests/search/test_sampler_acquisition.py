@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from groupsearch.memory import cost_table, peaks
+from groupsearch.plan.memory import cost_table, peaks
 from groupsearch.search.candidates import hypervolume
 from groupsearch.search.sampler import Slices, Stairs, best_with, best_within
 from tests.search.problem import make_trace

@@ -7,11 +7,11 @@ import optuna
 import pytest
 
 from groupsearch.errors import BudgetError
-from groupsearch.grouping import Grouping
-from groupsearch.memory import peaks
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peaks
+from groupsearch.plan.trace import Trace
 from groupsearch.search import Choice, SearchSettings
 from groupsearch.search.space import Space
-from groupsearch.trace import Trace
 from tests.search.problem import make_trace
 
 

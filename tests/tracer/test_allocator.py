@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupsearch.grouping import Grouping
 from groupsearch.measure import private_peak, simulate_peak
-from groupsearch.memory import peak_memory
-from groupsearch.trace import StaticBytes, Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
+from groupsearch.plan.trace import StaticBytes, Trace
 from groupsearch.tracer import allocator as workspaces
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, allocated_peak

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.grouping import Grouping
 from groupsearch.measure import simulate_peak
-from groupsearch.memory import peak_memory
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import peak_memory
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.discovery import find_layouts
 from tests.case import Wrap

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import json, resource, sys, time, torch
-from groupsearch.memory import cost_table
+from groupsearch.plan.memory import cost_table
 from groupsearch.tracer import trace_model
 from groupsearch.workloads import load_workload
 torch.set_num_threads(1)

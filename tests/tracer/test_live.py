@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from benchmarks.accuracy import Subject
-from groupsearch.grouping import Grouping
+from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import Subject
-from groupsearch.grouping import Grouping
+from groupsearch.plan.grouping import Grouping
 from tests.operations import BY_VALUES, NEEDING_VALUES, OPERATIONS, workload
 
 TOLERANCE = 0.01

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupsearch as gs
-from groupsearch.cards import CARDS
 from groupsearch.errors import UnsupportedModelError
+from groupsearch.plan.cards import CARDS
 from groupsearch.tracer.allocator import Allocator
 from groupsearch.tracer.fake import FakeTensors, attention_kernel, fake_model, kernels_of
 from groupsearch.tracer.live import LiveBytes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groupsearch.errors import UnsupportedModelError
-from groupsearch.trace import Site
+from groupsearch.plan.trace import Site
 from groupsearch.tracer import observe_sites, trace_model
 from tests.cases import EVERY_CASE, LAYER_CASES, Case
 

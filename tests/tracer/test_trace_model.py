@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from groupsearch.engine.truth import comparison as signature
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
-from groupsearch.grouping import Grouping
-from groupsearch.memory import cost_table, lifetimes, peak_memory
 from groupsearch.options import EngineOptions
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import cost_table, lifetimes, peak_memory
+from groupsearch.plan.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.workloads import load_workload

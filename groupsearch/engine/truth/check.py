@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupsearch.checked import Checked
 from groupsearch.engine.arithmetic import ieee
 from groupsearch.engine.capture import Capture
 from groupsearch.engine.layout import Layouts
@@ -46,6 +45,7 @@ from groupsearch.engine.truth.leftovers import ModelMemory, left_as_it_was, same
 from groupsearch.engine.truth.rows import Crowd, PoisonedIds, TriedRows, choose_rows, joined, poisoned
 from groupsearch.errors import GroupSearchError, TruthError, UnsupportedModelError, is_out_of_memory
 from groupsearch.options import EngineOptions
+from groupsearch.plan.checked import Checked
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 # -- Reading: how the engine reads a model, as one value that whoever attaches a Capture passes on -

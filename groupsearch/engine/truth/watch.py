@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from groupsearch.checked import Checked, Watched
-from groupsearch.clipping import ClipPlan
 from groupsearch.engine.arithmetic import ieee
 from groupsearch.engine.truth.check import CheckSubject, Reading, in_double, mode_of
 from groupsearch.engine.truth.comparison import (
@@ -34,6 +32,8 @@ from groupsearch.engine.truth.comparison import (
 from groupsearch.engine.truth.draws import alike
 from groupsearch.engine.truth.leftovers import left_as_it_was
 from groupsearch.errors import GroupSearchError, TruthError, is_out_of_memory
+from groupsearch.plan.checked import Checked, Watched
+from groupsearch.plan.clipping import ClipPlan
 from groupsearch.workloads.batches import count_examples, map_tensors, take_examples
 
 RATE = 0.01

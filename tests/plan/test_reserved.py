@@ -11,8 +11,8 @@ import torch
 
 import groupsearch as gs
 from groupsearch.errors import GroupSearchError
-from groupsearch.reserved import MIB, NoRoomError, Rules, replay_memory
-from groupsearch.trace import Close, StepEvents, Trace
+from groupsearch.plan.reserved import MIB, NoRoomError, Rules, replay_memory
+from groupsearch.plan.trace import Close, StepEvents, Trace
 from groupsearch.tracer.record import step_events
 from groupsearch.tracer.scratch import cpu_scratch
 from groupsearch.tracer.step import StepSettings, fake_stage, made_private

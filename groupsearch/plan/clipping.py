@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
+from groupsearch.plan.grouping import Grouping
 
 # -- How far one example can move the sums that clipping groups share: exact, for any sharing ------
 
@@ -226,7 +226,7 @@ class ClipPlan:
         rule: ``abadi``, ``auto-s`` or ``auto-v``.
         allocation: ``uniform`` R / sqrt(M); ``dimension`` R sqrt(d_m / sum d) with d_m the
             trainable numbers of group m (arXiv 2310.00098); the M thresholds themselves; or an
-            :class:`~groupsearch.clipping.AdaptiveQuantile`, and then :attr:`thresholds`,
+            :class:`~groupsearch.plan.clipping.AdaptiveQuantile`, and then :attr:`thresholds`,
             :attr:`sensitivity` and :attr:`noise_scales` are those of the first step.
         noise_allocation: ``global``, the same standard deviation in every group; ``equal``, in
             proportion to the group's threshold, R_m sqrt(M) where no parameter is shared
@@ -287,7 +287,7 @@ class ClipPlan:
 
         sqrt(sum R_m^2) where every parameter's sites lie in one group. Groups that share
         parameters can push them the same way; what they reach together is computed exactly, see
-        :func:`groupsearch.clipping.worst_change`.
+        :func:`groupsearch.plan.clipping.worst_change`.
         """
         return worst_change(self.thresholds, dict.fromkeys(self._users.values(), 1.0))
 

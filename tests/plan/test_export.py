@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.errors import GroupSearchError
-from groupsearch.export import to_fastdp, to_jax_privacy
-from groupsearch.grouping import Grouping
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
+from groupsearch.plan.export import to_fastdp, to_jax_privacy
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 
 Gradient = Mapping[str, np.ndarray]
 

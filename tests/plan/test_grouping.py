@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.grouping import Grouping, fewest_groups, least_peak, named_groupings
-from groupsearch.memory import peaks
-from groupsearch.partition import floor_bytes
-from groupsearch.trace import Trace
+from groupsearch.plan.grouping import Grouping, fewest_groups, least_peak, named_groupings
+from groupsearch.plan.memory import peaks
+from groupsearch.plan.partition import floor_bytes
+from groupsearch.plan.trace import Trace
 from tests.strategies import boundaries_of, random_trace, traces
 
 

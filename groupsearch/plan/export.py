@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from typing import Any
 
-from groupsearch.clipping import ClipPlan
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.clipping import ClipPlan
 
 _FASTDP_KINDS = ("linear", "conv", "embedding", "norm")
 

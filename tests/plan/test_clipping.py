@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.inflation import PAGE, page_with_tables
-from groupsearch.clipping import AdaptiveQuantile, ClipPlan, gradient_noise_multiplier
 from groupsearch.errors import GroupSearchError
-from groupsearch.grouping import Grouping
-from groupsearch.trace import Site
+from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan, gradient_noise_multiplier
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.trace import Site
 from tests.strategies import random_trace
 
 

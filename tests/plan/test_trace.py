@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsearch.errors import DocumentError
-from groupsearch.memory import peaks
-from groupsearch.trace import StaticBytes, Trace
+from groupsearch.plan.memory import peaks
+from groupsearch.plan.trace import StaticBytes, Trace
 from tests.strategies import boundaries_of, random_trace, traces
 
 

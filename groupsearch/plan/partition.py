@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.memory import UNREACHABLE_BYTES, Bytes, CostTable, cost_table
-from groupsearch.trace import Trace
+from groupsearch.plan.memory import UNREACHABLE_BYTES, Bytes, CostTable, cost_table
+from groupsearch.plan.trace import Trace
 from groupsearch.units import format_bytes
 
 Boundaries = tuple[int, ...]

@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.memory import Bytes, lifetimes, peak_memory
 from groupsearch.options import SITE_METHODS
-from groupsearch.trace import Booked, CrossTerm, Instant, Site, Trace
+from groupsearch.plan.memory import Bytes, lifetimes, peak_memory
+from groupsearch.plan.trace import Booked, CrossTerm, Instant, Site, Trace
 from groupsearch.units import format_bytes
 
 # -- One step by every norm method: the trace of any choice of methods, composed of one trace per method
@@ -501,7 +501,7 @@ class JointChoice:
         boundaries: of the groups.
         methods: for :class:`groupsearch.options.EngineOptions`, by weight.
         operations: multiply-accumulates of the norms and clipped sums, see
-            :func:`groupsearch.joint.operations`.
+            :func:`groupsearch.plan.joint.operations`.
         peak_bytes: the estimated peak.
         bound: no choice within the budget takes fewer operations; equal to ``operations`` where the choice is exact.
     """

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from groupsearch import partition
-from groupsearch.checked import Checked
 from groupsearch.errors import GroupSearchError
-from groupsearch.trace import Site, Trace
+from groupsearch.plan import partition
+from groupsearch.plan.checked import Checked
+from groupsearch.plan.trace import Site, Trace
 from groupsearch.units import parse_bytes
 
 FORMS = "all-layer, layer-wise, block-wise, uniform:4, best:4, within:12GiB or boundaries such as 3,17,40"

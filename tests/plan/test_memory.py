@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsearch.errors import DocumentError, GroupSearchError
-from groupsearch.grouping import Grouping
-from groupsearch.memory import UNREACHABLE_BYTES, cost_table, peak_memory, peaks, timeline
-from groupsearch.trace import Booked, CrossTerm, Instant, Site, StaticBytes, Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.memory import UNREACHABLE_BYTES, cost_table, peak_memory, peaks, timeline
+from groupsearch.plan.trace import Booked, CrossTerm, Instant, Site, StaticBytes, Trace
 from tests.reference_memory import replay
 from tests.strategies import boundaries_of, random_trace, traces
 
@@ -159,7 +159,7 @@ class TestPeaks:
         trace = random_trace(8, seed=4)
         mask = np.random.default_rng(0).random((50, 7)) < 0.5
         whole = peaks(trace, mask)
-        monkeypatch.setattr("groupsearch.memory._CHUNK_CELLS", 24)
+        monkeypatch.setattr("groupsearch.plan.memory._CHUNK_CELLS", 24)
         assert np.array_equal(peaks(trace, mask), whole)
 
     def test_no_grouping_and_a_single_site(self) -> None:

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.reserved import KIB, MIB, Block, CachingAllocator, NoRoomError, Rules
+from groupsearch.plan.reserved import KIB, MIB, Block, CachingAllocator, NoRoomError, Rules
 
 PLAIN = Rules()
 EXPANDABLE = Rules(expandable=True)

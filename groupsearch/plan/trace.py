@@ -1,6 +1,6 @@
 """What one traced step tells about a model: its sites, and who is alive when.
 
-Everything here is a frozen value without torch; :mod:`groupsearch.memory` turns a
+Everything here is a frozen value without torch; :mod:`groupsearch.plan.memory` turns a
 :class:`Trace` into the peak of any grouping.
 
 Time runs along *instants*: a trace lists, in order of time, the largest number of live
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from groupsearch.checked import Checked
 from groupsearch.errors import DocumentError
+from groupsearch.plan.checked import Checked
 
 # -- The births and deaths of one step in order of time, and the order that another grouping puts them in
 #

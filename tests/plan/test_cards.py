@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from groupsearch.cards import CARDS, GIB, card_of, named_cards
 from groupsearch.errors import GroupSearchError
+from groupsearch.plan.cards import CARDS, GIB, card_of, named_cards
 
 
 def test_devices_of_this_machine_are_no_cards_and_names_are_found():

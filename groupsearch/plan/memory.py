@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from groupsearch.errors import DocumentError, GroupSearchError
-from groupsearch.trace import Trace
+from groupsearch.plan.trace import Trace
 
 # -- A trace as arrays: when every site's hook runs, and what a book holds that autograd does not --
 
@@ -132,7 +132,7 @@ _CHUNK_CELLS = 2**20
 
 
 class Cut(Protocol):
-    """Anything with boundaries, such as a :class:`groupsearch.grouping.Grouping`."""
+    """Anything with boundaries, such as a :class:`groupsearch.plan.grouping.Grouping`."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:

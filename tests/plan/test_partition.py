@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.memory import UNREACHABLE_BYTES, CostTable, peak_memory, peaks
-from groupsearch.partition import (
+from groupsearch.plan.memory import UNREACHABLE_BYTES, CostTable, peak_memory, peaks
+from groupsearch.plan.partition import (
     fewest_groups,
     floor_bytes,
     front,
@@ -21,7 +21,7 @@ from groupsearch.partition import (
     solve_front,
     solve_least_peak,
 )
-from groupsearch.trace import Trace
+from groupsearch.plan.trace import Trace
 from groupsearch.units import format_bytes
 from tests.strategies import cost_tables, random_trace, traces
 

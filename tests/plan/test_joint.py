@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from benchmarks.accuracy import Subject
 from benchmarks.architectures import small_workload
 from groupsearch.errors import BudgetError, GroupSearchError
-from groupsearch.grouping import Grouping
-from groupsearch.joint import Alternatives, fewest_operations, least_peak_choice, operations
-from groupsearch.memory import lifetimes, peak_memory, peaks
 from groupsearch.options import SITE_METHODS, EngineOptions
-from groupsearch.partition import floor_bytes
-from groupsearch.trace import Booked, Site, Trace
+from groupsearch.plan.grouping import Grouping
+from groupsearch.plan.joint import Alternatives, fewest_operations, least_peak_choice, operations
+from groupsearch.plan.memory import lifetimes, peak_memory, peaks
+from groupsearch.plan.partition import floor_bytes
+from groupsearch.plan.trace import Booked, Site, Trace
 from groupsearch.tracer import trace_methods
 from groupsearch.tracer.step import StepSettings
 from tests.strategies import make_trace

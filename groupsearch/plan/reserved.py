@@ -1,7 +1,8 @@
 """What a step of any grouping holds of a CUDA device: its births and deaths replayed through the caching allocator.
 
-:func:`groupsearch.memory.peak_memory` adds up what tensors take. The allocator hands out blocks that may be larger, and
-holds segments of which parts lie idle: how much depends on the order of all requests, so they are gone through.
+:func:`groupsearch.plan.memory.peak_memory` adds up what tensors take. The allocator hands out blocks that may be
+larger, and holds segments of which parts lie idle: how much depends on the order of all requests, so they are gone
+through.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from groupsearch.errors import GroupSearchError
-from groupsearch.memory import Cut
-from groupsearch.trace import StepEvents, Trace
+from groupsearch.plan.memory import Cut
+from groupsearch.plan.trace import StepEvents, Trace
 
 # -- What PyTorch's caching allocator for CUDA makes of a sequence of requests: a model of it, without torch
 #
