@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,10 @@ def check_row(sizes: Sizes, room: Room, row: FitRow) -> dict[str, Any]:
     grouping = None if row.boundaries is None else Grouping(row.boundaries, trace.sites)
     larger = max(row.size + 1, -int(-row.size * (1 + LARGER) // 1))
     setup = sizes.setup
-    how = {part.name: getattr(setup, part.name) for part in fields(setup) if part.name not in ("workload", "settings")}
     found = [
-        measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: size}, steps=1, **how).peak_bytes
+        measure_peak(
+            setup.workload, grouping, settings={**setup.settings, BATCH: size}, steps=1, **setup.how
+        ).peak_bytes
         for size in (row.size, larger)
     ]
     return {

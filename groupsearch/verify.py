@@ -105,6 +105,12 @@ class Setup:
             )
         return replace(in_mode(self.given), batch_size=int(self.settings.get("batch_size", self.given.batch_size)))
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the step is taken, by the arguments of :func:`groupsearch.measure.measure_peak`."""
+        names = ("options", "optimizer", "checkpoint", "micro_batches", "autocast", "device")
+        return {name: getattr(self, name) for name in names}
+
     def empty_model(self) -> torch.nn.Module:
         """The model on the meta device, so that no weights are allocated."""
         return self.loaded.empty()

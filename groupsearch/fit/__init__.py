@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from groupsearch.documents.rows import FitRow, Poisson, Rate, Timing
 from groupsearch.engine.loading import batch_quantile
@@ -277,9 +277,6 @@ def _nothing_fits(sizes: Sizes, room: Room) -> BudgetError:
     )
 
 
-_OWN = ("workload", "settings", "given")
-
-
 def measured_batches(batch_size: int) -> tuple[int, ...]:
     """The two batches to measure for the sake of a larger one: a quarter and a half of it, or all there are.
 
@@ -323,10 +320,9 @@ def with_rate(row: FitRow, sizes: Sizes) -> FitRow:
     """
     trace, setup = sizes.at(row.size), sizes.setup_at(row.size)
     grouping = None if row.boundaries is None or trace is None else Grouping(row.boundaries, trace.sites)
-    how = {part.name: getattr(setup, part.name) for part in fields(setup) if part.name not in _OWN}
     timings = []
     for examples in measured_batches(row.batch_size):
-        measured = measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: examples}, **how)
+        measured = measure_peak(setup.workload, grouping, settings={**setup.settings, BATCH: examples}, **setup.how)
         timings.append(Timing.from_json({BATCH: examples, **asdict(measured)}))
     found = rate(timings, row.batch_size, setup.micro_batches)
     return replace(row, timings=tuple(timings), examples_per_second=found)

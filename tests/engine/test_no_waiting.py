@@ -35,7 +35,7 @@ from tests.reference import trainable
 _ATEN = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique_dim", "_unique2", "masked_select"}
 _PYTHON = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu", "equal", "allclose"}
 _PYTHON |= {"nonzero", "argwhere", "is_nonzero", "__contains__", "__format__", "unique", "masked_select"}
-_ALLOWED = ("thresholds", "_read")
+_ALLOWED = ("mechanism", "_read")
 """Module and function that may read, once in a step: what the next thresholds are made of."""
 
 
