@@ -244,9 +244,7 @@ class Meeting(TorchFunctionMode):
             return self._function_site(func, args, kwargs, layout)
         for filled in (t for t in tensors if hasattr(t, _FILLED) and not rows):
             self._is_over(tracked, filled, layout, False)
-        with saved_tensors_hooks(
-            Tensor.detach, _as_it_is
-        ):  # small, and not to be recomputed by activation checkpointing
+        with saved_tensors_hooks(Tensor.detach, _as_it_is):  # small, and nothing for checkpointing to make again
             out = func(*args, **kwargs)
         if name in _EXPANDING and self._expands(tracked[0], out, layout):
             return self._meet(tracked[0], out.detach(), layout)

@@ -53,14 +53,19 @@ class _Tell(torch.autograd.Function):
 
 
 def _take(ctx: Any) -> tuple[Tensor, ...]:
-    """What a node saved, cut off from the graph.
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()
+    return _cut_off(saved)
+
+
+def _cut_off(saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a node saved, without the graph before it.
 
     Whoever keeps what it is handed is known to the graph's nodes, a circle that goes through C++ and is never
     collected.
     """
-    tensors = tuple(tensor.detach() for tensor in ctx.saved_tensors)
-    ctx.maybe_clear_saved_tensors()
-    return tensors
+    with torch._C.DisableTorchFunction():  # it is not the model's doing
+        return tuple(tensor.detach() for tensor in saved)
 
 
 class _Save(torch.autograd.Function):
@@ -82,9 +87,9 @@ class Saved:
 
     def take(self) -> tuple[Tensor, ...]:
         """The tensors, recomputed or fetched where a saved-tensor hook says so."""
-        tensors = () if self._node is None else tuple(tensor.detach() for tensor in self._node.saved_tensors)
+        saved = () if self._node is None else self._node.saved_tensors
         self._node = None
-        return tensors
+        return _cut_off(saved)
 
 
 @dataclass(frozen=True)
