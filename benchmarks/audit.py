@@ -19,11 +19,11 @@ from typing import Any
 
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.records import check_destination, document_text, environment, write_text
-from tests.case import Case
 from tests.privacy import broken
 from tests.privacy.audit import CanaryAudit, many_uses, two_groups
 from tests.privacy.bounds import CONFIDENCE, Claim
 from tests.privacy.one_run import audit_one_run
+from tests.support.case import Case
 
 OUTPUT = Path(__file__).parents[1] / "profiles" / "audit-cpu.json"
 SILENT = broken.silent(["0.weight", "0.bias"])

@@ -19,7 +19,7 @@ from groupsearch.plan.memory import cost_table, lifetimes, peak_memory, peaks
 from groupsearch.plan.partition import fewest_groups, floor_bytes, least_peak
 from groupsearch.records import document_text, write_text
 from groupsearch.units import format_count, format_ratio, format_seconds
-from tests.strategies import random_trace
+from tests.support.strategies import random_trace
 
 MILLION = 1_000_000
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 
-from tests.architecture_page import PACKAGE, PAGE, ROOT, layers, with_layers
+from tests.support.architecture_page import PACKAGE, PAGE, ROOT, layers, with_layers
 
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def test_the_layers_are_those_of_the_contract():
-    assert with_layers(TEXT) == TEXT, "run `python -m tests.architecture_page`"
+    assert with_layers(TEXT) == TEXT, "run `python -m tests.support.architecture_page`"
 
 
 def test_every_module_has_one_layer_and_a_purpose():

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import notebook
 from tests.cli.running import run
+from tests.support import notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "benchmarks" / "README.md"]

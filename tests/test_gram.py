@@ -15,7 +15,7 @@ from groupsearch.gram import Grams, sharing_pairs
 from groupsearch.plan.clipping import RULES, AdaptiveQuantile, ClipPlan, clip_factors
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.trace import Site
-from tests.reference import SiteGradients, clip_factor, combine
+from tests.support.reference import SiteGradients, clip_factor, combine
 
 SIZES = {"a": 3, "b": 2, "c": 5, "d": 1, "e": 4}
 PLAIN = (("a",), ("b", "c"), ("d",), ("e",))

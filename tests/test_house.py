@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import HOME, figures
+from tests.support.house import HOME, figures
 
 TESTS = Path(__file__).resolve().parent
 PROFILES = TESTS.parent / "profiles"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import HOME, any_in_signatures, circles, figures
+from tests.support.house import HOME, any_in_signatures, circles, figures
 
 FILES = {
     "__init__.py": "",
@@ -97,7 +97,7 @@ def test_circles_that_share_a_module_are_one():
 
 
 def test_the_command_prints_the_figures(package):
-    command = [sys.executable, "-m", "tests.house", str(package)]
+    command = [sys.executable, "-m", "tests.support.house", str(package)]
     as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, cwd=HOME.parent)
     assert json.loads(as_json.stdout) == figures(package)
     as_text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOME.parent)

@@ -26,7 +26,7 @@ from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.memory import peak_memory
 from groupsearch.tracer.step import AUTOCASTS, StepSettings
 from groupsearch.workloads import Workload
-from tests.cases import EVERY_CASE
+from tests.support.cases import EVERY_CASE
 
 TOLERANCE = 1e-3
 PLAIN = [(name, "none") for name in (*BUILT_IN, "gpt2", "t5", "llama", "vit", "bart", "inception")]

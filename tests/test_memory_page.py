@@ -13,7 +13,18 @@ from benchmarks.evidence import MODELS, figures, wanted
 from benchmarks.reserved import MODELS as REPLAYED
 from benchmarks.sweep import MODELS as SWEPT
 from benchmarks.sweep import curve
-from tests.memory_page import BLOCK, BLOCKS, CARD, GRIDS, PAGE, ROOT, document, sweep_curves, with_numbers, without_card
+from tests.support.memory_page import (
+    BLOCK,
+    BLOCKS,
+    CARD,
+    GRIDS,
+    PAGE,
+    ROOT,
+    document,
+    sweep_curves,
+    with_numbers,
+    without_card,
+)
 
 GIB = 2**30
 

@@ -25,9 +25,9 @@ from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import Workload, load_workload
 from groupsearch.workloads.workload import Data
-from tests.cases import LAYER_CASES, Case
 from tests.engine.test_parity import by_name, groupings, sites_of, truth, typical_norm
-from tests.reference import combine, trainable
+from tests.support.cases import LAYER_CASES, Case
+from tests.support.reference import combine, trainable
 
 EXACT = {name: case for name, case in LAYER_CASES.items() if not case.whole}
 SHARING = {name: case for name, case in EXACT.items() if any(word in name for word in ("reused", "tied", "shared"))}

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from groupsearch.cli import COMMANDS, main
-from tests.readme_numbers import README, ROOT, readme_with_numbers
+from tests.support.readme_numbers import README, ROOT, readme_with_numbers
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -44,7 +44,7 @@ def test_the_table_has_no_command_or_option_that_is_not_there():
 
 
 def test_numbers_come_from_the_committed_documents():
-    assert readme_with_numbers(TEXT) == TEXT, "run `python -m tests.readme_numbers`"
+    assert readme_with_numbers(TEXT) == TEXT, "run `python -m tests.support.readme_numbers`"
 
 
 def test_code_runs():

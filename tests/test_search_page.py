@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.bench_search import LENGTHS, NOISES
 from benchmarks.fronts import EPSILONS, MODELS, MOST_TRAININGS
-from tests.memory_page import BLOCK, document
-from tests.search_page import BLOCKS, PAGE, WAYS, mean_share, synthetic, with_numbers
+from tests.support.memory_page import BLOCK, document
+from tests.support.search_page import BLOCKS, PAGE, WAYS, mean_share, synthetic, with_numbers
 
 
 def test_the_page_has_the_numbers_of_the_documents() -> None:

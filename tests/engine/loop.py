@@ -13,8 +13,8 @@ from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
-from tests.reference import trainable
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import trainable
 
 CASE = EVERY_CASE["residual-mlp-3d"]
 TIED = EVERY_CASE["tied-embedding-head"]

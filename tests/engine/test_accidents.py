@@ -14,7 +14,7 @@ from torch import nn
 from groupsearch.engine import PrivateEngine
 from tests.engine.loop import CASE, TOLERANCE, part, private, seen_by
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums, trainable
+from tests.support.reference import clipped_sums, trainable
 
 
 class Accident(Exception):

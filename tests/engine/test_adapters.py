@@ -7,8 +7,8 @@ import torch
 
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.sites import observe_sites
-from tests.adapters import ADAPTERS, Adapter
-from tests.architecture_table import judge
+from tests.support.adapters import ADAPTERS, Adapter
+from tests.support.architecture_table import judge
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REFUSED = {

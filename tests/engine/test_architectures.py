@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.architecture_table import Verdict, judge, row, written
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.support.architecture_table import Verdict, judge, row, written
+from tests.support.architectures import ARCHITECTURES, Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLE = {
@@ -30,7 +30,7 @@ def _check(architecture: Architecture) -> None:
     verdict = judge(architecture)
     assert verdict.outcome in ("right", "refused"), verdict
     found, stated = row(architecture, verdict), written()[_named(architecture)]
-    assert found[:4] == stated[:4], "run `python -m tests.architecture_table`"
+    assert found[:4] == stated[:4], "run `python -m tests.support.architecture_table`"
     if verdict.outcome == "right":
         assert float(found[4]) <= 10.5 * float(stated[4])
 

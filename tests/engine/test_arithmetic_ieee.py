@@ -20,9 +20,9 @@ from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from groupsearch.tracer.sites import examine
-from tests.case import Case, Wrap
-from tests.emulated import MatrixUnits, cut
 from tests.engine.test_precision import attach
+from tests.support.case import Case, Wrap
+from tests.support.emulated import MatrixUnits, cut
 
 PARTS = [("generic", "all")] + [(b, kind) for b in ("cuda", "mkldnn") for kind in ("all", "matmul", "conv", "rnn")]
 _set, _get = torch._C._set_fp32_precision_setter, torch._C._get_fp32_precision_getter

@@ -13,10 +13,10 @@ from torch import nn
 
 from groupsearch.engine import make_private
 from groupsearch.errors import UnsupportedModelError
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import CASE, TOLERANCE, plan_of, private, scaled
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums, trainable
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import clipped_sums, trainable
 
 NAMES = ("tied-embedding-head", "class-token", "positions-without-batch", "gpt2", "checkpoint-non-reentrant")
 CASES = [EVERY_CASE[name] for name in NAMES]

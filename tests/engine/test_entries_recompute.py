@@ -22,9 +22,9 @@ from groupsearch.plan.trace import weights_with_choice
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.workloads import load_workload
-from tests.case import Case
-from tests.cases import EVERY_CASE, LAYER_CASES
 from tests.engine.test_parity import assert_case_agrees, by_name, trainable, truth, typical_norm
+from tests.support.case import Case
+from tests.support.cases import EVERY_CASE, LAYER_CASES
 
 BATCH_SIZE = 4
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, cross_entropy, inputs, numbers, refused
+from tests.support.case import Wrap
 
 SERIES = numbers(6, 4, 6)
 VECTORS = numbers(6, 6)

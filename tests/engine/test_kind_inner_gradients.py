@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, cross_entropy, either, inputs, numbers
+from tests.support.case import Wrap
 
 BATCH = numbers(6, 4)
 SERIES = numbers(6, 3, 4)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import groupsearch as gs
-from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers, refused
+from tests.support.case import Wrap
 
 B = 6
 VECTORS = numbers(B, 4)

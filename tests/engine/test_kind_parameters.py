@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import groupsearch as gs
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.trace import Site
-from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, built, cross_entropy, double, either, inputs, numbers, refused
+from tests.support.case import Wrap
 
 B = 6
 VECTORS = numbers(B, 4)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, either, inputs, numbers, refused
+from tests.support.case import Wrap
 
 B, K = 6, 3
 VECTORS = {**numbers(B, K, 4), "z": numbers(B, 4, seed=1)["x"]}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.case import Wrap
 from tests.engine.kinds import Input, assert_right, cross_entropy, inputs, numbers, refused
+from tests.support.case import Wrap
 
 BATCH = numbers(6, 4)
 PICTURES = numbers(6, 2, 4, 4)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.tracer.sites import observe_sites
-from tests.architecture_table import Verdict, _compare, per_example
-from tests.case import Wrap
+from tests.support.architecture_table import Verdict, _compare, per_example
+from tests.support.case import Wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,8 +16,8 @@ from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads.blocks import checkpoint_blocks
-from tests.cases import LAYER_CASES, Experts, Wrap, readout
-from tests.reference import trainable
+from tests.support.cases import LAYER_CASES, Experts, Wrap, readout
+from tests.support.reference import trainable
 
 B = 4
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from groupsearch.engine import make_private
 from groupsearch.errors import GroupSearchError
 from groupsearch.plan.clipping import ClipPlan
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import CASE, TIED, TOLERANCE, part, plan_of, private, scaled, seen_by
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums, per_example_gradients, trainable
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import clipped_sums, per_example_gradients, trainable
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -22,7 +22,7 @@ from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
 from tests.plan.test_clipping import largest_sum, tied_plans
-from tests.strategies import random_trace
+from tests.support.strategies import random_trace
 
 SITES = tuple(
     replace(random_trace(1).sites[0], name=f"s{i}", layer=f"s{i}", parameters=(f"w{i}",), parameter_count=2)

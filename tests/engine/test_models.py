@@ -20,9 +20,9 @@ from tests.engine.test_parity import (
     truth,
     typical_norm,
 )
-from tests.model_table import HEADER, cells, five_groupings, reached, written
-from tests.reference import trainable
-from tests.zoo import CHECKPOINTS, LISTED, MODELS, Model
+from tests.support.model_table import HEADER, cells, five_groupings, reached, written
+from tests.support.reference import trainable
+from tests.support.zoo import CHECKPOINTS, LISTED, MODELS, Model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's doing
@@ -111,7 +111,7 @@ def test_the_documentation_says_what_happens(case: Model) -> None:
         if column in ("float32", "float64") and found[column] != "-":
             assert float(found[column]) <= 10.5 * float(stated[column])
         else:
-            assert found[column] == stated[column], "run `python -m tests.model_table`"
+            assert found[column] == stated[column], "run `python -m tests.support.model_table`"
 
 
 def test_the_documentation_lists_every_model_once() -> None:

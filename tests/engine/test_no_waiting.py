@@ -25,12 +25,12 @@ from groupsearch.options import NORM_METHODS, EngineOptions
 from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites
-from tests.case import Case
-from tests.cases import EVERY_CASE
 from tests.engine.test_arithmetic_ieee import WHOLE
 from tests.engine.test_parity import assert_agree
 from tests.engine.test_precision import NOT_FINITE
-from tests.reference import trainable
+from tests.support.case import Case
+from tests.support.cases import EVERY_CASE
+from tests.support.reference import trainable
 
 _ATEN = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique_dim", "_unique2", "masked_select"}
 _PYTHON = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu", "equal", "allclose"}

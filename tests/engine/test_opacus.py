@@ -14,9 +14,9 @@ from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.test_parity import assert_agree, by_name, step, truth, typical_norm
-from tests.reference import trainable
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import trainable
 
 pytest.importorskip("opacus")
 SUPPORTED = {name: case for name, case in EVERY_CASE.items() if case.opacus}

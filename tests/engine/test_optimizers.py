@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.errors import GroupSearchError
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import part, plan_of, private, seen_by
-from tests.reference import clipped_sums, trainable
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import clipped_sums, trainable
 
 CASE = EVERY_CASE["linear-3d"]
 MATRICES = Case(

@@ -17,9 +17,9 @@ from groupsearch.fit import Room, Sizes, fit_rows
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.step import real_copy
 from groupsearch.verify import Setup
-from tests.case import Case, Wrap
 from tests.engine.loop import plan_of, private
 from tests.engine.test_arithmetic_ieee import sorted_rows
+from tests.support.case import Case, Wrap
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB."
 ERRORS = [torch.OutOfMemoryError(SAID), RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]  # fmt: skip # noqa: E501

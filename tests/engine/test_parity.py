@@ -19,8 +19,8 @@ from groupsearch.plan.clipping import RULES, ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.trace import Site
 from groupsearch.tracer.sites import observe_sites
-from tests.cases import BATCH_SIZE, EXACT_OR_REFUSED, LAYER_CASES, Case, plain
-from tests.reference import (
+from tests.support.cases import BATCH_SIZE, EXACT_OR_REFUSED, LAYER_CASES, Case, plain
+from tests.support.reference import (
     SiteGradients,
     combine,
     group_norms,

@@ -13,10 +13,10 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import CASE, TIED, TOLERANCE, part, plan_of, private
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums, group_norms, per_site_gradients
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import clipped_sums, group_norms, per_site_gradients
 
 CLASS_TOKEN = EVERY_CASE["class-token"]
 

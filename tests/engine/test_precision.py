@@ -20,10 +20,10 @@ from groupsearch.engine.mechanism import Mechanism
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from groupsearch.plan.clipping import ClipPlan, clip_factors
-from tests.cases import BATCH_SIZE, EVERY_CASE, Case
 from tests.engine.loop import part, plan_of, seen_by
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums, trainable
+from tests.support.cases import BATCH_SIZE, EVERY_CASE, Case
+from tests.support.reference import clipped_sums, trainable
 
 MATRIX = [EVERY_CASE[name] for name in ("linear-2d", "linear-3d", "linear-3d-long", "tied-embedding-head")]
 MIXED = [EVERY_CASE[n] for n in ("conv2d-groups", "layernorm", "class-token", "attention", "residual-mlp-3d", "lora")]

@@ -18,10 +18,10 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan
 from groupsearch.privacy.accounting import epsilon
 from groupsearch.tracer.sites import observe_sites
-from tests.cases import EVERY_CASE
 from tests.engine.loop import CASE, part, plan_of, private
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums, trainable
+from tests.support.cases import EVERY_CASE
+from tests.support.reference import clipped_sums, trainable
 
 RATE, EXAMPLES = 0.3, 12
 ALLOCATIONS: dict[str, Any] = {"fixed": "uniform", "adaptive": AdaptiveQuantile(count_noise=3.0)}

@@ -16,8 +16,8 @@ from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.cases import BATCH_SIZE, LAYER_CASES, Case, Wrap, readout
-from tests.reference import clipped_sums, trainable
+from tests.support.cases import BATCH_SIZE, LAYER_CASES, Case, Wrap, readout
+from tests.support.reference import clipped_sums, trainable
 
 
 def attach(model: nn.Module, batch: Any, loss: Callable[..., Tensor] = readout, **settings: Any) -> PrivateEngine:

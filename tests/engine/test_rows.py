@@ -23,7 +23,7 @@ from groupsearch.tracer.step import made_private, make_stage, real_copy
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads.batches import mean_over_views, repeat_views, with_views
 from groupsearch.workloads.workload import Data, Workload
-from tests.reference import clipped_sums, per_example_gradients
+from tests.support.reference import clipped_sums, per_example_gradients
 
 B, K = 4, 3
 THRESHOLD = 0.05

@@ -18,7 +18,7 @@ from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import trace_model
 from groupsearch.workloads.blocks import checkpoint_blocks
-from tests.reference import clipped_sums
+from tests.support.reference import clipped_sums
 
 B, T, D = 4, 3, 6
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from tests.cases import EVERY_CASE, Case, plain
 from tests.engine.loop import TOLERANCE, plan_of, private
 from tests.engine.test_parity import assert_agree
-from tests.reference import clipped_sums
+from tests.support.cases import EVERY_CASE, Case, plain
+from tests.support.reference import clipped_sums
 
 CASES = [
     EVERY_CASE[name]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.case import Case
 from tests.engine.test_parity import check_case
+from tests.support.case import Case
 
 try:
     import timm

@@ -22,7 +22,7 @@ from groupsearch.errors import GroupSearchError, TruthError
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer import observe_sites, trace_model
-from tests.cases import EVERY_CASE
+from tests.support.cases import EVERY_CASE
 
 SIZE = 40
 

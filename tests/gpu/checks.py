@@ -32,9 +32,9 @@ from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, work
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.step import StepSettings, real_stage
 from groupsearch.workloads import load_workload
-from tests.cases import EVERY_CASE, Case, plain
 from tests.gpu.lines import Lines
-from tests.reference import clipped_sums
+from tests.support.cases import EVERY_CASE, Case, plain
+from tests.support.reference import clipped_sums
 
 CASES = (
     *("linear-3d", "conv2d-groups", "conv2d-circular", "embedding-padding", "layernorm", "groupnorm", "class-token"),

@@ -19,7 +19,7 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.plan.clipping import AdaptiveQuantile, ClipPlan, gradient_noise_multiplier
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.trace import Site
-from tests.strategies import random_trace
+from tests.support.strategies import random_trace
 
 
 def grouping(boundaries: tuple[int, ...], parameters: Sequence[tuple[str, ...]]) -> Grouping:

@@ -14,7 +14,7 @@ from groupsearch.plan.grouping import Grouping, fewest_groups, least_peak, named
 from groupsearch.plan.memory import peaks
 from groupsearch.plan.partition import floor_bytes
 from groupsearch.plan.trace import Trace
-from tests.strategies import boundaries_of, random_trace, traces
+from tests.support.strategies import boundaries_of, random_trace, traces
 
 
 @pytest.fixture

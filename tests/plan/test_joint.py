@@ -25,7 +25,7 @@ from groupsearch.plan.partition import floor_bytes
 from groupsearch.plan.trace import Booked, Site, Trace
 from groupsearch.tracer import trace_methods
 from groupsearch.tracer.step import StepSettings
-from tests.strategies import make_trace
+from tests.support.strategies import make_trace
 
 Cut = tuple[int, ...]
 Subjects = Callable[[str, str], dict[str, Subject]]

@@ -15,8 +15,8 @@ from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.memory import UNREACHABLE_BYTES, cost_table, peak_memory, peaks, timeline
 from groupsearch.plan.trace import Booked, CrossTerm, Instant, Site, StaticBytes, Trace
-from tests.reference_memory import replay
-from tests.strategies import boundaries_of, random_trace, traces
+from tests.support.reference_memory import replay
+from tests.support.strategies import boundaries_of, random_trace, traces
 
 
 def every_grouping(length: int) -> list[tuple[int, ...]]:

@@ -23,7 +23,7 @@ from groupsearch.plan.partition import (
 )
 from groupsearch.plan.trace import Trace
 from groupsearch.units import format_bytes
-from tests.strategies import cost_tables, random_trace, traces
+from tests.support.strategies import cost_tables, random_trace, traces
 
 Cut = tuple[int, ...]
 

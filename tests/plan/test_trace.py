@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from groupsearch.errors import DocumentError
 from groupsearch.plan.memory import peaks
 from groupsearch.plan.trace import StaticBytes, Trace
-from tests.strategies import boundaries_of, random_trace, traces
+from tests.support.strategies import boundaries_of, random_trace, traces
 
 
 @settings(max_examples=50, deadline=None)

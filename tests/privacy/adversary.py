@@ -18,9 +18,9 @@ from torch import Tensor
 from groupsearch.engine import make_private
 from groupsearch.options import EngineOptions
 from groupsearch.plan.clipping import ClipPlan
-from tests.case import VOCABULARY, Case
 from tests.privacy.broken import Damage, none
-from tests.reference import trainable
+from tests.support.case import VOCABULARY, Case
+from tests.support.reference import trainable
 
 LOUDEST = 6.0
 HEAVIEST = 30.0

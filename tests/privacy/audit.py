@@ -23,10 +23,10 @@ from groupsearch.engine.mechanism import Gaussians, add_noise_
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.case import Batch, Case, Wrap
 from tests.privacy.bounds import CONFIDENCE, Claim, distinguishing_bound, family_bound
 from tests.privacy.broken import KNOWN_SEED, Damage, none
-from tests.reference import trainable
+from tests.support.case import Batch, Case, Wrap
+from tests.support.reference import trainable
 
 USES = 64
 RATIOS = tuple(math.log(ratio) for ratio in (3, 10, 30, 100, 300))

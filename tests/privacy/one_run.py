@@ -19,9 +19,9 @@ from groupsearch.engine.loading import PoissonSampler
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.case import Batch, Wrap
 from tests.privacy.bounds import Claim, one_run_bound
 from tests.privacy.broken import Damage, none
+from tests.support.case import Batch, Wrap
 
 WIDTH = 4
 TABLES = ("a.weight", "b.weight")

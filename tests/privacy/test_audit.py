@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import binom, norm
 
 from groupsearch.plan.clipping import ClipPlan
-from tests.case import Case
 from tests.privacy import broken
 from tests.privacy.audit import CanaryAudit, many_uses, two_groups
 from tests.privacy.bounds import (
@@ -20,6 +19,7 @@ from tests.privacy.bounds import (
     rates,
 )
 from tests.privacy.one_run import audit_one_run
+from tests.support.case import Case
 
 ONE_STEP = Claim(noise_multiplier=1.0, sampling_rate=1.0, steps=1)
 TWO_STEPS = Claim(noise_multiplier=2.5, sampling_rate=0.5, steps=2)

@@ -19,10 +19,10 @@ from groupsearch.options import EngineOptions
 from groupsearch.plan.clipping import RULES, ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.case import Batch, Case, Wrap
 from tests.engine.test_parity import assert_agree, step
 from tests.privacy.adversary import Arena, Point
-from tests.reference import per_example_gradients
+from tests.support.case import Batch, Case, Wrap
+from tests.support.reference import per_example_gradients
 
 SINGLE_ROUNDING = 1e-3
 

@@ -15,10 +15,10 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
-from tests.case import Case
 from tests.engine.programs import SHAPES, Program, generate, recipe
 from tests.engine.writer import INGREDIENTS
 from tests.privacy.adversary import Arena, search
+from tests.support.case import Case
 
 ROUNDING = 1e-6
 PER_INGREDIENT, SEARCHED = 1, 3000

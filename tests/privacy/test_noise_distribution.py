@@ -21,7 +21,7 @@ from groupsearch.plan.grouping import Grouping
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads.workload import Data, TrainingDefaults, Workload, seeded
-from tests.case import Batch, Wrap, readout
+from tests.support.case import Batch, Wrap, readout
 
 SIGMA, EXPECTED, WIDTH, ROWS = 1.7, 7.0, 40, 60
 BATCH = {"x": torch.randint(ROWS, (6, 3), generator=torch.Generator().manual_seed(0)), "scale": torch.ones(6)}

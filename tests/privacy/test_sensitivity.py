@@ -14,12 +14,12 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from groupsearch.plan.clipping import RULES, ClipPlan
 from groupsearch.plan.grouping import Grouping
-from tests.case import VOCABULARY, Case, Wrap
-from tests.cases import EVERY_CASE
 from tests.engine.test_parity import groupings, sites_of
 from tests.privacy import broken
 from tests.privacy.adversary import Arena, search
-from tests.zoo import MODELS
+from tests.support.case import VOCABULARY, Case, Wrap
+from tests.support.cases import EVERY_CASE
+from tests.support.zoo import MODELS
 
 ROUNDING = 1e-6
 CUTS = ((0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))
@@ -177,7 +177,7 @@ def test_the_search_measures_what_one_example_adds() -> None:
 
 
 def _reference(case: Case, x: Tensor) -> tuple[Tensor, Callable[[ClipPlan], list[float]]]:
-    from tests.reference import group_norms, per_site_gradients
+    from tests.support.reference import group_norms, per_site_gradients
 
     batch = {"x": x[None], "scale": torch.ones(1, dtype=x.dtype)}
     found = per_site_gradients(case.model(), batch, case.loss, sites_of(case))

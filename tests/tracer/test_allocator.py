@@ -20,7 +20,7 @@ from groupsearch.tracer.allocator import CUDA_GRANULARITY_BYTES, Allocator, allo
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.record import record_step
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
-from tests.cases import EVERY_CASE
+from tests.support.cases import EVERY_CASE
 
 ROUNDED = Allocator(CUDA_GRANULARITY_BYTES)
 CASES = ("linear-3d", "conv2d-groups", "tied-embedding-head", "reused-linear-3d", "checkpoint-non-reentrant", "gpt2")

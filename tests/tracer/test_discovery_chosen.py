@@ -16,7 +16,7 @@ from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.memory import peak_memory
 from groupsearch.tracer import observe_sites, trace_model
 from groupsearch.tracer.discovery import find_layouts
-from tests.case import Wrap
+from tests.support.case import Wrap
 
 BATCH = {"x": torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0)), "y": torch.tensor([0, 1, 2, 0])}
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from groupsearch.tracer import fake, trace_model
 from groupsearch.tracer.fake import FakeTensors
-from tests.cases import EVERY_CASE
+from tests.support.cases import EVERY_CASE
 
 Form = tuple[Any, ...]
 CALLS: dict[str, Callable[[Tensor], Any]] = {

@@ -19,7 +19,7 @@ from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.tracer.step import StepSettings, fake_stage, make_stage, real_copy
 from groupsearch.workloads import Workload
-from tests.cases import EVERY_CASE, Wrap
+from tests.support.cases import EVERY_CASE, Wrap
 
 
 class Walked(LiveBytes):

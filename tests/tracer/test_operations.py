@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.accuracy import Subject
 from groupsearch.plan.grouping import Grouping
-from tests.operations import BY_VALUES, NEEDING_VALUES, OPERATIONS, workload
+from tests.support.operations import BY_VALUES, NEEDING_VALUES, OPERATIONS, workload
 
 TOLERANCE = 0.01
 # Its formula adds what it made, for an operand that it was given twice: that sum is taken for the gradients' meeting.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.plan.trace import Site
 from groupsearch.tracer import observe_sites, trace_model
-from tests.cases import EVERY_CASE, LAYER_CASES, Case
+from tests.support.cases import EVERY_CASE, LAYER_CASES, Case
 
 ORDERED = ("linear-keyword", "unregistered-order", "residual-mlp-3d", "branches", "attention", "layernorm")
 

@@ -22,8 +22,8 @@ from groupsearch.plan.trace import Trace
 from groupsearch.tracer import trace_model
 from groupsearch.tracer.live import LiveBytes
 from groupsearch.workloads import load_workload
-from tests.cases import EVERY_CASE, LAYER_CASES, MODEL_CASES, Case
-from tests.reference import trainable
+from tests.support.cases import EVERY_CASE, LAYER_CASES, MODEL_CASES, Case
+from tests.support.reference import trainable
 
 CHOSEN = (
     *("linear-2d", "linear-relu-in-place", "bitfit", "conv2d-groups", "conv1d-circular-same", "conv-channels-last"),

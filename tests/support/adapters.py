@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.architectures import DECODER, SEQ2SEQ, TEXT, a_class, pairs, translated, words
+from tests.support.architectures import DECODER, SEQ2SEQ, TEXT, a_class, pairs, translated, words
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}

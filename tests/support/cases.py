@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.case import BATCH_SIZE as BATCH_SIZE
-from tests.case import VOCABULARY, Case, Checkpointed, Wrap
-from tests.case import plain as plain
-from tests.case import readout as readout
-from tests.zoo import MODEL_CASES as MODEL_CASES
+from tests.support.case import BATCH_SIZE as BATCH_SIZE
+from tests.support.case import VOCABULARY, Case, Checkpointed, Wrap
+from tests.support.case import plain as plain
+from tests.support.case import readout as readout
+from tests.support.zoo import MODEL_CASES as MODEL_CASES
 
 
 class Residual(nn.Module):

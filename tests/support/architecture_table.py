@@ -1,6 +1,6 @@
 """docs/architectures.md: what the engine makes of architectures that docs/models.md does not list, found by running them.
 
-``python -m tests.architecture_table`` runs all and writes the page; with names (or parts of names, or ``0/4`` for one
+``python -m tests.support.architecture_table`` runs all and writes the page; with names (or parts of names, or ``0/4`` for one
 part of four) it runs those and keeps the other rows.
 """
 
@@ -27,11 +27,11 @@ import groupsearch as gs
 from groupsearch.errors import GroupSearchError
 from groupsearch.plan.trace import Site
 from groupsearch.tracer.sites import observe_sites
-from tests.alike import alike
-from tests.architectures import ARCHITECTURES, Architecture
-from tests.reference import one_example, trainable
+from tests.support.alike import alike
+from tests.support.architectures import ARCHITECTURES, Architecture
+from tests.support.reference import one_example, trainable
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 FLOOR = {torch.float32: 1e-3, torch.float64: 1e-3}
 HEADER = ("architecture", "kind", "outcome", "sites", "error", "in")
@@ -50,7 +50,7 @@ left free, too. {}.
 - *error*: the largest of any clipped sum, relative to the largest number that an example adds to the parameter (or a
   thousandth of the largest in the model), rounded up to a power of ten, *in* this type of numbers.
 
-The page is written by `python -m tests.architecture_table`, in parts if names, or parts of names, are given; a sample is
+The page is written by `python -m tests.support.architecture_table`, in parts if names, or parts of names, are given; a sample is
 run again by the tests and all of it by `pytest -m slow`.
 
 """

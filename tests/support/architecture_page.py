@@ -1,4 +1,4 @@
-"""The layers in docs/architecture.md, from the linter's contract; ``python -m tests.architecture_page`` writes them in.
+"""The layers in docs/architecture.md; ``python -m tests.support.architecture_page`` writes them, from the contract.
 
 What a module is for is the first sentence of its own docstring.
 """
@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGE = ROOT / "groupsearch"
 BLOCK = re.compile(r"(<!-- layers -->\n).*(<!-- /layers -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""Figures of a package's house: ``python -m tests.house [--json] [PATH]``, before and after a change of it.
+"""Figures of a package's house: ``python -m tests.support.house [--json] [PATH]``, before and after a change of it.
 
 Modules, functions, arguments, imports and ``Any`` are counted from the source alone; nothing is imported. PATH is the
 folder of a package, ``groupsearch`` if not given. All imports count: those within functions and those under
@@ -15,7 +15,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-HOME = Path(__file__).resolve().parent.parent / "groupsearch"
+HOME = Path(__file__).resolve().parents[2] / "groupsearch"
 MOST_ARGUMENTS = 6
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Imports = Mapping[str, set[str]]
@@ -165,7 +165,7 @@ def _as_text(found: Mapping[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(prog="python -m tests.house", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.support.house", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("path", nargs="?", type=Path, default=HOME, help="the folder of a package")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The numbers in docs/search.md, from the committed documents; ``python -m tests.search_page`` writes them in."""
+"""The numbers in docs/search.md, from documents; ``python -m tests.support.search_page`` writes them in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from groupsearch.units import format_bytes, format_count, format_interval, format_number, format_seconds
-from tests.memory_page import BLOCK, ROOT, document, table_head, table_row
+from tests.support.memory_page import BLOCK, ROOT, document, table_head, table_row
 
 PAGE = ROOT / "docs" / "search.md"
 WAYS = (

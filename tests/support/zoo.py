@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupsearch.workloads.blocks import checkpoint_blocks
-from tests.case import BATCH_SIZE, VOCABULARY, Batch, Case, Wrap
+from tests.support.case import BATCH_SIZE, VOCABULARY, Batch, Case, Wrap
 
 CHECKPOINTS = ("reentrant", "non-reentrant")
 # transformers computes root mean squares, rotations or routes in float32 whatever it is given

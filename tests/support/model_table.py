@@ -1,6 +1,6 @@
 """docs/models.md: which models the engine is exact for, found by running them.
 
-``python -m tests.model_table`` writes the page.
+``python -m tests.support.model_table`` writes the page.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
-from tests.case import Case
 from tests.engine.test_parity import DTYPES, assert_agree, groupings, step, truth, typical_norm
-from tests.reference import SiteGradients, combine, group_norms, magnitudes
-from tests.zoo import CHECKPOINTS, LISTED, Model
+from tests.support.case import Case
+from tests.support.reference import SiteGradients, combine, group_norms, magnitudes
+from tests.support.zoo import CHECKPOINTS, LISTED, Model
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 HEADER = ("model", "trained", "sites", "float32", "float64", "attention", "checkpointing")
 HEADROOM = 3  # another processor rounds otherwise
 VANISHING = 1e-6
@@ -31,7 +31,8 @@ INTRODUCTION = """\
 
 Every model below is built from its configuration with random weights, two layers deep, and trained as it is: no layer
 is replaced, wrapped or registered. One step of the engine is compared with one-example-at-a-time autograd. The page is
-written by `python -m tests.model_table`, which runs the models; the tests run them again and hold the page to it.
+written by `python -m tests.support.model_table`, which runs the models; the tests run them again and hold the page to
+it.
 
 - *sites*: uses of layers that own trainable parameters. A tied or reused layer has several. `parameter`: parameters
   that are not in a layer of their own (class tokens, positions, layer scales) or are used outside of its forward;

@@ -1,4 +1,4 @@
-"""docs/from-python.ipynb and what its cells show; ``python -m tests.notebook`` runs them and writes it in.
+"""docs/from-python.ipynb and what its cells show; ``python -m tests.support.notebook`` runs them and writes it in.
 
 A cell is run by Python itself; of a value in its last line the notebook keeps what Jupyter asks it for: its ``repr``
 and, where there is one, ``_repr_html_``.
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "from-python.ipynb"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "from-python.ipynb"
 
 
 def with_outputs(notebook: dict[str, Any]) -> dict[str, Any]:

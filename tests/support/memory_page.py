@@ -1,4 +1,4 @@
-"""The numbers in docs/memory.md, from the committed documents; ``python -m tests.memory_page`` writes them in."""
+"""The numbers in docs/memory.md, from documents; ``python -m tests.support.memory_page`` writes them in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from groupsearch.units import format_bytes, format_count, format_percent, format_ratio, format_signed_percent
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "memory.md"
 BLOCK = re.compile(r"(<!-- numbers:(\w+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 Document = Mapping[str, Any]

@@ -1,6 +1,6 @@
 """The numbers in the README, from the documents that its opening mark lists.
 
-``python -m tests.readme_numbers`` writes them in. Documents that are not listed, such as those of
+``python -m tests.support.readme_numbers`` writes them in. Documents that are not listed, such as those of
 somebody's own runs, change nothing.
 """
 
@@ -22,7 +22,7 @@ from groupsearch.units import (
     format_signed_percent,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- numbers:(.*?)-->\n).*(<!-- /numbers -->)", re.DOTALL)
 NEAR_FLOOR = 1.01
