@@ -2,8 +2,8 @@
 
 Run with ``python -m benchmarks.reserved [--output PATH] [--models NAME ...]``, then
 ``python -m tests.support.memory_page`` for the table of docs/memory.md. Every number comes from one step traced on fake
-tensors as ``--device cuda:h100`` traces it (Adam by lists), and from the model of torch's caching allocator; nothing was
-run on a GPU. A document that is there already keeps the rows that are not named.
+tensors as ``--device cuda:h100`` traces it (Adam by lists), and from the model of torch's caching allocator; nothing
+was run on a GPU. A document that is there already keeps the rows that are not named.
 """
 
 from __future__ import annotations
