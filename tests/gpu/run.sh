@@ -64,13 +64,13 @@ profiles() {
 
 run() { # the parts on a card
     case $1 in
-    checks) part checks 90 tests.gpu.checks "checks-$device.jsonl" --seconds 75 ;;
-    grid) part grid 240 tests.gpu.grid "grid-$device.json" --seconds 220 --fresh --random 2 \
+    checks) part checks 125 tests.gpu.checks "checks-$device.jsonl" --seconds 110 ;;
+    grid) part grid 390 tests.gpu.grid "grid-$device.json" --seconds 365 --fresh --random 2 \
         --models "GPT-2 small" "ViT-B/16" "ResNet-50 with GroupNorm" ;;
     expandable) PYTORCH_ALLOC_CONF=expandable_segments:True PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True part \
-        expandable 200 tests.gpu.grid "grid-$device-expandable.json" --seconds 180 --random 2 \
+        expandable 345 tests.gpu.grid "grid-$device-expandable.json" --seconds 320 --random 2 \
         --models "GPT-2 small" "ViT-B/16" "ResNet-50 with GroupNorm" ;;
-    half) part half 90 tests.gpu.grid "grid-$device.json" --seconds 75 --random 0 --autocast bfloat16 \
+    half) part half 165 tests.gpu.grid "grid-$device.json" --seconds 145 --random 0 --autocast bfloat16 \
         --models "GPT-2 small" "ViT-B/16" ;;
     seconds)
         timed "seconds, float32" 75 none hf:gpt2 hf:google/vit-base-patch16-224
@@ -78,7 +78,7 @@ run() { # the parts on a card
         ;;
     slack) PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True part \
         slack 200 tests.gpu.slack "slack-$device.jsonl" --seconds 180 ;;
-    more) part more 300 tests.gpu.grid "grid-$device.json" --seconds 280 --random 2 \
+    more) part more 450 tests.gpu.grid "grid-$device.json" --seconds 425 --random 2 \
         --models "Llama 3.2 1B" "T5 base" "Whisper small encoder" "RoBERTa base" ;;
     profiles) profiles ;;
     esac
