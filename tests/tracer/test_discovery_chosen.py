@@ -110,5 +110,4 @@ def test_the_memory_of_a_weight_that_a_module_run_whole_shares_with_a_layer_is_t
     assert [site.kind for site in trace.sites] == ["function", "linear"]
     grouping = Grouping((), trace.sites)
     simulated = simulate_peak(model, batch, loss, grouping, optimizer="sgd")
-    # the inner product's gradients are counted beside those of the module's own norm, which are gone by then
-    assert simulated <= peak_memory(trace, grouping).peak_bytes <= 1.4 * simulated
+    assert simulated <= peak_memory(trace, grouping).peak_bytes <= 1.001 * simulated
