@@ -31,7 +31,7 @@ FAST = {
             "engine/test_loading_sampling.py",
             "test_randomness.py",
         ),
-        *("privacy/test_noise_distribution.py", "privacy/test_accounting_sizes.py", "privacy/test_statement.py"),
+        *("privacy/test_noise_distribution.py", "privacy/test_sizes.py", "privacy/test_statement.py"),
     ),
     "the optimizer's step": ("engine/test_optimizers.py",),
     "groups, plans and the partition search": (

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,11 @@ from groupsearch.plan.checked import Checked
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.trace import Rows, Site, shared_parameters, weights_with_choice
 from groupsearch.privacy import PrivacyStatement
-from groupsearch.privacy.accounting import Accountant, SizesSeen
+from groupsearch.privacy.sizes import SizesSeen
 from groupsearch.randomness import source_of
+
+if TYPE_CHECKING:
+    from groupsearch.privacy.accounting import Accountant
 
 # -- The engine's state as plain types and tensors, and what must agree for a run to be resumed ----
 
@@ -443,7 +446,7 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
             number of examples); with it ``engine.epsilon(delta)`` tells what the steps so far cost.
         sampling: what the loop's own loader does: ``poisson``, ``shuffled`` or ``fixed-size``, each with an epsilon
             of its own (:mod:`groupsearch.privacy.accounting`). Batches that are visibly drawn otherwise are refused:
-            see :class:`~groupsearch.privacy.accounting.SizesSeen`, also for what that may tell of private sizes.
+            see :class:`~groupsearch.privacy.sizes.SizesSeen`, also for what that may tell of private sizes.
         loss_reduction: "mean" when the loss is the mean of per-example losses over the
             micro-batch, "sum" when it is their sum.
         loss_divisor: what the loop divides that mean or sum by before backward, as libraries do that accumulate

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from groupsearch.privacy import accounting as sizes
-from groupsearch.privacy.accounting import SizesSeen
+from groupsearch.privacy.sizes import SizesSeen
 
 
 def told_after(seen: SizesSeen, stream: Iterator[int], limit: int = 2000) -> tuple[int, str] | None:
