@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from groupsearch.privacy import accounting as sizes
+from groupsearch.privacy import sizes
 from groupsearch.privacy.sizes import SizesSeen
 
 
