@@ -71,7 +71,6 @@ ELSEWHERE = {
     "training/checkpoints": "cli/test_resume.py",
     "training/loop": "test_training.py",
     "training/settings": "test_training.py",
-    "workloads/copies": "tracer/test_trace_model.py",
     "workloads/saving": "cli/test_weights.py",
     "workloads/settings": "workloads/test_catalogue.py",
     "workloads/tasks": "workloads/test_hub.py",

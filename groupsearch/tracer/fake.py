@@ -30,7 +30,7 @@ from groupsearch.errors import UnsupportedModelError
 from groupsearch.plan.cards import Card
 from groupsearch.tracer.allocator import has_storage
 from groupsearch.workloads.batches import map_tensors
-from groupsearch.workloads.copies import copy_of
+from groupsearch.workloads.copies import copy_of, sharing
 
 # -- What autocast casts on a CUDA device, on tensors of the CPU, where it casts less to float32 ---
 #
@@ -486,10 +486,11 @@ class FakeTensors:
         return skip
 
 
-def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
+def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device, moved: bool = False) -> nn.Module:
     """A copy of a model with fake tensors on ``device``; ties are kept, no weight is copied.
 
-    Works for models on the meta device as well as for real ones, which are left as they are.
+    Works for models on the meta device as well as for real ones, which are left as they are. Views of one storage stay
+    views of one, but where the model is ``moved`` to another device, which gives each tensor a storage of its own.
 
     Raises:
         UnsupportedModelError: when something on the model cannot be copied; it names the attribute.
@@ -499,7 +500,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
         with mode:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    return copy_of(model, make)
+    return copy_of(model, make if moved else sharing(make))
 
 
 def fake_batch(batch: Any, fake: FakeTensors, device: torch.device) -> Any:

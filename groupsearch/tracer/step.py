@@ -168,7 +168,7 @@ def fake_stage(
     """A stage of fake tensors; enter what is returned with it to step on it."""
     card = None if allocator is None else allocator.card
     fake, device = FakeTensors(card), torch.device("cpu")
-    duplicate = fake_model(model, fake.mode, device)
+    duplicate = fake_model(model, fake.mode, device, moved=card is not None)
     examples = fake_batch(batch, fake, device)
     live = LiveBytes(scratch, allocator)
     fake.mode.met = lambda tensor: live.ignore([tensor])  # what it stands for is counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ _MACHINERY = ("_parameters", "_buffers", "_modules")
 
 
 def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """A copy of a model; ties are kept.
+    """A copy of a model; ties are kept, and parameters and buffers that are views of one storage.
 
     Tensors that are no leaves (an activation kept from an earlier forward pass, the weight that the old
     ``torch.nn.utils.weight_norm`` computes) are copied without their graph, which ``copy.deepcopy`` refuses.
@@ -24,15 +25,17 @@ def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) ->
     Args:
         model: the model, which is left as it is.
         make: what becomes of a tensor, be it a parameter, a buffer or a plain attribute; a copy of it if not given.
+            Views of one storage become views of one again by :func:`sharing`.
 
     Raises:
         UnsupportedModelError: when something on the model cannot be copied; it names the attribute.
     """
     memo: dict[int, Any] = {}
-    if make is not None:
-        for tensor in (*model.parameters(), *model.buffers()):
+    duplicate_view = sharing(lambda tensor: tensor.detach().clone())
+    with torch.no_grad():
+        for tensor in _views(model) if make is None else (*model.parameters(), *model.buffers()):
             if id(tensor) not in memo:
-                made = make(tensor)
+                made = (make or duplicate_view)(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
     own = Tensor.__deepcopy__
@@ -56,8 +59,45 @@ def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) ->
 
 
 def shapes_of(model: nn.Module) -> nn.Module:
-    """A copy with every tensor on the meta device, ties kept; copies no data."""
-    return copy_of(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False))
+    """A copy with every tensor on the meta device, ties and shared storages kept; copies no data."""
+    return copy_of(model, sharing(lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False)))
+
+
+def sharing(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same for tensors of their own; of those that are views of one storage one is made, as large as it is.
+
+    ``make`` gives a tensor of the size of the one that it is given.
+    """
+    storages: dict[int, Tensor] = {}
+
+    def made(tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return make(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in storages:
+            length = storage.nbytes() // tensor.element_size()
+            whole = tensor if length == tensor.numel() else tensor.detach().as_strided((length,), (1,), 0)
+            storages[storage._cdata] = make(whole)
+            if whole is tensor:
+                return storages[storage._cdata]
+        one = storages[storage._cdata]
+        if one.dtype != tensor.dtype:
+            return make(tensor)
+        return one.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return made
+
+
+def _views(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers whose storage holds more than they do, or another one, which ``copy.deepcopy`` parts."""
+    strided = [t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided and t.is_leaf]
+    storages = {id(t): t.untyped_storage() for t in strided}
+    held = Counter(storage._cdata for storage in storages.values())
+    return [
+        t
+        for t in strided
+        if held[storages[id(t)]._cdata] > 1 or storages[id(t)].nbytes() != t.numel() * t.element_size()
+    ]
 
 
 def _refusal(model: nn.Module, error: Exception) -> UnsupportedModelError:
