@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from groupsearch.errors import DocumentError, GroupSearchError
+from groupsearch.units import slug
 
 SCHEMA_VERSION = 1
 KINDS = ("profile", "search", "verify", "train")
@@ -85,7 +85,7 @@ def default_path(document: Mapping[str, Any]) -> Path:
         parts += [] if found == usual else [word, found]
     parts += ["fit"] if "fit" in document else []
     parts += [] if document["kind"] == "profile" else [document["kind"]]
-    stem = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
+    stem = slug("-".join(parts))
     return Path("profiles" if document["kind"] == "profile" else "reports") / f"{stem[-200:]}.json"
 
 

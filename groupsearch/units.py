@@ -30,6 +30,27 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * _FACTORS[match.group(2).upper()])
 
 
+def exact_bytes(size_bytes: int) -> str:
+    """A size that :func:`parse_bytes` reads back to the byte.
+
+    >>> exact_bytes(12 * 2**30), exact_bytes(2500 * 2**20), exact_bytes(1234)
+    ('12GiB', '2500MiB', '1234')
+    """
+    for prefix in "TGMK":
+        if size_bytes and size_bytes % _FACTORS[prefix] == 0:
+            return f"{size_bytes // _FACTORS[prefix]}{prefix}iB"
+    return str(size_bytes)
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name: letters, digits, dots, underscores and dashes.
+
+    >>> slug("hf:google/vit-base")
+    'hf-google-vit-base'
+    """
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
+
+
 def format_bytes(size_bytes: float) -> str:
     """A size with a binary prefix and about three significant digits.
 

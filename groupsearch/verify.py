@@ -133,6 +133,7 @@ class Setup:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         known = {"name": self.workload, "batch_size": self.loaded.batch_size, "parameters": trainable}
         known |= {"mode": described(model)}
+        known |= {} if self.loaded.data is None else {"examples": self.loaded.data.train_size}
         return {**self.loaded.settings, **known}
 
     def describe_step(self) -> dict[str, Any]:

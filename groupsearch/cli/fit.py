@@ -71,7 +71,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch fit stdlib-gpt --memory 1GiB --find sequence-length --batch-size 8
     groupsearch fit hf:gpt2 --device cuda:h100
     """
-    from groupsearch.cli.terminal import Watch, say_not_measured, show, watching
+    from groupsearch.cli.terminal import Watch, say_next, say_not_measured, show, watching
     from groupsearch.jobs.fit import fit
 
     watch = Watch(output, force, as_json)
@@ -80,4 +80,4 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     show(found.table())
     say_not_measured(found)
     say(f"{found.fit.summary} {found.fit.poisson.rule}")
-    watch.save(found)
+    say_next(watch.save(found))

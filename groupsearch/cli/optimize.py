@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from groupsearch.cli.parameters import (
     Positive,
     Size,
+    fail_over_option,
     model_options,
     output_options,
     seed_option,
@@ -20,7 +21,7 @@ from groupsearch.cli.parameters import (
     training_options,
 )
 from groupsearch.cli.report import write_page
-from groupsearch.cli.terminal import Output, Watch, make_folder, say, show, show_peaks, watching, writable
+from groupsearch.cli.terminal import Output, Watch, make_folder, say, say_next, show, show_peaks, watching, writable
 from groupsearch.documents import tables
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.evaluation import TRIALS, check_values, rungs_of
@@ -169,6 +170,7 @@ class _Watch(Watch):
     default="all",
     help=f"Check the estimates of {', '.join(CHECKED)}.",
 )
+@fail_over_option
 @model_options
 @step_options
 @training_options
@@ -226,7 +228,7 @@ def _search(prepared: Prepared, watch: Watch, places: _Places) -> None:
     watch.output = places.output
     with watching(watch):
         found = prepared.run(places.storage, force=watch.asked[1])
-    watch.save(found)
+    found = watch.save(found)
     _print_result(found)
     say(str(found.privacy))
     if found.not_private:
@@ -234,6 +236,7 @@ def _search(prepared: Prepared, watch: Watch, places: _Places) -> None:
     say(randomness(found.to_json()))
     if places.page is not None:
         write_page(found.to_json(), places.page, force=places.output.force)
+    say_next(found)
 
 
 def _select(prepared: Prepared, watch: Watch, report: str | None) -> None:
@@ -245,9 +248,10 @@ def _select(prepared: Prepared, watch: Watch, report: str | None) -> None:
         found = prepared.select()
     say(found.reason)
     say(str(found.privacy))
-    watch.save(found)
+    found = watch.save(found)
     if page is not None:
         write_page(found.to_json(), page, force=watch.asked[1])
+    say_next(found)
 
 
 def _print_result(found: Search) -> None:

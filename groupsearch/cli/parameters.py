@@ -219,6 +219,9 @@ secure_option = click.option(
     "--secure", is_flag=True, help="Draw noise and batches from a cipher (AES-256 in counter mode)."
 )
 seed_option = click.option("--seed", type=int, default=0, help="Seed of everything that is random.")
+fail_over_option = click.option(
+    "--fail-over", type=Share(), help="Exit 1 where a check is further off its estimate, either way, as in 1%."
+)
 no_seed_option = click.option(
     "--seed", type=int, expose_value=False, help="Taken by every command; nothing here is random."
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from groupsearch.cli.parameters import Size, model_options, output_options, seed_option, step_options
+from groupsearch.cli.parameters import Size, fail_over_option, model_options, output_options, seed_option, step_options
 
 
 @click.command("profile")
@@ -32,9 +32,10 @@ from groupsearch.cli.parameters import Size, model_options, output_options, seed
     default="none",
     help="Check each estimate: run the engine on fake tensors (simulate), on the device (measure), or both (all).",
 )
+@fail_over_option
 @seed_option
 @output_options
-def command(model: str, output: str | None, force: bool, as_json: bool, **given: Any) -> None:
+def command(model: str, output: str | None, force: bool, as_json: bool, fail_over: float | None, **given: Any) -> None:
     """Estimate the peak memory of groupings of MODEL.
 
     One traced step is enough to know the peak of every grouping; --verify checks it.
@@ -45,7 +46,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch profile mine.py:factory --grouping best:4 --grouping 3,17,40
     groupsearch profile hf:gpt2 --batch-size 4 --norm-method joint --budget 2500MiB
     """
-    from groupsearch.cli.terminal import Watch, show, show_peaks, watching
+    from groupsearch.cli.terminal import Watch, say_next, show, show_peaks, watching
     from groupsearch.documents import tables
     from groupsearch.jobs.profile import profile
 
@@ -55,4 +56,5 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     if found.joint is not None:
         show(tables.joint(found.joint))
     show_peaks(found)
-    watch.save(found)
+    say_next(watch.save(found))
+    found.check(fail_over)

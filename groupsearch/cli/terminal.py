@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -21,6 +21,7 @@ from groupsearch.jobs.events import Advanced, Begun, Event, Interrupted
 from groupsearch.records import check_destination, default_path, document_text, write_document
 
 _PIPE_WIDTH = 120
+D = TypeVar("D", bound=Document)
 
 
 def console(*, to_stdout: bool = False) -> Console:
@@ -172,10 +173,12 @@ class Watch:
         """Print an event that is no bar."""
         say(str(event))
 
-    def save(self, document: Document) -> None:
-        """Write the document."""
+    def save(self, document: D) -> D:
+        """Write the document, which says how to go on with it as it lies there, and return it."""
         assert self.output is not None  # every job begins
-        self.output.save(document.to_json())
+        followed = document.followed(self.output.path)
+        self.output.save(followed.to_json())
+        return followed
 
     def close(self) -> None:
         """Take the bar away."""
@@ -217,6 +220,19 @@ def show_peaks(found: Memory) -> None:
     show(found.peaks())
     say_not_measured(found)
     say(found.summary)
+    if found.doubt:
+        print_error(f"Warning: {found.doubt}")
+
+
+def say_next(found: Document) -> None:
+    """Print what to do with what was found: lines to paste, each as long as it is."""
+    following = found.next
+    if following is None:
+        return
+    if following.command is not None:
+        say(f"Next:{f' {following.note}' if following.note else ''}\n  {following.command}")
+    if following.python:
+        say("In Python:\n" + "\n".join(f"  {line}".rstrip() for line in following.python))
 
 
 def say_not_measured(found: Memory) -> None:

@@ -98,7 +98,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
 
     winner_of(given["grouping"], given["pick"])  # refused before torch is loaded, as a folder is
     folder_of(given["save"], given["checkpoint_every"], given["resume"], force)
-    from groupsearch.cli.terminal import Watch, watching
+    from groupsearch.cli.terminal import Watch, say_next, watching
     from groupsearch.jobs.train import train
 
     watch = Watch(output, force, as_json)
@@ -107,7 +107,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     _print_result(found)
     if given["save"] is not None:
         say(f"Saved the weights in {given['save']}; its README.md says how to load them and what they cost.")
-    watch.save(found)
+    say_next(watch.save(found))
 
 
 def _print_result(found: Train) -> None:

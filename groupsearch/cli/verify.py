@@ -12,7 +12,14 @@ from groupsearch.units import format_percent
 
 @click.command("verify")
 @click.argument("document", type=click.Path())
-@click.option("--tolerance", type=Share(), default="1%", help="Largest relative error, either way.")
+@click.option(
+    "--tolerance",
+    "--fail-over",
+    "tolerance",
+    type=Share(),
+    default="1%",
+    help="Largest relative error, either way; beyond it the exit code is 1.",
+)
 @click.option("--device", help="Measure on another device than the document's.")
 @no_seed_option
 @output_options

@@ -6,7 +6,7 @@ Imported by the package alone, which is where others take them from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 
 from groupsearch.documents import tables
 from groupsearch.documents.codec import Part
+from groupsearch.documents.commands import STEP, TRAINING, Next, command_line, only, own_loop
 from groupsearch.documents.rows import (
     Boundaries,
     Candidate,
@@ -39,14 +40,23 @@ from groupsearch.documents.rows import (
     Variant,
 )
 from groupsearch.documents.tables import Table
-from groupsearch.errors import DocumentError
+from groupsearch.errors import DocumentError, ToleranceError
 from groupsearch.plan.checked import Checked
 from groupsearch.plan.trace import Trace
 from groupsearch.privacy import PrivacyStatement
-from groupsearch.records import COMMANDS, SCHEMA_VERSION, check_header, plain, read_document, write_document
-from groupsearch.units import format_bytes
+from groupsearch.records import (
+    COMMANDS,
+    SCHEMA_VERSION,
+    check_header,
+    default_path,
+    plain,
+    read_document,
+    write_document,
+)
+from groupsearch.units import format_bytes, format_number, format_signed_percent, slug
 
 _SHOWN = 12
+_NEAR_FLOOR = 1.01
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -57,6 +67,8 @@ class Document(Part):
         model: what it is about.
         environment: where its numbers come from.
         settings: what was asked for.
+        asked: the options that were given, as texts; None where no command line says the same.
+        next: what to do with what was found.
     """
 
     KIND: ClassVar[str]
@@ -64,6 +76,8 @@ class Document(Part):
     model: Model
     environment: Environment
     settings: Mapping[str, object]
+    asked: Mapping[str, tuple[str, ...]] | None = None
+    next: Next | None = None
 
     @classmethod
     def from_json(cls, data: object, where: str = "document") -> Self:
@@ -127,6 +141,31 @@ class Document(Part):
     def table(self) -> Table:
         """What a person reads first, as text."""
         raise NotImplementedError
+
+    @property
+    def command(self) -> str | None:
+        """The command line that makes such a document; None where there is none, or nobody has kept it."""
+        return None if self.asked is None else command_line(self.verb, self.model.name, self.asked)
+
+    @property
+    def verb(self) -> str:
+        """The command that makes such documents."""
+        return COMMANDS[self.KIND]
+
+    def following(self, path: str | Path | None = None) -> Next | None:
+        """What to do next with what was found, where there is something.
+
+        Args:
+            path: of the document; what :func:`~groupsearch.records.default_path` says where it is not given.
+        """
+        return None
+
+    def followed(self, path: str | Path | None = None) -> Self:
+        """The document with what to do :attr:`next`."""
+        return replace(self, next=self.following(path))
+
+    def _place(self, path: str | Path | None) -> str:
+        return str(path or default_path(self.to_json()))
 
     @property
     def about(self) -> str:
@@ -199,6 +238,56 @@ class Memory(Document):
         title += "" if held is None else f", {format_bytes(held.reserved_bytes)} held"
         return tables.peaks(title, reference, self.estimates, self.simulations, self.measurements)
 
+    @property
+    def worst(self) -> Simulation | None:
+        """The check that is furthest from its estimate, either way; None where nothing was checked."""
+        checks = (*self.simulations, *self.measurements)
+        return max(checks, key=lambda row: abs(row.relative_error), default=None)
+
+    @property
+    def doubt(self) -> str:
+        """That a check is more than 1 % off its estimate; empty where none is."""
+        checks = [("simulation", row) for row in self.simulations]
+        checks += [("measurement", row) for row in self.measurements]
+        return tables.doubt([(how, row.grouping, row.relative_error, row.peak_bytes) for how, row in checks])
+
+    def check(self, fail_over: float | None) -> None:
+        """Raise where a check is further off its estimate than this share, either way; None allows everything.
+
+        Raises:
+            ToleranceError: which names the check.
+        """
+        worst = self.worst
+        if fail_over is not None and worst is not None and abs(worst.relative_error) > fail_over:
+            raise ToleranceError(
+                f"Expected every estimate within {format_number(100 * fail_over)} % of its check, found that of "
+                f"{worst.grouping} {format_signed_percent(worst.relative_error)} off {format_bytes(worst.peak_bytes)}. "
+                "Trust what was measured, allow more with --fail-over, or report the model."
+            )
+
+    def following(self, path: str | Path | None = None) -> Next | None:
+        """Search, where there is data to train on; else check the grouping, unless that is done."""
+        row = next((row for row in self.front if row.peak_bytes <= _NEAR_FLOOR * self.floor_bytes), self.front[-1])
+        return self._with_grouping(row.boundaries, {}, self.model.batch_size)
+
+    def _with_grouping(self, boundaries: Boundaries, changed: Mapping[str, tuple[str, ...]], batch_size: int) -> Next:
+        """How to go on with a grouping and with options that are not those that were asked for."""
+        python = own_loop(boundaries, None, batch_size)
+        if self.asked is None:
+            return Next(command=None, python=python)
+        step = only(self.asked, (*STEP, "sampling-rate")) | dict(changed)
+        card = self.not_measured is not None
+        if self.model.examples is not None:
+            note = "To be run where that card is." if card else ""
+            there = {**step, "device": ("cuda",)} if card else step
+            return Next(command=command_line("optimize", self.model.name, there), python=python, note=note)
+        if not changed and (self.measurements or (card and self.simulations)):
+            return Next(command=None, python=python)
+        step.pop("sampling-rate", None)
+        cuts = ",".join(map(str, boundaries)) or "all-layer"
+        check = {"grouping": (cuts,), "verify": ("simulate" if card else "measure",)}
+        return Next(command=command_line("profile", self.model.name, step | check), python=python)
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Profile(Memory):
@@ -219,6 +308,16 @@ class Profile(Memory):
     def table(self) -> Table:
         """The peaks."""
         return self.peaks()
+
+    def following(self, path: str | Path | None = None) -> Next | None:
+        """Train with what was chosen together with norm methods; else as for every grouping."""
+        if self.joint is None or self.asked is None or self.model.examples is None:
+            return super().following(path)
+        place = self._place(path)
+        step = {name: texts for name, texts in only(self.asked, STEP).items() if name != "norm-method"}
+        given = {**step, "grouping": (place,), "save": (f"{slug(self.model.name)}-private",)}
+        lines = (f"found = groupsearch.train({self.model.name!r}, grouping={place!r})", "print(found)")
+        return Next(command=command_line("train", self.model.name, given), python=lines)
 
     @property
     def finding(self) -> str:
@@ -248,6 +347,25 @@ class Fit(Profile):
     def table(self) -> Table:
         """What fits, against non-private training."""
         return tables.fits(self.model, self.fit)
+
+    @property
+    def verb(self) -> str:
+        """The command that makes such documents."""
+        return "fit"
+
+    def following(self, path: str | Path | None = None) -> Next | None:
+        """Go on with the grouping that fits most, and with as much of it as there are examples."""
+        rows = [row for row in self.fit.rows if row.boundaries is not None and row.size]
+        if not rows:
+            return None
+        best = max(rows, key=lambda row: (row.size, -(row.groups or 0)))
+        assert best.boundaries is not None  # as filtered above
+        if self.fit.varies != "batch_size":
+            given = {k: v for k, v in (self.asked or {}).items() if k == "setting"}
+            longer = {"setting": (*given.get("setting", ()), f"{self.fit.varies}={best.size}")}
+            return self._with_grouping(best.boundaries, longer, self.model.batch_size)
+        batch_size = min(best.size, self.model.examples or best.size)
+        return self._with_grouping(best.boundaries, {"batch-size": (str(batch_size),)}, batch_size)
 
     @property
     def finding(self) -> str:
@@ -301,6 +419,24 @@ class Search(Memory):
         """The front, the references and what is recommended."""
         return tables.candidates(self.about, self.candidates, self.recommended)
 
+    def following(self, path: str | Path | None = None) -> Next | None:
+        """Train with what is recommended and keep the weights; go on searching where nothing is."""
+        place, chosen = self._place(path), self.recommended
+        if chosen is None:
+            return None if self.asked is None else Next(command=self._again(path), python=())
+        plan = {"max_grad_norm": self.training.max_grad_norm, "rule": chosen.rule or self.training.rule}
+        plan |= {} if chosen.allocation is None else {"allocation": chosen.allocation}
+        expected = self.training.sampling_rate * self.privacy.examples
+        python = own_loop(chosen.boundaries, self.training.noise_multiplier, expected, **plan)
+        if self.asked is None:
+            return Next(command=None, python=python)
+        given = {**only(self.asked, TRAINING), "grouping": (place,), "save": (f"{slug(self.model.name)}-private",)}
+        return Next(command=command_line("train", self.model.name, given), python=python)
+
+    def _again(self, path: str | Path | None) -> str:
+        named = {} if path is None or Path(path) == default_path(self.to_json()) else {"output": (str(path),)}
+        return command_line(self.verb, self.model.name, {**(self.asked or {}), "resume": (), **named})
+
     @property
     def finding(self) -> str:
         """Why what is recommended is."""
@@ -318,6 +454,12 @@ class Verify(Document):
     KIND: ClassVar[str] = "verify"
 
     rows: tuple[Check, ...]
+
+    @property
+    def command(self) -> str | None:
+        """The command line that makes such a document, of which the subject is another document."""
+        name = self.settings.get("document")
+        return None if self.asked is None or name is None else command_line("verify", str(name), self.asked)
 
     @property
     def outside(self) -> tuple[Check, ...]:
@@ -389,6 +531,14 @@ class Train(Document):
         """The curve."""
         title = f"{self.about}, {self.groups} group{'' if self.groups == 1 else 's'}, {self.steps} steps"
         return tables.curve(title, self.curve, "metric" if self.metric is None else self.metric.name)
+
+    def following(self, path: str | Path | None = None) -> Next | None:
+        """Load the weights, as the job that kept them says; train anew where they were not kept."""
+        if self.asked is None or "save" in self.asked:
+            return self.next
+        given = {**self.asked, "save": (f"{slug(self.model.name)}-private",)}
+        note = "The weights were not kept: this trains anew, and spends its epsilon a second time."
+        return Next(command=command_line("train", self.model.name, given), python=(), note=note)
 
     @property
     def finding(self) -> str:

@@ -14,11 +14,17 @@ Boundaries = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Part):
-    """What was looked at; ``extra`` has the settings it was made with."""
+    """What was looked at; ``extra`` has the settings it was made with.
+
+    Attributes:
+        parameters: those that are trained, in numbers.
+        examples: to train on; None for a model without data.
+    """
 
     name: str
     batch_size: int
     parameters: int
+    examples: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ RUNG_WORDS = {
     "replication": "further seeds",
 }
 REFERENCES = ("all-layer", "layer-wise")
+DOUBTFUL = 0.01
 
 
 class Table(NamedTuple):
@@ -74,6 +75,23 @@ class Table(NamedTuple):
             ).rstrip()
             for line in lines
         )
+
+
+def doubt(checks: Sequence[tuple[str, str, float, int]]) -> str:
+    """That a check is more than 1 % off its estimate, and which is furthest; empty where none is.
+
+    Args:
+        checks: of each how it was made (a simulation, a measurement), its grouping, estimate / check - 1, its bytes.
+    """
+    off = [each for each in checks if abs(each[2]) > DOUBTFUL]
+    if not off:
+        return ""
+    how, grouping, error, peak_bytes = max(off, key=lambda each: abs(each[2]))
+    return (
+        f"{len(off)} of {len(checks)} checks are more than {format_percent(DOUBTFUL, 0)} off: the estimate of "
+        f"{grouping} is {format_signed_percent(error)} from its {how}, {format_bytes(peak_bytes)}. Trust what was "
+        "measured, and report the model: estimates are meant to be exact."
+    )
 
 
 def peaks(

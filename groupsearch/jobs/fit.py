@@ -67,9 +67,10 @@ def run(request: FitRequest) -> Fit:
     """
     sizes, room = _plan(request)
     notify, texts = request.notify, texts_of(request.grouping)
-    kept = {"max_groups": request.max_groups, "limit": request.limit, "measure": request.measure}
+    kept: dict[str, object] = {"max_groups": request.max_groups, "limit": request.limit, "measure": request.measure}
     setup = sizes.setup
-    header = start_document("profile", setup, device=setup.device, margin=room.margin, groupings=list(texts), **kept)
+    kept |= {"device": setup.device, "margin": room.margin, "groupings": list(texts)}
+    header = start_document("profile", setup, request, **kept)
     fitting = _start_fit(sizes, room)
     notify(Begun({**header, "fit": fitting.to_json()}))
     notify(tracing(setup))

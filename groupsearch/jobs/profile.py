@@ -65,6 +65,7 @@ def run(request: ProfileRequest) -> Profile:
     header = start_document(
         "profile",
         setup,
+        request,
         device=setup.device,
         groupings=list(texts),
         max_groups=request.max_groups,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from pathlib import PurePath
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from groupsearch.documents import Document
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Notify, ignore
 from groupsearch.plan.clipping import AdaptiveQuantile
-from groupsearch.units import parse_bytes
+from groupsearch.units import exact_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from groupsearch.workloads import Workload
@@ -153,6 +155,7 @@ class SearchRequest(TrainingRequest):
         resume: go on with the study in the storage.
         force: throw away the study in the storage.
         verify: check estimates first: ``none``, ``simulate``, ``measure`` or ``all``.
+        fail_over: stop before anything is trained where a check is further off its estimate than this share.
     """
 
     model: str | Workload | Callable[..., object] = "digits-vit"
@@ -179,19 +182,70 @@ class SearchRequest(TrainingRequest):
     resume: bool = False
     force: bool = False
     verify: str = "all"
+    fail_over: float | None = None
     seed: int | None = 0
+
+
+_NOT_ASKED = ("model", "document", "notify", "force", "resume")
+_SIZES = ("budget", "memory", "pick")
+_JOINED = ("rungs",)
+
+
+def asked(request: Request) -> dict[str, tuple[str, ...]] | None:
+    """The fields that are not at their defaults as options of the command line; None where one has no text.
+
+    >>> asked(StepRequest("digits-vit", checkpoint="blocks", setting={"width": 16}))
+    {'setting': ('width=16',), 'checkpoint': ('blocks',)}
+    """
+    found = {}
+    for each in fields(request):
+        value = getattr(request, each.name)
+        if each.name in _NOT_ASKED or value == each.default or value in ((), {}, []):
+            continue
+        texts = _texts(each.name, value)
+        if texts is None:
+            return None
+        found[each.name.replace("_", "-")] = texts
+    return found
+
+
+def _texts(name: str, value: object) -> tuple[str, ...] | None:
+    """A value as it is typed, once for each time that its option is given; of a flag nothing is."""
+    if value is True:
+        return ()
+    if name in _SIZES and isinstance(value, int):
+        return (exact_bytes(value),)
+    if isinstance(value, AdaptiveQuantile):
+        return (f"adaptive:{value.quantile}",)
+    if isinstance(value, (str, int, float, PurePath)):
+        return (str(value),)
+    if name == "setting" and isinstance(value, Sequence):
+        value = dict(value)
+    if isinstance(value, Mapping):
+        return tuple(_setting(str(key), each) for key, each in value.items())
+    if not isinstance(value, Sequence):
+        return None
+    words = tuple(map(str, value))
+    return words if name not in _JOINED and all(isinstance(each, str) for each in value) else (",".join(words),)
+
+
+def _setting(key: str, value: object) -> str:
+    """``key=value``, or ``key=a,b``; the name alone where no values are said."""
+    if isinstance(value, (list, tuple)):
+        return f"{key}={','.join(map(str, value))}" if value else key
+    return f"{key}={value}"
 
 
 P = ParamSpec("P")
 R = TypeVar("R")
-D = TypeVar("D")
+D = TypeVar("D", bound=Document)
 
 
 def door(request: Callable[P, R], job: Callable[[R], D]) -> Callable[P, D]:
-    """The job as a function of its request's fields."""
+    """The job as a function of its request's fields, which says of what it found how to go on."""
 
     def call(*fields: P.args, **options: P.kwargs) -> D:
-        return job(request(*fields, **options))
+        return job(request(*fields, **options)).followed()
 
     name = job.__module__.rpartition(".")[2]
     call.__module__, call.__name__, call.__qualname__ = job.__module__, name, name

@@ -75,6 +75,7 @@ def run(request: SearchRequest) -> Search:
 
     Raises:
         BudgetError: when the budget is below the floor.
+        ToleranceError: when an estimate is further off its check than ``fail_over``; nothing was trained then.
         GroupSearchError: for a request that makes no sense, a study that is there already, or when every training
             failed.
         Interrupted: with what was found; the study in the storage can be resumed.
@@ -138,7 +139,7 @@ class Prepared:
         if "measurements" in LEVELS[request.verify]:
             setup.check_measurable()
         chosen = {key: getattr(settled, key) for key in (_SELECTION_SETTINGS if private else _SEARCH_SETTINGS)}
-        header = start_document("search", setup, device=setup.device, **chosen, **describe(training))
+        header = start_document("search", setup, request, device=setup.device, **chosen, **describe(training))
         training = replace(training, seed=None) if private else training
         header["randomness"] = training.streams().describe()
         return cls(settled, setup, training, header)
@@ -227,13 +228,15 @@ class Prepared:
             if settings.budget_bytes is not None and not set(COSTS) & set(self.request.vary):
                 fewest_groups(known.trace, settings.budget_bytes)  # refuses a budget below the floor before any check
             add_checks(known, self.setup, self.request.verify, notify, CHECKED)
-            notify(Profiled(Profile.from_json({**self.header, **known.to_json(), "kind": "profile"})))
+            profile = Profile.from_json({**self.header, **known.to_json(), "kind": "profile"})
+            notify(Profiled(profile))
         except KeyboardInterrupt as interrupt:
             kept = "An earlier search is kept as it was; running" if settings.resume else "Running"
             raise Interrupted(
                 f"Interrupted before the search: nothing was searched yet and no document was written. {kept} the "
                 f"same command again starts over with the trace."
             ) from interrupt
+        profile.check(self.request.fail_over)
         return known
 
 

@@ -16,7 +16,7 @@ from groupsearch.documents import Profile
 from groupsearch.documents.rows import Bound, Compared, Estimate, FrontRow, Joint, Measurement, Simulation
 from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.jobs.events import Advanced, Notify, Said
-from groupsearch.jobs.request import LEVELS, StepRequest, TrainingRequest
+from groupsearch.jobs.request import LEVELS, Request, StepRequest, TrainingRequest, asked
 from groupsearch.options import NORM_METHODS, SITE_METHODS, EngineOptions
 from groupsearch.plan.cards import card_of, named_cards
 from groupsearch.plan.grouping import Grouping
@@ -83,10 +83,11 @@ def named(model: str | Workload | Callable[..., object], settings: Mapping[str, 
     return model.__name__, workload_of(model.__name__, model, settings)
 
 
-def start_document(kind: str, setup: Setup, **settings: object) -> dict[str, object]:
+def start_document(kind: str, setup: Setup, request: Request, **settings: object) -> dict[str, object]:
     """A document that so far says what it is about."""
-    card = card_of(setup.device)
-    said = {} if card is None else {"not_measured": card.not_measured}
+    card, options = card_of(setup.device), asked(request) if setup.given is None else None
+    said: dict[str, object] = {} if card is None else {"not_measured": card.not_measured}
+    said |= {} if options is None else {"asked": options}
     described = {**setup.describe_step(), **settings}
     return new_document(kind, setup.describe_model(), environment(setup.device), described, **said)
 

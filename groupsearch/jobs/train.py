@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from groupsearch.documents import Profile, Search, Train
+from groupsearch.documents.commands import Next
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import TrainingRequest, allotment, door
@@ -102,7 +103,7 @@ def run(request: TrainRequest) -> Train:
         boundaries, options = joint_choice(found, setup.workload)
         setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
-    header = start_document("train", setup, device=setup.device, grouping=text, **_known_of(settings), **plan)
+    header = start_document("train", setup, request, device=setup.device, grouping=text, **_known_of(settings), **plan)
     header |= {"randomness": settings.streams().describe(), "not_private": NOT_PRIVATE["train"]}
     request.notify(Begun(header))
     trace = setup.trace()
@@ -114,7 +115,8 @@ def run(request: TrainRequest) -> Train:
     model = _trained(setup, chosen, settings, draft, request)
     document = draft.document()
     if folder is not None:
-        _save(setup, document, folder, found_by, model)
+        loading = _save(setup, document, folder, found_by, model)
+        document = replace(document, next=Next(command=None, python=tuple(loading.splitlines())))
     return document
 
 
@@ -240,8 +242,9 @@ def _run(
     return kept[0]
 
 
-def _save(setup: Setup, document: Train, folder: Path, found: Winner | None, model: nn.Module) -> None:
-    """Make the folder of the weights, after which there is nothing to go on with."""
+def _save(setup: Setup, document: Train, folder: Path, found: Winner | None, model: nn.Module) -> str:
+    """Make the folder of the weights, after which there is nothing to go on with; Python that loads them."""
+    loading = ""
     told = "".join(f", {key}={value!r}" for key, value in setup.settings.items())
     task = f'model = groupsearch.load_workload("{setup.workload}"{told}).build()'
 
@@ -250,9 +253,12 @@ def _save(setup: Setup, document: Train, folder: Path, found: Winner | None, mod
         if saved.needs_model and setup.given is None:
             saved = replace(saved, loading=f"import groupsearch\n\n{task}\n{saved.loading}")
         write_card(made, document, saved, None if found is None else found.cost)
+        nonlocal loading
+        loading = saved.loading
 
     write_folder(folder, fill)
     Checkpoints(checkpoint_path(folder)).remove()
+    return loading
 
 
 def _train_size(setup: Setup) -> int:

@@ -46,7 +46,7 @@ def run(request: VerifyRequest) -> Verify:
     check_device(setup.device)
     told = found.get("trace")
     trace = Trace.from_json(told if isinstance(told, Mapping) else {})
-    header = start_document("verify", setup, device=setup.device, document=name, tolerance=request.tolerance)
+    header = start_document("verify", setup, request, device=setup.device, document=name, tolerance=request.tolerance)
     rows: list[Check] = []
     request.notify(Begun(header))
     try:

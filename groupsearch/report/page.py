@@ -136,6 +136,8 @@ p { margin: 0 0 1rem; max-width: 44rem; }
 .keys .value { font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.35;
   font-variant-numeric: tabular-nums; }
 .keys .note { color: var(--soft); font-size: .8125rem; overflow-wrap: anywhere; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem;
+  margin: 0 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .875rem; }
 figure { margin: 1rem 0 0; }
 figcaption { color: var(--soft); font-size: .875rem; max-width: 44rem; margin-top: .5rem; }
 .plot { width: 100%; }

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from groupsearch.documents import tables as document_tables
+from groupsearch.documents.commands import Next
 from groupsearch.documents.rows import Correlation, Model, Rung
 from groupsearch.documents.tables import Table
 from groupsearch.privacy import not_private_sentence
@@ -301,7 +302,19 @@ def _paragraph(text: str) -> str:
     return f'<p class="lede">{escape(text)}</p>'
 
 
+def _next(subject: Subject) -> Section | None:
+    told = subject.document.get("next")
+    if not told:
+        return None
+    found = Next.from_json(told)
+    note = f'<p class="lede">{escape(found.note)}</p>\n' if found.note else ""
+    command = "" if found.command is None else f"<pre><code>{escape(found.command)}</code></pre>\n"
+    code = escape("\n".join(found.python))
+    python = f'<p class="lede">In Python:</p>\n<pre><code>{code}</code></pre>\n' if code else ""
+    return Section("What to do next", f"{note}{command}{python}") if command or python else None
+
+
 SECTIONS = (
-    *(_front, _privacy, differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section, _comparison),
-    *(_curves, evidence, _cost, _numbers, _origin),
+    *(_front, _privacy, _next, differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section),
+    *(_comparison, _curves, evidence, _cost, _numbers, _origin),
 )

@@ -131,6 +131,7 @@ class Read(Training, total=False):
     metric: MetricOf | None
     metric_name: str
     final_metric: float
+    next: Mapping[str, object] | None
 
 
 def read(document: Mapping[str, object]) -> Read:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from groupsearch.documents.tables import doubt
 from groupsearch.report.info import comparisons, summary_of
 from groupsearch.report.subject import NEAR_FLOOR, Metric, Subject, groups_word, is_share, metric_of, read
 from groupsearch.units import (
@@ -62,7 +63,12 @@ def randomness(document: Mapping[str, object]) -> str:
 
 
 def headline(subject: Subject) -> str:
-    """The page's finding in one sentence."""
+    """The page's finding in one sentence, and a warning where checks do not bear it out."""
+    warning = doubt([(row.level, row.grouping, row.relative_error, row.seen_bytes) for row in comparisons(subject)])
+    return f"{_finding(subject)}{f' Warning: {warning}' if warning else ''}"
+
+
+def _finding(subject: Subject) -> str:
     recorded = (subject.fit.summary if subject.fit is not None else None) or subject.document.get("summary")
     if subject.kind == "profile" and isinstance(recorded, str) and recorded.strip():
         return recorded.strip()

@@ -207,7 +207,11 @@ OF_THE_COMMAND_ALONE = {"output", "as_json", "help", "open_page"}
 @pytest.mark.parametrize("name", ["profile", "fit", "search", "train", "verify"])
 def test_arguments_and_defaults_are_those_of_the_command(name):
     command = main.get_command(None, {"search": "optimize"}.get(name, name))
-    alone = OF_THE_COMMAND_ALONE | {"search": {"worker", "report"}, "train": set()}.get(name, {"force"})
+    alone = OF_THE_COMMAND_ALONE | {
+        "search": {"worker", "report"},
+        "train": set(),
+        "profile": {"force", "fail_over"},
+    }.get(name, {"force"})
     required = ["one", "--grouping", "all-layer"] if name == "train" else ["one"]
     context = command.make_context(name, required)
     given = {option: value for option, value in context.params.items() if option not in alone}
