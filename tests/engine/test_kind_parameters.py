@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -619,11 +620,15 @@ def test_experts(case: Input) -> None:
 Made = tuple[nn.Module, torch.optim.Optimizer]
 
 
-def private(build: Callable[[], nn.Module]) -> Made:
-    model = build()
+@cache
+def plan_of(kind: str) -> ClipPlan:
+    return ClipPlan(gs.Grouping.all_layer(gs.trace_model(MODELS[kind](), SERIES, cross_entropy)))
+
+
+def private(kind: str) -> Made:
+    model = MODELS[kind]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    plan = ClipPlan(gs.Grouping.all_layer(gs.trace_model(model, SERIES, cross_entropy)))
-    gs.make_private(model, optimizer, plan, noise_multiplier=1.0, expected_batch_size=B)
+    gs.make_private(model, optimizer, plan_of(kind), noise_multiplier=1.0, expected_batch_size=B)
     return model, optimizer
 
 
@@ -670,7 +675,7 @@ MODELS = {
 def test_a_copy_of_a_private_model_is_a_plain_one(kind: str, duplicate: Any, when: str) -> None:
     """It computes the same and is trained like any model."""
     with double():
-        model, optimizer = private(MODELS[kind])
+        model, optimizer = private(kind)
         if when != "before a step":
             cross_entropy(model, SERIES).mean().backward()
         if when == "after a step":
