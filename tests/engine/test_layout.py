@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -135,6 +136,14 @@ def test_a_layer_that_lost_the_examples_in_the_model_itself_is_differentiated_wi
     check_against_autograd(model, batch_of(5, 6))
 
 
+def in_turn(rows: Iterable[str], columns: Iterable[str]) -> list[Any]:
+    """All pairs, batch first and not in turn, so that every row and column has both; the other half is slow."""
+    return [
+        pytest.param(row, column, first, marks=() if first == ((i + j) % 2 == 0) else pytest.mark.slow)
+        for (i, row), (j, column), first in product(enumerate(rows), enumerate(columns), (True, False))
+    ]
+
+
 ATTENTION = {
     "plain": {},
     "no bias": {"bias": False},
@@ -155,9 +164,7 @@ CALLS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("setting", ATTENTION)
+@pytest.mark.parametrize(("setting", "call", "batch_first"), in_turn(ATTENTION, CALLS))
 def test_attention_is_said_again_exactly(setting: str, call: str, batch_first: bool) -> None:
     settings = ATTENTION[setting]
 
@@ -202,20 +209,19 @@ RECURRENT = {
 }
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"bias": False},
-        {"num_layers": 2},
-        {"bidirectional": True, "num_layers": 2},
-        {"num_layers": 2, "dropout": 0.0},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_a_recurrence_is_said_again_exactly(kind: str, settings: dict[str, Any], batch_first: bool) -> None:
+RECURRENT_SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "two layers": {"num_layers": 2},
+    "both ways": {"bidirectional": True, "num_layers": 2},
+    "no dropout": {"num_layers": 2, "dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize(("kind", "setting", "batch_first"), in_turn(RECURRENT, RECURRENT_SETTINGS))
+def test_a_recurrence_is_said_again_exactly(kind: str, setting: str, batch_first: bool) -> None:
+    settings = RECURRENT_SETTINGS[setting]
+
     def forward(m: Any, x: Tensor) -> Tensor:
         out, state = m.core(x if batch_first else x.transpose(0, 1))
         last = (state[0] + state[1]) if isinstance(state, tuple) else state
