@@ -208,7 +208,7 @@ def test_a_batch_of_one_equals_the_reference(case: Case) -> None:
         assert_case_agrees(case, sums, gradients, plan)
 
 
-@by_name(LAYER_CASES, names=("size", "dtype"), settings=[*product((1, 3), DTYPES)], each=1)
+@by_name(LAYER_CASES, quick=2, names=("size", "dtype"), settings=[*product((1, 3), DTYPES)], each=1)
 def test_sites_do_not_depend_on_the_batch_size_or_the_dtype(case: Case, size: int, dtype: torch.dtype) -> None:
     assert sites_of(case, dtype, size) == sites_of(case)
 
