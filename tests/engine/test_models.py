@@ -35,7 +35,7 @@ REFUSED = {name: model for name, model in MODELS.items() if model.refusal is not
 TITLED = {name: model for name, model in LISTED.items() if model.title}
 
 
-@by_name(EXACT, quick=2, names=("dtype", "rule"), settings=DTYPES_AND_RULES, each=3)
+@by_name(EXACT, names=("dtype", "rule"), settings=DTYPES_AND_RULES, each=1)
 def test_clipped_sums_equal_the_reference(case: Model, dtype: torch.dtype, rule: str) -> None:
     assert reached(case, dtype, rule) <= 10 * case.tolerance[dtype]
 
@@ -45,7 +45,7 @@ def test_attention_and_checkpointing_change_nothing(case: Model) -> None:
     assert reached(case, torch.float64) <= 10 * case.tolerance[torch.float64]
 
 
-@by_name(EXACT, names=["method"], settings=METHODS)
+@by_name(EXACT, names=["method"], settings=METHODS, each=1)
 def test_norm_methods_change_nothing(case: Model, method: str) -> None:
     _, gradients = truth(case, torch.float64)
     for name in ("all-layer", "block-wise"):
@@ -101,7 +101,7 @@ def _observe_and_step(case: Model) -> None:
     step(case, torch.float64, ClipPlan(Grouping((), sites)))
 
 
-@by_name(TITLED)
+@by_name(TITLED, quick=4)
 def test_the_documentation_says_what_happens(case: Model) -> None:
     """Row by row; another processor rounds otherwise, so that an error may be a power of ten larger than written."""
     found = dict(zip(HEADER, cells(case), strict=True))

@@ -31,8 +31,8 @@ INTRODUCTION = """\
 
 Every model below is built from its configuration with random weights, two layers deep, and trained as it is: no layer
 is replaced, wrapped or registered. One step of the engine is compared with one-example-at-a-time autograd. The page is
-written by `python -m tests.support.model_table`, which runs the models; the tests run them again and hold the page to
-it.
+written by `python -m tests.support.model_table`, which runs the models; every fourth row is run again by the tests and
+all of them by `pytest -m slow`, which hold the page to it.
 
 - *sites*: uses of layers that own trainable parameters. A tied or reused layer has several. `parameter`: parameters
   that are not in a layer of their own (class tokens, positions, layer scales) or are used outside of its forward;
