@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +26,25 @@ for name in "dp_accounting tree opacus pytest hypothesis click rich optuna peft 
 FILES = ("checks-cpu.jsonl", "grid-cpu.json", "grid-cpu-expandable.json", "step-cpu.json", "slack-cpu.jsonl")
 
 
+def bare(folder: Path) -> dict[str, str]:
+    """The environment of a process without the packages that such a machine lacks."""
+    (folder / "sitecustomize.py").write_text(BARE)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(folder)}
+
+
+def test_every_part_is_loaded_on_a_bare_machine(tmp_path: Path) -> None:
+    modules = re.findall(r"(?:tests\.gpu|benchmarks)\.\w+", (ROOT / "tests/gpu/run.sh").read_text())
+    assert {"tests.gpu.checks", "tests.gpu.grid", "tests.gpu.slack", "benchmarks.bench_step"} == set(modules)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(modules)}"]
+    finished = subprocess.run(command, env=bare(tmp_path), capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
 def test_the_dry_run_passes_on_a_bare_machine(tmp_path: Path) -> None:
     """The whole order, in processes of its own, without the packages that such a machine lacks."""
-    bare, out = tmp_path / "bare", tmp_path / "out"
-    bare.mkdir()
-    (bare / "sitecustomize.py").write_text(BARE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(bare)}
+    out = tmp_path / "out"
+    environment = bare(tmp_path)
     command = ["bash", "tests/gpu/run.sh", "--dry-run", str(out)]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
