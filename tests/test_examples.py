@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +26,82 @@ from groupsearch.workloads import load_workload
 ROOT = Path(__file__).resolve().parent.parent
 OWN_TASK = ROOT / "examples" / "own_task.py"
 LOOPS = [ROOT / "examples" / f"{name}.py" for name in ("plain_loop", "accelerate_loop", "trainer")]
-# Runs a script as ``python script seed`` would, then keeps what it trained, and what it began with.
+# Runs each script as ``python script seed`` would, in a process of its own in which everything is imported already;
+# then keeps what it trained, and what it began with.
 RUNNER = """
-import runpy, sys
-script, result, *sys.argv[1:] = sys.argv[1:]
-names = runpy.run_path(script, run_name="__main__")
-import torch
-model, engine = names["model"], names["engine"]
-torch.manual_seed(0)
-fresh = type(model)(model.config)
-torch.save({
-    "parameters": {name: p.detach() for name, p in model.named_parameters()},
-    "initial": {name: p.detach() for name, p in fresh.named_parameters()},
-    "steps": engine.steps, "noise_multiplier": engine.noise_multiplier, "planned": names["batches"].steps,
-}, result)
+import os, runpy, sys, warnings
+import accelerate, sklearn.datasets, torch, transformers
+import groupsearch as gs
+gs.load_workload, transformers.Trainer, transformers.ConvNextForImageClassification  # all are imported when asked for
+
+def run(script, result):
+    sys.argv[1:] = ["0"]
+    names = runpy.run_path(script, run_name="__main__")
+    model, engine = names["model"], names["engine"]
+    torch.manual_seed(0)
+    fresh = type(model)(model.config)
+    torch.save({
+        "parameters": {name: p.detach() for name, p in model.named_parameters()},
+        "initial": {name: p.detach() for name, p in fresh.named_parameters()},
+        "steps": engine.steps, "noise_multiplier": engine.noise_multiplier, "planned": names["batches"].steps,
+    }, result)
+
+def redirect(script, result):
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{result}.{stream}", os.O_CREAT | os.O_WRONLY), number)
+
+warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # of threads that torch has, idle ones
+for script, result in zip(sys.argv[1::2], sys.argv[2::2]):
+    if child := os.fork():
+        os.waitpid(child, 0)
+    else:
+        redirect(script, result)
+        run(script, result)
+        break
 """
+Printed = tuple[str, str]
 
 
-def run(script: Path, folder: Path, result: str) -> subprocess.CompletedProcess[str]:
+def run(scripts: Sequence[Path], folder: Path) -> dict[str, Printed]:
+    """What every script printed on standard output and on standard error; what it trained lies in ``NAME.pt``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "error", "-c", RUNNER, str(script), str(folder / result), "0"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    places = {path: folder / f"{path.stem}.pt" for path in scripts}
+    jobs = [str(each) for pair in places.items() for each in pair]
+    subprocess.run([sys.executable, "-W", "error", "-c", RUNNER, *jobs], cwd=folder, env=environment, check=True)
+    return {
+        path.stem: (Path(f"{place}.out").read_text(), Path(f"{place}.err").read_text())
+        for path, place in places.items()
+    }
+
+
+CHANGED = {
+    "accumulating": ("max_steps=batches.steps", "max_steps=batches.steps, gradient_accumulation_steps=2"),
+    "empty": ("expected_batch_size=256", "expected_batch_size=0.5"),
+}
+"""One thing each that is changed in the example with the Trainer."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, Any]]]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Printed]]:
+    """All examples, and the changed ones: where their results lie, and what they printed."""
+    folder, text = tmp_path_factory.mktemp("examples"), (ROOT / "examples" / "trainer.py").read_text(encoding="utf-8")
+    for name, (before, after) in CHANGED.items():
+        assert before in text
+        (folder / f"{name}.py").write_text(text.replace(before, after), encoding="utf-8")
+    return folder, run([*LOOPS, *(folder / f"{name}.py" for name in CHANGED)], folder)
+
+
+@pytest.fixture(scope="module")
+def trained(ran: tuple[Path, dict[str, Printed]]) -> dict[str, tuple[str, dict[str, Any]]]:
     """What every example printed, and what it trained."""
-    folder, found = tmp_path_factory.mktemp("examples"), {}
-    for path in LOOPS:
-        done = run(path, folder, f"{path.stem}.pt")
-        assert done.returncode == 0, done.stderr
-        found[path.stem] = done.stdout, torch.load(folder / f"{path.stem}.pt")
+    folder, printed = ran
+    return {path.stem: (printed[path.stem][0], result_of(folder, path.stem, printed)) for path in LOOPS}
+
+
+def result_of(folder: Path, name: str, printed: dict[str, Printed]) -> dict[str, Any]:
+    place = folder / f"{name}.pt"
+    assert place.exists(), printed[name][1]
+    found: dict[str, Any] = torch.load(place)
     return found
 
 
@@ -111,25 +157,15 @@ def test_the_trainer_logs_a_growing_epsilon(trained: dict[str, tuple[str, dict[s
     assert spent == sorted(set(spent))
 
 
-def changed_trainer(folder: Path, before: str, after: str) -> subprocess.CompletedProcess[str]:
-    """A run of the example with the Trainer, with one thing changed in it."""
-    text = (ROOT / "examples" / "trainer.py").read_text(encoding="utf-8")
-    assert before in text
-    (folder / "changed.py").write_text(text.replace(before, after), encoding="utf-8")
-    return run(folder / "changed.py", folder, "changed.pt")
+def test_gradient_accumulation_of_the_trainer_is_refused(ran: tuple[Path, dict[str, Printed]]) -> None:
+    folder, printed = ran
+    assert not (folder / "accumulating.pt").exists()
+    assert "gradient_accumulation_steps=1" in printed["accumulating"][1]
 
 
-def test_gradient_accumulation_of_the_trainer_is_refused(tmp_path: Path) -> None:
-    steps = "max_steps=batches.steps"
-    done = changed_trainer(tmp_path, steps, f"{steps}, gradient_accumulation_steps=2")
-    assert done.returncode != 0
-    assert "gradient_accumulation_steps=1" in done.stderr
-
-
-def test_the_trainer_steps_on_empty_batches(tmp_path: Path) -> None:
-    done = changed_trainer(tmp_path, "expected_batch_size=256", "expected_batch_size=0.5")
-    assert done.returncode == 0, done.stderr
-    assert torch.load(tmp_path / "changed.pt")["steps"] == 40
+def test_the_trainer_steps_on_empty_batches(ran: tuple[Path, dict[str, Printed]]) -> None:
+    folder, printed = ran
+    assert result_of(folder, "empty", printed)["steps"] == 40
     sampler = PoissonSampler(1437, 0.5 / 1437, 40, torch.Generator().manual_seed(0))  # the example's
     assert 5 < sum(len(indices) == 0 for indices in sampler) < 40
 
