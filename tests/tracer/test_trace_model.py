@@ -33,6 +33,8 @@ CHOSEN = (
     *("frozen-first-half", "lora", "branches", "attention", *(n for n in LAYER_CASES if n.startswith("checkpoint-"))),
     *MODEL_CASES,
 )
+LIKE_OTHERS = {"gpt2-square", "gpt2-reentrant", "bert", "roberta", "t5-square", "vit-eager"}
+PARAMETERS = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in CHOSEN]
 WORKLOADS = {"digits-vit": {}, "digits-cnn": {}, "stdlib-gpt": {"width": 32, "blocks": 2}}
 
 
@@ -43,7 +45,7 @@ def trace_of(case: Case, batch_size: int = 4, **settings: Any) -> Trace:
     return trace_model(case.model(torch.float32), batch, case.loss, **settings)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_trace_is_consistent(name: str) -> None:
     case = EVERY_CASE[name]
     trace = trace_of(case)
@@ -77,7 +79,7 @@ def test_nothing_of_a_model_is_alive_after_its_trace(name: str) -> None:
     assert signature._signs.cache_info().currsize == 0  # hooks of gradients run unwatched
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_sums_of_all_sites_are_the_trainable_parameters(name: str) -> None:
     case = EVERY_CASE[name]
     model = case.model(torch.float32)
