@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,15 @@ from tests.support.zoo import MODELS
 
 ROUNDING = 1e-6
 CUTS = ((0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))
+
+
+def in_turn(names: Iterable[str], settings: Sequence[str]) -> list[Any]:
+    """All pairs; of each name all settings but one, in turn, are slow."""
+    return [
+        pytest.param(name, setting, marks=() if place % len(settings) == turn else pytest.mark.slow)
+        for place, name in enumerate(names)
+        for turn, setting in enumerate(settings)
+    ]
 
 
 def worst(
@@ -82,14 +91,14 @@ REACHED = {
 }
 
 
-@pytest.mark.parametrize("name", REACHED)
-def test_no_search_exceeds_the_sensitivity(name: str) -> None:
+@pytest.mark.parametrize(("name", "which"), in_turn(REACHED, ("all-layer", "layer-wise", "random 0")))
+def test_no_search_exceeds_the_sensitivity(name: str, which: str) -> None:
     case = EVERY_CASE[name]
-    chosen = list(groupings(case, sites_of(case), split_whole=True).values())[:3]
-    for number, grouping in enumerate(chosen, start=case.seed):
-        plan = ClipPlan(grouping, 0.7, RULES[number % 3], ("uniform", "dimension")[number % 2])
-        found = worst(case, plan, cuts=CUTS[number % 4], ascend="checkpoint" not in name)
-        assert REACHED[name] <= found <= 1 + ROUNDING, f"{grouping} {plan.rule}"
+    chosen = groupings(case, sites_of(case), split_whole=True)
+    number = case.seed + list(chosen).index(which)
+    plan = ClipPlan(chosen[which], 0.7, RULES[number % 3], ("uniform", "dimension")[number % 2])
+    found = worst(case, plan, cuts=CUTS[number % 4], ascend="checkpoint" not in name)
+    assert REACHED[name] <= found <= 1 + ROUNDING, f"{plan.grouping} {plan.rule}"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -113,10 +122,10 @@ def test_every_norm_method(name: str, method: str) -> None:
     assert 0.99 <= worst(case, plan, options=EngineOptions(norm_method=method)) <= 1 + ROUNDING
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", ALIGNED.values(), ids=list(ALIGNED))
-def test_the_bound_for_shared_parameters_is_reached(case: Case, rule: str) -> None:
+@pytest.mark.parametrize(("name", "rule"), in_turn(ALIGNED, RULES))
+def test_the_bound_for_shared_parameters_is_reached(name: str, rule: str) -> None:
     """Two groups that push one weight the same way: R_1 + R_2, not its root of squares."""
+    case = ALIGNED[name]
     for allocation in ("uniform", (0.2, 0.9)):
         plan = ClipPlan(Grouping((1,), sites_of(case)), 0.7, rule, allocation)
         assert plan.sensitivity > 1.01 * sum(r * r for r in plan.thresholds) ** 0.5
@@ -127,7 +136,16 @@ EXPERTS = tuple(name for name in MODELS if name.startswith("mixtral") and not na
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-non-reentrant", "llama", *EXPERTS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "gpt2-non-reentrant",
+        "llama",
+        EXPERTS[0],
+        *(pytest.param(e, marks=pytest.mark.slow) for e in EXPERTS[1:]),
+    ],
+)
 def test_transformers_are_within_the_bound_or_refused(name: str) -> None:
     """Experts see tokens that are routed; what cannot be told apart by example must be refused by name."""
     case = MODELS[name]
@@ -159,9 +177,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("case", "damage"), BROKEN.values(), ids=list(BROKEN))
-@pytest.mark.parametrize("rule", RULES)
-def test_the_search_finds_what_is_broken(case: Case, damage: broken.Damage, rule: str) -> None:
+@pytest.mark.parametrize(("name", "rule"), in_turn(BROKEN, RULES))
+def test_the_search_finds_what_is_broken(name: str, rule: str) -> None:
+    case, damage = BROKEN[name]
     plan = ClipPlan(Grouping((), sites_of(case)), 0.7, rule)
     assert worst(case, plan, damage, restarts=12, steps=15, enough=1.01) > 1.01
 
