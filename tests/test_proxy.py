@@ -43,7 +43,7 @@ def grams_of(case: Case, dtype: torch.dtype = torch.float64) -> Grams:
     return Grams(sites, sizes, (0,), grams[None], sharing_pairs(sites), crosses[None])
 
 
-@by_name(EXACT)
+@by_name(EXACT, quick=2)
 def test_grams_are_inner_products_of_single_examples_gradients(case: Case) -> None:
     sites, gradients = truth(case, torch.float64)
     found = grams_of(case)
@@ -60,8 +60,7 @@ def test_grams_are_inner_products_of_single_examples_gradients(case: Case) -> No
         np.testing.assert_allclose(matrix, expected, rtol=0, atol=10 * case.tolerance[torch.float64] * scale)
 
 
-@by_name(SHARING)
-@pytest.mark.parametrize("rule", ["abadi", "auto-s"])
+@by_name(SHARING, names=["rule"], settings=[("abadi",), ("auto-s",)], each=1)
 def test_clipped_sums_have_the_norm_that_the_moments_say(case: Case, rule: str) -> None:
     sites, gradients = truth(case, torch.float64)
     grams = grams_of(case)

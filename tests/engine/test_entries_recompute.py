@@ -98,7 +98,7 @@ def test_no_more_instances_are_alive_than_a_slice_holds(monkeypatch: pytest.Monk
         assert examples * instance_bytes <= peaks[examples] < (examples + 1) * instance_bytes
 
 
-@by_name(LAYER_CASES)
+@by_name(LAYER_CASES, quick=2)
 def test_methods_per_weight_change_nothing(case: Case) -> None:
     sites, gradients = truth(case, torch.float64)
     weights = sorted(weights_with_choice(sites))
