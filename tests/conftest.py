@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler tells of its 
 import pytest
 from hypothesis import settings
 
-gc.set_threshold(50_000, 20, 100)  # looking for circles time and again took a twelfth of the tests' time
+gc.set_threshold(50_000, 20, 100)  # autograd leaves few circles; looking for them took 4 % more of the tests' time
 settings.register_profile("groupsearch", deadline=None, derandomize=True)
 settings.load_profile("groupsearch")
 
