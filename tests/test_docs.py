@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def test_commands_from_a_folder_to_private_weights_run(tmp_path: Path, monkeypat
     transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**config)).save_pretrained("roberta")
     rows = {"input_ids": [[2 + i % 90, 5, 7] for i in range(60)], "label": [i % 2 for i in range(60)]}
     datasets.Dataset.from_dict(rows).save_to_disk("reviews")
-    assert [command[0] for command in OF_A_FOLDER] == ["fit", "optimize", "train", "train"]
+    assert [command[0] for command in OF_A_FOLDER] == ["fit", "optimize", "train", "train", "train"]
     for asked in OF_A_FOLDER:
+        if any(part.startswith("tensorboard:") for part in asked) and not find_spec("tensorboard"):
+            continue
         result = run(*asked, *SHORTER_ON_A_FOLDER[asked[0]])
         assert result.exit_code == 0, result.output
     for folder in ("private", "again"):

@@ -51,6 +51,7 @@ ELSEWHERE = {
     "jobs/search": "jobs/test_door.py",
     "jobs/stages": "jobs/test_door.py",
     "jobs/train": "jobs/test_door.py",
+    "jobs/trackers": "cli/test_trackers.py",
     "jobs/verify": "jobs/test_door.py",
     "jobs/weights": "cli/test_weights.py",
     "jobs/winners": "cli/test_winners.py",

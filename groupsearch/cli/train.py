@@ -79,6 +79,13 @@ class Allotment(click.ParamType[Any]):
     "--checkpoint-every", type=click.IntRange(min=1), help="Steps between two checkpoints, beside that folder."
 )
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint that a training left that was killed.")
+@click.option(
+    "--track",
+    multiple=True,
+    metavar="WHERE",
+    help="Follow loss, clipped shares, norms, epsilon and time: terminal, document or tensorboard:FOLDER; repeatable. "
+    "What is written there is exact, not private.",
+)
 @private_seed_option
 @secure_option
 @output_options
@@ -91,11 +98,14 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     \b
     groupsearch train digits-vit --grouping best:4 --epsilon 8
     groupsearch train digits-vit --grouping reports/digits-vit.json --save weights --checkpoint-every 10
+    groupsearch train digits-vit --grouping best:4 --track terminal --track tensorboard:runs
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
     """
+    from groupsearch.jobs.trackers import check_tracks
     from groupsearch.jobs.weights import folder_of
     from groupsearch.jobs.winners import winner_of
 
+    check_tracks(given["track"])
     winner_of(given["grouping"], given["pick"])  # refused before torch is loaded, as a folder is
     folder_of(given["save"], given["checkpoint_every"], given["resume"], force)
     from groupsearch.cli.terminal import Watch, say_next, watching

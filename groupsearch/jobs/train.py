@@ -14,7 +14,8 @@ from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import TrainingRequest, allotment, door
 from groupsearch.jobs.stages import describe, joint_choice, names_document, start_document, training_setup
-from groupsearch.jobs.weights import checkpoint_path, folder_of, write_card, write_folder
+from groupsearch.jobs.trackers import Track, check_tracks, following
+from groupsearch.jobs.weights import checkpoint_path, folder_of, sweep, write_card, write_folder
 from groupsearch.jobs.winners import Winner, winner_of
 from groupsearch.plan.clipping import ALLOCATIONS, NOISE_ALLOCATIONS, AdaptiveQuantile
 from groupsearch.plan.grouping import Grouping
@@ -45,6 +46,8 @@ class TrainRequest(TrainingRequest):
         checkpoint_every: steps between two checkpoints, beside that folder; None for none.
         resume: go on with the checkpoint that is there.
         force: replace the folder and the checkpoint of another training.
+        track: where to follow the training: ``terminal``, ``document``, ``tensorboard:FOLDER`` or functions that are
+            called with the :class:`~groupsearch.training.StepRecord` of every step.
     """
 
     _: KW_ONLY
@@ -59,6 +62,7 @@ class TrainRequest(TrainingRequest):
     checkpoint_every: int | None = None
     resume: bool = False
     force: bool = False
+    track: Sequence[str | Track] = ()
 
 
 @dataclass
@@ -70,16 +74,20 @@ class Draft:
         curve: step, loss and metric of what was evaluated.
         thresholds: step and thresholds, where those are adaptive.
         steps: taken so far.
+        followed: what is known of every step, where that was asked for.
     """
 
     known: dict[str, object]
     curve: list[tuple[int, float, float | None]] = field(default_factory=list)
     thresholds: list[tuple[float, ...]] = field(default_factory=list)
     steps: int = 0
+    followed: list[dict[str, object]] = field(default_factory=list)
 
     def document(self) -> Train:
         """The training as far as it has come."""
-        return Train.from_json({**self.known, "curve": self.curve, "thresholds": self.thresholds, "steps": self.steps})
+        grown = {"curve": self.curve, "thresholds": self.thresholds, "steps": self.steps}
+        grown |= {"followed": self.followed} if self.followed else {}
+        return Train.from_json({**self.known, **grown})
 
 
 def run(request: TrainRequest) -> Train:
@@ -93,6 +101,7 @@ def run(request: TrainRequest) -> Train:
     """
     text, boundaries = _asked(request.grouping), None
     found_by = winner_of(request.grouping, request.pick)
+    check_tracks(request.track)
     folder = folder_of(request.save, request.checkpoint_every, request.resume, request.force)
     setup, settings = training_setup(_as_searched(request, found_by), request.evaluate_every, secure=request.secure)
     settings = _with_mechanism(settings, request, found_by)
@@ -104,13 +113,15 @@ def run(request: TrainRequest) -> Train:
         setup, settings = setup.with_options(options), replace(settings, options=options)
     plan = describe(settings) | _describe_mechanism(settings)
     header = start_document("train", setup, request, device=setup.device, grouping=text, **_known_of(settings), **plan)
-    header |= {"randomness": settings.streams().describe(), "not_private": NOT_PRIVATE["train"]}
+    header |= {"randomness": settings.streams().describe(), "not_private": _not_private(request)}
     request.notify(Begun(header))
     trace = setup.trace()
     if found_by is not None:
         found_by.check(setup.workload, trace)
     chosen = Grouping.parse(trace, text) if boundaries is None else Grouping.from_boundaries(trace, boundaries)
     settings.plan(chosen)  # refused before anything runs
+    if folder is not None:
+        sweep(folder)
     draft = Draft(header | plan | _describe_grouping(trace, text, chosen))
     model = _trained(setup, chosen, settings, draft, request)
     document = draft.document()
@@ -118,6 +129,10 @@ def run(request: TrainRequest) -> Train:
         loading = _save(setup, document, folder, found_by, model)
         document = replace(document, next=Next(command=None, python=tuple(loading.splitlines())))
     return document
+
+
+def _not_private(request: TrainRequest) -> dict[str, str]:
+    return NOT_PRIVATE["train"] | (NOT_PRIVATE["followed"] if "document" in request.track else {})
 
 
 def _asked(grouping: str | Path | Sequence[int] | Profile | Search) -> str:
@@ -229,7 +244,10 @@ def _run(
         notify(Advanced("Training", "", step, settings.steps))
 
     kept: list[nn.Module] = []
-    result = train_workload(setup.loaded, grouping, settings, on_step, checkpoints=checkpoints, on_end=kept.append)
+    with following(request.track, notify, draft.followed.append) as track:
+        result = train_workload(
+            *(setup.loaded, grouping, settings, on_step), checkpoints=checkpoints, on_end=kept.append, track=track
+        )
     draft.known |= {
         "metric": {"name": result.metric_name, "mean": result.metric},
         "step_seconds": result.step_seconds,

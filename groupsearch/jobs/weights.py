@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +49,7 @@ def check_folder(folder: str | Path, *, force: bool = False, resume: bool = Fals
         GroupSearchError: when it is there already, or what it is to be made in is not there or cannot be written.
     """
     folder, name = Path(folder), Path(folder).name
+    _put_back(folder)
     unfinished = checkpoint_path(folder).is_file()
     if not name or not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK | os.X_OK):
         raise GroupSearchError(
@@ -92,20 +97,21 @@ def folder_of(save: str | Path | None, checkpoint_every: int | None, resume: boo
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder whole or not at all: it is filled under another name beside its place, and renamed.
 
-    One that is there (see :func:`check_folder`) is replaced.
+    One that is there (see :func:`check_folder`) is replaced. What killed trainings have left of this folder goes.
 
     Raises:
         GroupSearchError: when it cannot be written; nothing has changed then.
     """
-    made = None
+    made: Path | None = None
+    locks = ExitStack()
     try:
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".tmp", dir=folder.parent))
+        made = _beside(folder, "tmp", locks)
         fill(made)
         made.chmod(0o755)
         for path in [*made.rglob("*"), made]:
             _sync(path)
         if folder.exists():
-            before = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".old", dir=folder.parent))
+            before = _beside(folder, "old", locks)
             os.replace(folder, before / folder.name)
             os.replace(made, folder)
             shutil.rmtree(before)
@@ -113,6 +119,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             os.replace(made, folder)
         _sync(folder.parent)
         made = None
+        for old in _left(folder, "old"):
+            if (old / folder.name).exists() or not any(old.iterdir()):  # of a longer name that begins alike otherwise
+                shutil.rmtree(old)
     except OSError as error:
         raise GroupSearchError(
             f"Expected to write the weights into {folder}, found: {error.strerror or error}. Nothing was written "
@@ -121,6 +130,47 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+        locks.close()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what trainings that were killed while they wrote have left beside this folder, so that there is room."""
+    for path in _left(folder, "tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """A kill between the two renames of :func:`write_folder` leaves the folder before under a hidden name."""
+    if folder.parent.is_dir() and not folder.exists():
+        for old in _left(folder, "old"):
+            if (old / folder.name).exists():
+                os.replace(old / folder.name, folder)
+                old.rmdir()
+                return
+
+
+def _beside(folder: Path, ending: str, locks: ExitStack) -> Path:
+    """A new hidden folder beside this one, locked while we are alive."""
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=f".{ending}", dir=folder.parent))
+    handle = os.open(made, os.O_RDONLY)
+    locks.callback(os.close, handle)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return made
+
+
+def _left(folder: Path, ending: str) -> Iterator[Path]:
+    """The hidden folders beside this one that nobody alive writes to."""
+    name = folder.name[:100]
+    for path in sorted(folder.parent.glob(f".{glob.escape(name)}.????????.{ending}")):
+        if path.is_dir() and re.fullmatch(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.{ending}", path.name):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(handle)
+            yield path
 
 
 def write_card(made: Path, document: Train, saved: Saved, search: Mapping[str, object] | None) -> None:

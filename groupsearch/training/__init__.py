@@ -2,6 +2,16 @@
 
 from groupsearch.training.checkpoints import Checkpoints
 from groupsearch.training.loop import OnEnd, OnStep, train
-from groupsearch.training.settings import CurvePoint, DivergedError, TrainResult, TrainSettings
+from groupsearch.training.settings import CurvePoint, DivergedError, StepRecord, TrainResult, TrainSettings
 
-__all__ = ["Checkpoints", "CurvePoint", "DivergedError", "OnEnd", "OnStep", "TrainResult", "TrainSettings", "train"]
+__all__ = [
+    "Checkpoints",
+    "CurvePoint",
+    "DivergedError",
+    "OnEnd",
+    "OnStep",
+    "StepRecord",
+    "TrainResult",
+    "TrainSettings",
+    "train",
+]

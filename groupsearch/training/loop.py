@@ -32,7 +32,14 @@ from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.trace import Site
 from groupsearch.tracer.sites import sites_of
 from groupsearch.training.checkpoints import Checkpoints, agreement, frozen_digest, learned, restore
-from groupsearch.training.settings import CurvePoint, DivergedError, TrainResult, TrainSettings
+from groupsearch.training.settings import (
+    QUANTILES,
+    CurvePoint,
+    DivergedError,
+    StepRecord,
+    TrainResult,
+    TrainSettings,
+)
 from groupsearch.workloads.batches import repeat_views
 from groupsearch.workloads.blocks import checkpoint_as
 from groupsearch.workloads.workload import Batch, Data, Workload
@@ -75,9 +82,10 @@ _SHOWN = 16
 
 OnStep = Callable[[int, CurvePoint | None], None]
 OnEnd = Callable[[nn.Module], None]
+Track = Callable[[StepRecord], None]
 
 
-def train(
+def train(  # noqa: PLR0913 - what is told while it runs is three functions, each of another moment
     workload: Workload,
     grouping: Grouping | None,
     settings: TrainSettings,
@@ -85,6 +93,7 @@ def train(
     *,
     checkpoints: Checkpoints | None = None,
     on_end: OnEnd | None = None,
+    track: Track | None = None,
 ) -> TrainResult:
     """Trains a freshly built model of the workload, with differential privacy unless ``grouping`` is None.
 
@@ -104,6 +113,8 @@ def train(
             begins with the points there were.
         checkpoints: where to write checkpoints, and whether to go on with the one that is there.
         on_end: called with the trained model, without the engine.
+        track: called after every step of this process with what it can be followed by, which changes no number of the
+            training. What it is told is exact; see :class:`StepRecord`.
 
     Raises:
         DivergedError: when a weight is no longer finite. Nothing is decided by losses or metrics, which are of
@@ -126,6 +137,7 @@ def train(
     known = agreement(workload, grouping, settings)
     resumed = None if checkpoints is None else checkpoints.read(known)
     run = _Run(workload, workload.data, settings, grouping, noise_multiplier, resumed)
+    run.seen = None if track is None else _Seen()
     points, seconds, taken = _so_far(resumed)
     for point in points:
         tell(point.step, point)
@@ -139,6 +151,9 @@ def train(
             if due is not None:
                 points.append(due)
             tell(step, due)
+            if track is not None and run.seen is not None:
+                spent = None if due is None else run.epsilon(settings.delta_for(size))
+                track(run.seen.record(step, seconds[-1], spent, due))
             if checkpoints is not None and checkpoints.every and step % checkpoints.every == 0:
                 rows = [(p.step, p.loss, p.metric, p.thresholds) for p in points]
                 checkpoints.write({"agreed": known, "points": rows, "seconds": seconds, **run.state(step)})
@@ -168,6 +183,37 @@ def _so_far(resumed: Mapping[str, Any] | None) -> tuple[list[CurvePoint], list[f
     return points, list(resumed["seconds"]), int(resumed["step"])
 
 
+class _Seen:
+    """What is seen of the examples of a logical batch, kept on the device until it is asked for."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._thresholds: tuple[float, ...] = ()
+
+    def add(self, losses_B: Tensor, engine: PrivateEngine | None) -> None:
+        """Examples that backward has reached; with what they are clipped by, if they are."""
+        self._losses.append(losses_B.detach())
+        if engine is not None:
+            self._norms.append(engine.norms)
+            self._thresholds = engine.mechanism.thresholds  # adaptive ones are others after the step
+
+    def record(self, step: int, seconds: float, epsilon: float | None, point: CurvePoint | None) -> StepRecord:
+        """What was seen since the last record."""
+        losses = torch.cat(self._losses).double().cpu() if self._losses else torch.empty(0, device="cpu")
+        clipped = norms = None
+        if self._norms:
+            norms_BM = torch.cat(self._norms).double().cpu()
+            thresholds_M = torch.tensor(self._thresholds, dtype=torch.float64, device="cpu")
+            clipped = tuple((norms_BM > thresholds_M).double().mean(0).tolist())
+            shares = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
+            # Some norm of those there are: between a finite and an infinite one there is no number.
+            norms = tuple(map(tuple, norms_BM.quantile(shares, dim=0, interpolation="nearest").T.tolist()))
+        loss = losses.mean().item() if len(losses) else None
+        self._losses, self._norms = [], []
+        return StepRecord(step, epsilon, seconds, len(losses), loss, clipped, norms, point)
+
+
 class _Run:
     """A model in training: its optimizer, its batches, its judge."""
 
@@ -187,6 +233,7 @@ class _Run:
         self.noise_multiplier = noise_multiplier
         self.engine: PrivateEngine | None = None
         self.report: EngineReport | None = None
+        self.seen: _Seen | None = None
         self.streams = settings.streams()
         self.device = torch.device(settings.device)
         self._cuda = [self.device] if self.device.type == "cuda" else []
@@ -289,10 +336,13 @@ class _Run:
         begin = time.perf_counter()
         for batch in logical:
             with self._casting():
-                loss = self.workload.loss(self.model, _moved(batch, self.device)).sum()
+                losses = self.workload.loss(self.model, _moved(batch, self.device))
+                loss = losses.sum()
             # The engine divides by the expected batch size itself.
             share = loss if self.grouping is not None else loss / self.batches.expected_batch_size
             torch.autograd.backward(self.scaler.scale(share))
+            if self.seen is not None:
+                self.seen.add(losses, self.engine)
         self._take_step(logical)
         self.optimizer.zero_grad(set_to_none=True)
         self._check_weights(step)
@@ -306,6 +356,10 @@ class _Run:
             return
         self.scaler.step(self.optimizer)
         self.scaler.update(_LOSS_SCALE)
+
+    def epsilon(self, delta: float) -> float:
+        """Spent so far; infinite without privacy."""
+        return math.inf if self.engine is None else self.engine.epsilon(delta)
 
     def is_due(self, step: int) -> bool:
         every = self.settings.evaluate_every

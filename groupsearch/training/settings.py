@@ -182,6 +182,34 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """What one step can be followed by. All but its number, and epsilon, is exact and of private data.
+
+    Attributes:
+        step: from 1.
+        epsilon: spent so far; None between two points of the curve.
+        seconds: of this step; moves with the size of its batch.
+        examples: in its batch.
+        loss: their mean; None where there were none.
+        clipped: share of them whose gradient norm was above the threshold, of every group; None where there were none.
+        norms: the quantiles :data:`QUANTILES` of their gradient norms before clipping, of every group.
+        point: the curve's, where the step was evaluated.
+    """
+
+    step: int
+    epsilon: float | None
+    seconds: float
+    examples: int
+    loss: float | None
+    clipped: tuple[float, ...] | None
+    norms: tuple[tuple[float, ...], ...] | None
+    point: CurvePoint | None = None
+
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a training run gave and what it cost.
 

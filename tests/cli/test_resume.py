@@ -263,5 +263,7 @@ def test_killed_at_random_instants_the_weights_are_the_same(
     last.join(120)
     assert last.exitcode == 0, (seed, happened, (tmp_path / "weights.log").read_text())
     assert weights(place) == weights(tmp_path / "whole"), (seed, happened)
+    hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not hidden, "the last one has cleared up after those that were killed"
     cards = [json.loads((tmp_path / name / "privacy.json").read_text()) for name in ("weights", "whole")]
     assert cards[0]["privacy"] == cards[1]["privacy"]

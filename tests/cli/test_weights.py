@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +22,9 @@ import groupsearch as gs
 from groupsearch.engine.loading import physical_chunks
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs import weights
+from groupsearch.records import write_document
 from groupsearch.workloads import Workload, load_workload
-from tests.cli.running import refused, run
+from tests.cli.running import ROOT, refused, run
 from tests.workloads.test_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
 
 SMALL = ("digits-vit", "--setting", "blocks=1", "--setting", "width=8", "--steps", 3, "--grouping", "best:2")
@@ -176,3 +181,85 @@ def test_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(GroupSearchError, match="failed"):
         weights.write_folder(place, fill)
     assert [path.name for path in tmp_path.rglob("*")] == ["weights", "first"]
+
+
+def _killed(tmp_path: Path, instant: str) -> subprocess.CompletedProcess[str]:
+    """A process that replaces a folder and is killed at an instant; what it imports is little."""
+    code = f"""
+import os, pathlib, signal
+from groupsearch.jobs import weights
+real = os.replace
+def replace(*paths):
+    if {instant!r} == "between" and pathlib.Path(paths[1]).name == "weights" and moved:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moved.append(real(*paths))
+moved = []
+weights.os.replace = replace
+def fill(made):
+    (made / "privacy.json").write_text("new")
+    if {instant!r} == "filling":
+        os.kill(os.getpid(), signal.SIGKILL)
+weights.write_folder(pathlib.Path("weights"), fill)
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+
+
+@pytest.mark.parametrize("instant", ["filling", "between"])
+def test_what_a_kill_left_is_put_right_by_the_next(instant: str, tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    place.mkdir()
+    (place / "privacy.json").write_text("old")
+    killed = _killed(tmp_path, instant)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert place.exists() == (instant == "filling")
+    assert [path for path in tmp_path.iterdir() if path != place], "something is left"
+    for foreign in (".weights.more.abcdefgh.tmp", ".weights.abcdefgh.tmp.kept", ".weights.ABCDEFGH.tmp"):
+        (tmp_path / foreign).mkdir()
+    with pytest.raises(GroupSearchError, match="exists already"):  # as before the kill, not as if there were none
+        weights.check_folder(place)
+    assert (place / "privacy.json").read_text() == "old"
+    weights.sweep(place)
+    weights.write_folder(place, lambda made: (made / "privacy.json").write_text("third"))
+    assert (place / "privacy.json").read_text() == "third"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".weights.ABCDEFGH.tmp",
+        ".weights.abcdefgh.tmp.kept",
+        ".weights.more.abcdefgh.tmp",
+        "weights",
+    ]
+
+
+def test_what_another_training_is_writing_is_let_be(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+
+    def fill(made: Path) -> None:
+        (made / "mine").write_text("")
+        weights.sweep(place)
+        assert (made / "mine").is_file()
+
+    weights.write_folder(place, fill)
+    assert [path.name for path in tmp_path.rglob("*")] == ["weights", "mine"]
+
+
+@pytest.mark.parametrize("wrong", ["not a search's recommendation", "other weights", "no such target"])
+def test_a_wrong_request_is_one_paragraph_and_leaves_nothing(
+    wrong: str,
+    saved: Callable[[str], Path],  # noqa: F811
+    data: str,
+    tmp_path: Path,
+) -> None:
+    model, more, grouping = f"hf:{saved('bert')}", {"data": data, "sequence_length": 8}, "all-layer"
+    if wrong == "other weights":
+        more["weights"], remedy = str(saved("gpt2")), "Name the folder that the model was saved in"
+    elif wrong == "no such target":
+        more |= {"lora": 2, "lora_targets": "c_attn,fc9"}
+        remedy = "as in lora_targets="
+    else:
+        document = json.loads((ROOT / "reports" / "digits-vit-checkpointed.json").read_text()) | {"recommended": None}
+        grouping, remedy = str(write_document(tmp_path / "search.json", document)), "Go on with `groupsearch optimize"
+    asked = [part for key, value in more.items() for part in ("--setting", f"{key}={value}")]
+    before = sorted(tmp_path.rglob("*"))
+    place = ("--save", tmp_path / "weights", "-o", tmp_path / "train.json")
+    assert remedy in refused("train", model, *asked, "--grouping", grouping, "--steps", 1, *place)
+    assert sorted(tmp_path.rglob("*")) == before
