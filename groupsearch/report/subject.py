@@ -128,6 +128,8 @@ class Read(Training, total=False):
     grouping: str
     boundaries: list[int]
     curve: list[list[float | None]]
+    peak_bytes: int
+    step_seconds: float | None
     metric: MetricOf | None
     metric_name: str
     final_metric: float

@@ -126,3 +126,47 @@ def test_a_document_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("share", ["two", "-1%", "nan"])
 def test_a_share_that_is_none_is_refused(profile, share):
     assert "such as 2%" in refused("compare", profile, profile, "--fail-over", share)
+
+
+def trained_otherwise():
+    """A training as :func:`train_document` has it, with another grouping, budget and curve."""
+    document = copy.deepcopy(train_document())
+    document |= {"grouping": "layer-wise", "boundaries": [1, 2, 3], "groups": 4, "epsilon": 3.0, "learning_rate": 0.5}
+    document["curve"] = [[step, loss + 0.1, metric - 0.02] for step, loss, metric in document["curve"][:-1]]
+    document["metric"] = {"name": "accuracy", "mean": 0.5 * document["metric"]["mean"]}
+    document["model"] = {**document["model"], "name": "another"}
+    return document
+
+
+def test_trainings_with_other_groupings_are_laid_over_each_other_settings_first(tmp_path):
+    documents = {"a.json": train_document(), "b.json": trained_otherwise()}
+    paths = [write_document(tmp_path / name, document) for name, document in documents.items()]
+    told = json.loads(run("compare", *paths, "--json").stdout)
+    unlike = {row["setting"]: (row["a"], row["b"]) for row in told["settings"]}
+    assert list(unlike)[:2] == ["epsilon", "delta"]
+    assert unlike["epsilon"] == (8.0, 3.0)
+    assert unlike["grouping"] == ("best:4", "layer-wise")
+    assert unlike["model"] == ("synthetic-vit", "another")
+    assert unlike["learning_rate"][1] == 0.5
+    assert not {"steps", "optimizer", "rule"} & unlike.keys(), "what is alike is not listed, but for epsilon and delta"
+    (metric,) = [row for row in told["rows"] if row["what"] == "metric"]
+    assert (metric["grouping"], metric["change"]) == ("best:4 / layer-wise", pytest.approx(-0.5))
+    assert [row["step"] for row in told["curves"]] == [point[0] for point in train_document()["curve"]]
+    assert told["curves"][0]["loss_b"] == pytest.approx(told["curves"][0]["loss_a"] + 0.1)
+    assert told["curves"][-1]["metric_b"] is None
+    text = run("compare", *paths).stdout
+    assert text.index("epsilon") < text.index("metric") < text.index("loss A")
+    assert run("compare", *paths, "--fail-over", "20%").exit_code == 1
+    assert run("compare", *reversed(paths), "--fail-over", "20%").exit_code == 0
+
+
+def test_metrics_of_another_name_are_not_compared_and_of_negative_ones_more_is_better(tmp_path):
+    first, second = train_document(), trained_otherwise()
+    first["metric"], second["metric"] = {"name": "negative loss", "mean": -4.0}, {"name": "negative loss", "mean": -3.0}
+    paths = [write_document(tmp_path / name, d) for name, d in (("a.json", first), ("b.json", second))]
+    assert run("compare", *paths, "--fail-over", "10%").exit_code == 0
+    assert run("compare", *reversed(paths), "--fail-over", "10%").exit_code == 1
+    second["metric"]["name"] = "accuracy"
+    write_document(paths[1], second, force=True)
+    rows = json.loads(run("compare", *paths, "--json").stdout)["rows"]
+    assert "metric" not in {row["what"] for row in rows}
