@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import math
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import tokenize
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,11 @@ from groupsearch import ClipPlan, Grouping, UnsupportedModelError, make_private,
 from groupsearch.engine.loading import PoissonSampler
 from groupsearch.training import TrainSettings, train
 from groupsearch.workloads import load_workload
+from tests.cli import running
+from tests.support import pretrained_page
 
 ROOT = Path(__file__).resolve().parent.parent
+PRETRAINED = ROOT / "examples" / "pretrained_to_private.py"
 OWN_TASK = ROOT / "examples" / "own_task.py"
 LOOPS = [ROOT / "examples" / f"{name}.py" for name in ("plain_loop", "accelerate_loop", "trainer")]
 # Runs each script as ``python script seed`` would, in a process of its own in which everything is imported already;
@@ -117,7 +124,7 @@ def code_lines(path: Path) -> int:
 
 
 def test_every_example_is_tested() -> None:
-    assert {*LOOPS, OWN_TASK} == set((ROOT / "examples").glob("*.py"))
+    assert {*LOOPS, OWN_TASK, PRETRAINED} == set((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", [*LOOPS, OWN_TASK], ids=lambda path: path.stem)
@@ -230,3 +237,57 @@ def test_the_own_tasks_data_are_split_the_same_way_every_time() -> None:
     assert again is not None
     assert (first.train_size, first.validation_size) == (1437, 360)
     assert all(torch.equal(first.validation[name], again.validation[name]) for name in ("upper", "lower"))
+
+
+def test_from_a_pretrained_model_to_private_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way in its small form; the command line in this process, which has imported everything already."""
+    pytest.importorskip("peft")
+    names, said = runpy.run_path(str(PRETRAINED)), []
+
+    def command(folder: Path, line: str) -> None:
+        monkeypatch.chdir(folder)
+        result = running.run(*shlex.split(line))
+        assert result.exit_code == 0, result.output
+        said.append(line.split()[0])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, as in a process of its own
+        found = names["main"](tmp_path, names["SMALL"], names["SHORT"], command)
+    assert said == ["fit", "optimize", "train"] * 2
+    for name, task in found["tasks"].items():
+        assert task["loaded"] == task["reported"], "to the last digit"
+        document = json.loads((tmp_path / f"{name}.json").read_text())
+        searched = json.loads((tmp_path / f"{name}-search.json").read_text())
+        assert document["boundaries"] == searched["recommended"]["boundaries"]
+        card = json.loads((tmp_path / name / "privacy.json").read_text())
+        assert card["search"]["statement"]
+        assert card["randomness"]["secret"], "nobody can draw its noise again"
+        assert 7.5 < card["epsilon"] <= 8.0
+
+
+@pytest.mark.slow
+def test_peaks_of_the_pretrained_model_are_measured_as_they_are_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of the example of one's own task are, in workloads/test_batches_views.py."""
+    pytest.importorskip("peft")
+    names = runpy.run_path(str(PRETRAINED))
+    names["pretrain"](tmp_path / "pretrained", names["SMALL"])
+    names["write_private"](tmp_path / "private", names["SMALL"])
+    monkeypatch.chdir(tmp_path)
+    for name, (settings, _) in names["TASKS"].items():
+        asked = [*shlex.split(names["MODEL"] + settings), "--grouping", "all-layer", "--grouping", "layer-wise"]
+        assert running.run("profile", *asked, "-o", f"{name}.json").exit_code == 0
+        checked = running.run("verify", f"{name}.json", "--tolerance", "0.5%", "--json")
+        assert checked.exit_code == 0, checked.output
+        assert len(json.loads(checked.stdout)["rows"]) == 2
+
+
+def test_the_page_of_a_pretrained_model_has_the_examples_commands_and_numbers() -> None:
+    text = pretrained_page.PAGE.read_text(encoding="utf-8")
+    assert text == pretrained_page.with_numbers(text)
+    assert {name for _, name, _ in pretrained_page.BLOCK.findall(text)} == set(pretrained_page.BLOCKS)
+    found = json.loads(pretrained_page.FOUND.read_text(encoding="utf-8"))["tasks"]
+    assert all(task["loaded"] == task["reported"] for task in found.values())
+    assert found["classifier"]["reported"] > 1.5 * found["classifier"]["before"], "it has learned"
+    assert found["language-model"]["reported"] > found["language-model"]["before"] + 0.05

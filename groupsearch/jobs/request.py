@@ -186,7 +186,7 @@ class SearchRequest(TrainingRequest):
     seed: int | None = 0
 
 
-_NOT_ASKED = ("model", "document", "notify", "force", "resume")
+_NOT_ASKED = ("model", "document", "notify", "force", "resume", "track")
 _SIZES = ("budget", "memory", "pick")
 _JOINED = ("rungs",)
 
