@@ -490,7 +490,7 @@ class Train(Document):
         steps: optimizer steps taken.
         privacy: what they cost.
         metric: after the last step.
-        followed: what every step was followed by, where that was asked for: exact numbers of the training examples.
+        tracked: what every step was followed by, where that was asked for: exact numbers of the training examples.
     """
 
     KIND: ClassVar[str] = "train"
@@ -523,7 +523,7 @@ class Train(Document):
     added_delta: float | None = None
     checked: Checked | None = None
     watched: Mapping[str, float] | None = None
-    followed: tuple[Mapping[str, object], ...] | None = None
+    tracked: tuple[Mapping[str, object], ...] | None = None
 
     def rows_of_table(self) -> tuple[Part, ...]:
         """The curve."""

@@ -74,19 +74,19 @@ class Draft:
         curve: step, loss and metric of what was evaluated.
         thresholds: step and thresholds, where those are adaptive.
         steps: taken so far.
-        followed: what is known of every step, where that was asked for.
+        tracked: what is known of every step, where that was asked for.
     """
 
     known: dict[str, object]
     curve: list[tuple[int, float, float | None]] = field(default_factory=list)
     thresholds: list[tuple[float, ...]] = field(default_factory=list)
     steps: int = 0
-    followed: list[dict[str, object]] = field(default_factory=list)
+    tracked: list[dict[str, object]] = field(default_factory=list)
 
     def document(self) -> Train:
         """The training as far as it has come."""
         grown = {"curve": self.curve, "thresholds": self.thresholds, "steps": self.steps}
-        grown |= {"followed": self.followed} if self.followed else {}
+        grown |= {"tracked": self.tracked} if self.tracked else {}
         return Train.from_json({**self.known, **grown})
 
 
@@ -132,7 +132,7 @@ def run(request: TrainRequest) -> Train:
 
 
 def _not_private(request: TrainRequest) -> dict[str, str]:
-    return NOT_PRIVATE["train"] | (NOT_PRIVATE["followed"] if "document" in request.track else {})
+    return NOT_PRIVATE["train"] | (NOT_PRIVATE["tracked"] if "document" in request.track else {})
 
 
 def _asked(grouping: str | Path | Sequence[int] | Profile | Search) -> str:
@@ -244,7 +244,7 @@ def _run(
         notify(Advanced("Training", "", step, settings.steps))
 
     kept: list[nn.Module] = []
-    with following(request.track, notify, draft.followed.append) as track:
+    with following(request.track, notify, draft.tracked.append) as track:
         result = train_workload(
             *(setup.loaded, grouping, settings, on_step), checkpoints=checkpoints, on_end=kept.append, track=track
         )

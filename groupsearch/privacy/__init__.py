@@ -169,7 +169,7 @@ class PrivacyStatement:
 _VALIDATION = "exact numbers of the validation data, which have no privacy of their own"
 NOT_PRIVATE = {
     "train": {"metric": _VALIDATION, "curve": _VALIDATION, "step_seconds": "moves with the sizes of the batches"},
-    "followed": {"followed": "norms, clipped shares and losses of training examples, exact"},
+    "tracked": {"tracked": "norms, clipped shares and losses of training examples, exact"},
     "search": {
         "candidates, comparisons, evidence, correlations and training.curves": _VALIDATION,
         "cost": "seconds move with the sizes of the batches, and what was trained follows from scores",

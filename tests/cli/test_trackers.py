@@ -86,17 +86,17 @@ def test_the_document_keeps_every_step_and_says_that_it_is_not_private(tmp_path:
     result = run("train", *SMALL, "--steps", 4, "--evaluate-every", 2, "--track", "document", "--track", "terminal",
                  "-o", place)  # fmt: skip
     found = Train.load(place)
-    assert found.followed is not None
-    assert [row["step"] for row in found.followed] == [1, 2, 3, 4]
-    assert [row["epsilon"] is None for row in found.followed] == [True, False, True, False]
-    assert found.followed[-1]["epsilon"] == found.privacy.epsilon
-    assert "training examples, exact" in found.not_private["followed"]
+    assert found.tracked is not None
+    assert [row["step"] for row in found.tracked] == [1, 2, 3, 4]
+    assert [row["epsilon"] is None for row in found.tracked] == [True, False, True, False]
+    assert found.tracked[-1]["epsilon"] == found.privacy.epsilon
+    assert "training examples, exact" in found.not_private["tracked"]
     told = [line for line in result.stderr.splitlines() if line.startswith("Step ")]
     assert len(told) == 2
     assert all("not private" in line and "clipped by group" in line and "epsilon" in line for line in told)
     plain = json.loads(run("train", *SMALL, "--steps", 4, "--evaluate-every", 2, "--json").stdout)
-    assert "followed" not in plain
-    assert "followed" not in plain["not_private"]
+    assert "tracked" not in plain
+    assert "tracked" not in plain["not_private"]
     assert plain["curve"] == [list(point) for point in found.curve]
 
 
@@ -122,7 +122,7 @@ def test_tensorboard_shows_what_the_document_has_and_no_step_twice(tmp_path: Pat
     assert {name for name in values if not name.startswith("not-private/")} == {"epsilon"}
     for name, of in (("loss", lambda row: row["loss"]), ("clipped/1", lambda row: row["clipped"][1]),
                      ("norm/0/p50", lambda row: row["norms"][0][1])):  # fmt: skip
-        expected = [(row["step"], pytest.approx(of(row))) for row in document["followed"]]
+        expected = [(row["step"], pytest.approx(of(row))) for row in document["tracked"]]
         assert values[f"not-private/{name}"] == expected, name
     assert [value for _, value in values["not-private/validation/metric"]] == pytest.approx(
         [point[2] for point in document["curve"]]
