@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import CheckpointError
 
 from groupsearch.engine.entries import Dimensions
 from groupsearch.engine.layout import Layouts
@@ -30,6 +31,7 @@ from groupsearch.tracer.discovery import Loss, find_layouts
 from groupsearch.tracer.fake import NEEDS_VALUES
 from groupsearch.workloads.batches import count_examples, first_examples, map_tensors, tensors_of
 from groupsearch.workloads.blocks import find_blocks
+from groupsearch.workloads.copies import check_plain
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def examine(
     options = options or EngineOptions()
     if not is_real(model, batch):
         return _settled(model, batch, loss, options)
-    owned_layers(model)  # refuses what needs no pass to be seen
+    check_plain(model)  # these refuse what needs no pass to be seen
+    owned_layers(model)
     device = next(model.parameters()).device
     tried = try_rows(model, map_tensors(lambda x: x.to(device), batch), loss)
     try:
@@ -174,7 +177,8 @@ def sites_of(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions, a
 
 
 def _settled(model: nn.Module, batch: Any, loss: Loss, options: EngineOptions, apart: bool = False) -> Examined:
-    owned_layers(model)  # refuses what needs no pass to be seen
+    check_plain(model)  # these refuse what needs no pass to be seen
+    owned_layers(model)
     if not is_real(model, batch):
         with alike():
             reading, arrivals = settle(model, first_examples(batch, 3), loss, options, None)
@@ -272,9 +276,14 @@ def observe_pass(model: nn.Module, batch: Any, loss: Loss, reading: Reading) -> 
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
+        said = str(error).split("\n\n")[0]
+        remedy = "Make the model and the loss run on batches of any size."
+        if isinstance(error, CheckpointError):
+            said = said.split(". ")[0].splitlines()[0]
+            remedy = "Leave activation checkpointing off (--checkpoint none, or in the model)."
         raise UnsupportedModelError(
-            f"A step on {count_examples(batch)} examples with the engine failed: {error}. Make the model and the loss "
-            "run on batches of any size."
+            f"A step on {count_examples(batch)} examples with the engine failed: {' '.join(said.split()).rstrip('.')}. "
+            f"{remedy}"
         ) from error
     return arrivals
 

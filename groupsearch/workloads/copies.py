@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from groupsearch.errors import UnsupportedModelError, is_out_of_memory
 
@@ -28,9 +29,12 @@ def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor] | None = None) ->
             Views of one storage become views of one again by :func:`sharing`.
 
     Raises:
-        UnsupportedModelError: when something on the model cannot be copied; it names the attribute.
+        UnsupportedModelError: when something on the model cannot be copied; it names the attribute. For ``make``, see
+            :func:`check_plain`, too.
     """
     memo: dict[int, Any] = {}
+    if make is not None:
+        check_plain(model)
     duplicate_view = sharing(lambda tensor: tensor.detach().clone())
     with torch.no_grad():
         for tensor in _views(model) if make is None else (*model.parameters(), *model.buffers()):
@@ -98,6 +102,32 @@ def _views(model: nn.Module) -> list[Tensor]:
         for t in strided
         if held[storages[id(t)]._cdata] > 1 or storages[id(t)].nbytes() != t.numel() * t.element_size()
     ]
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise for weights that are no tensors of their own: quantized ones that a library packs in a form of its own.
+
+    Integers and scales in buffers, and parts in half precision, are plain.
+
+    Raises:
+        UnsupportedModelError: naming the first.
+    """
+    for module_name, module in model.named_modules():
+        where = f"{module_name}." if module_name else ""
+        held = [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]
+        for name, value in held:
+            if isinstance(value, torch.ScriptObject) or (isinstance(value, Tensor) and _is_packed(value)):
+                kind = str(value.dtype) if type(value) is Tensor else f"{type(value).__module__}.{type(value).__name__}"
+                raise UnsupportedModelError(
+                    f"{where}{name} of {type(module).__name__} holds weights in a packed form ({kind}), of which "
+                    "neither the bytes can be traced nor the step be checked. Load the weights unquantized, in half "
+                    "precision if they are large (dtype=bfloat16), or keep integers and scales in buffers."
+                )
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    of_torch = type(tensor).__module__.partition(".")[0] == "torch"
+    return tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or not (of_torch or tensor.is_floating_point())
 
 
 def _refusal(model: nn.Module, error: Exception) -> UnsupportedModelError:
