@@ -82,6 +82,7 @@ class Meeting(TorchFunctionMode):
         self.expansions = expansions or Expansions({})
         self._tracked = Sources()
         self._expanded: dict[tuple[int, int, int], Tensor] = {}
+        self._given: dict[tuple[str, tuple[torch.Size, ...]], list[tuple[str, ...]]] = {}
         self._running: list[Layer] = []
         self._seen_as: str | None = None
         self._depth = 0
@@ -150,6 +151,7 @@ class Meeting(TorchFunctionMode):
         """Stop watching: the pass is over. Until then a recomputation may need to know."""
         self._tracked.clear()
         self._expanded.clear()
+        self._given.clear()
         self.expansions.forget()
 
     def mark(self, value: Any, layouts: tuple[str, ...] = ("first",)) -> None:
@@ -162,6 +164,22 @@ class Meeting(TorchFunctionMode):
                 and any(source.rows_of(part, layout) is not None for layout in layouts)
             ):
                 setattr(part, _MARK, tuple(x for x in layouts if source.rows_of(part, x) is not None))
+
+    def given(self, layer: Layer, value: Any, again: bool) -> None:
+        """Note what a layer is given; ``again``, in a recomputation, mark it as it was marked then.
+
+        What a checkpointed block is given anew, and makes of it between its layers, bears no marks.
+        """
+        tensors = [part for part in pytree.tree_leaves(value) if isinstance(part, Tensor)]
+        key = layer.name, tuple(tensor.shape for tensor in tensors)  # a layer may be given constants, too
+        if again:
+            for tensor, layouts in zip(tensors, self._given.get(key, ()), strict=False):
+                if layouts and tensor not in self._tracked:
+                    self.mark(tensor, layouts)
+            return
+        marks: list[tuple[str, ...]] = [getattr(tensor, _MARK, ()) for tensor in tensors]
+        if self._given.setdefault(key, marks) != marks:
+            self._given[key] = []
 
     def from_batch(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from the batch (and is no function of parameters alone)."""

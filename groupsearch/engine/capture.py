@@ -183,6 +183,8 @@ class Capture:
             if self._is_on() and not self._is_swapped(layer):
                 self.passes.running()
                 _check_no_transform(layer)
+                if self._watch_outputs:
+                    self._meeting.given(layer, (args, kwargs), in_backward())
                 (self._before_bare if self._goes_on(layer, args, kwargs) else before)(layer)
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -105,16 +106,57 @@ class CheckpointedForward:
         """What the forward returns."""
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
+        forward = self._forward
+        if any(map(_is_cache, (*args, *kwargs.values()))):
+            forward = _SameCaches(forward, args, kwargs)
         if not self._use_reentrant:
-            return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         # The reentrant kind sees positional tensors only: hand it every leaf as one.
         leaves, structure = tree_flatten((args, kwargs))
 
         def run(*inputs: Any) -> Any:
             positional, named = tree_unflatten(inputs, structure)
-            return self._forward(*positional, **named)
+            return forward(*positional, **named)
 
         return checkpoint(run, *leaves, use_reentrant=True)
+
+
+class _SameCaches:
+    """A forward that adds to the caches it is given, as blocks of transformers do; run again, it finds them as before.
+
+    Such are given where ``use_cache`` is on, and by prefix tuning, whose keys and values lie in one.
+    """
+
+    def __init__(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._forward = forward
+        self._before = {id(x): _as_it_is_now(x) for x in (*args, *kwargs.values()) if _is_cache(x)}
+        self._ran = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._ran:
+            self._ran = True
+            return self._forward(*args, **kwargs)
+        return self._forward(*map(self._found, args), **{key: self._found(x) for key, x in kwargs.items()})
+
+    def _found(self, value: Any) -> Any:
+        return _as_it_is_now(self._before.get(id(value), value))
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and hasattr(value, "update") and not isinstance(value, type)
+
+
+def _as_it_is_now(value: Any) -> Any:
+    """A copy of a cache, of its parts and of what lists them; the tensors themselves are shared."""
+    if isinstance(value, list):
+        return [_as_it_is_now(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _as_it_is_now(part) for key, part in value.items()}
+    if not _is_cache(value):
+        return value
+    made = copy.copy(value)
+    vars(made).update({key: _as_it_is_now(part) for key, part in vars(value).items()})
+    return made
 
 
 def _blocks_below(module: nn.Module, prefix: str) -> list[str]:

@@ -201,3 +201,18 @@ def test_keywords_tuples_and_dropout_pass_through(use_reentrant: bool) -> None:
 def test_model_without_blocks_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"no repeated blocks .* leave activation checkpointing off"):
         checkpoint_blocks(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("kind", "use_reentrant"), [("gpt2", True), ("t5", False)])
+def test_caches_that_blocks_add_to(kind: str, use_reentrant: bool, tiny: Callable[..., Workload]) -> None:
+    """As transformers' models are loaded: with ``use_cache``, of which a block that runs again finds what it found."""
+    workload = tiny(kind)
+    model, batch = workload.build(), workload.make_batch(2)
+    model.config.use_cache = True
+    found = []
+    for _ in range(2):
+        workload.loss(model, batch).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+        checkpoint_blocks(model, use_reentrant)
+    torch.testing.assert_close(*found)
