@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
@@ -26,54 +26,114 @@ from groupsearch.workloads.settings import read_settings, require_choice
 from groupsearch.workloads.tasks import TASKS, Task, choose_task
 from groupsearch.workloads.workload import Workload, seeded
 
-# -- LoRA on transformers models (arXiv 2106.09685), by way of the peft package --------------------
+# -- Adapters on transformers models, by way of the peft package -----------------------------------
 
-LORA_SETTINGS = ("lora_alpha", "lora_targets", "lora_dropout", "lora_head")
+
+@dataclass(frozen=True)
+class _Method:
+    """A method of peft.
+
+    Attributes:
+        config: the class of its configuration.
+        size: the field that the setting of the method's name gives; empty where the setting says yes or no.
+        example: what to give, in words.
+        options: further settings, each called ``{method}_{option}``.
+        fixed: fields that make the method what it is.
+        known: where peft names layers for types of models, by the field that they belong in.
+    """
+
+    config: str
+    size: str
+    example: str
+    options: tuple[str, ...] = ("head",)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, str] = field(default_factory=dict)
+
+
+_TOKENS = "num_virtual_tokens"
+_LOW_RANK = ("alpha", "targets", "dropout", "head")
+_LORA_KNOWN = {"target_modules": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"}
+_IA3_KNOWN = {
+    "target_modules": "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
+    "feedforward_modules": "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+}
+METHODS: Mapping[str, _Method] = {
+    "lora": _Method("LoraConfig", "r", "the rank, as in lora=8", _LOW_RANK, known=_LORA_KNOWN),  # arXiv 2106.09685
+    "dora": _Method(  # arXiv 2402.09353
+        "LoraConfig", "r", "the rank, as in dora=8", _LOW_RANK, {"use_dora": True}, _LORA_KNOWN
+    ),
+    "ia3": _Method("IA3Config", "", "ia3=true", ("targets", "head"), known=_IA3_KNOWN),  # arXiv 2205.05638
+    "prompt": _Method(  # arXiv 2104.08691
+        "PromptTuningConfig", _TOKENS, "the number of tokens, as in prompt=20"
+    ),
+    "prefix": _Method(  # arXiv 2101.00190
+        "PrefixTuningConfig", _TOKENS, "the number of tokens, as in prefix=20"
+    ),
+}
+ADAPTER_SETTINGS = tuple(
+    key for name, method in METHODS.items() for key in (name, *(f"{name}_{option}" for option in method.options))
+)
+_FIELDS = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 _TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq-lm": "SEQ_2_SEQ_LM",
     "sequence-classification": "SEQ_CLS",
 }
 _ALL_LINEAR = "all-linear"
-_KINDS = ("Linear", "Conv1D", "Conv2d", "Embedding")  # what peft puts LoRA on
+_KINDS = ("Linear", "Conv1D", "Conv2d", "Embedding")  # what peft puts adapters on
 # Where peft names no layers for a type of model.
 _USUAL = (("query", "value"), ("q_proj", "v_proj"), ("q", "v"), ("c_attn",), ("query_key_value",))
 
 
-def read_lora(text: str, settings: Mapping[str, Any], *, labelled: bool) -> dict[str, Any]:
-    """The settings that begin with ``lora``, complete; empty where ``lora`` is not given.
+def read_adapter(text: str, settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """The settings of the method that is asked for, complete; empty where none is.
 
     Args:
         text: the workload, for errors.
-        settings: ``lora``, the rank; ``lora_alpha`` (adapters are scaled by alpha / rank; the rank if not given),
-            ``lora_targets`` (names of layers, separated by commas, or ``all-linear``), ``lora_dropout``, and
-            ``lora_head``, whether the head is trained, too.
-        labelled: whether the head is of a classification, and then trained if nothing is said.
+        settings: a key of :data:`METHODS` with its size, and its options: ``_alpha`` (adapters are scaled by
+            alpha / rank; the rank if not given), ``_targets`` (names of layers, separated by commas, or
+            ``all-linear``), ``_dropout``, and ``_head``, whether the head is trained, too (true for classifiers).
+        task: what the model is asked to do.
 
     Raises:
-        GroupSearchError: for a value outside its range, settings of an adapter without its rank, or no peft.
+        GroupSearchError: for a value outside its range, two methods at once, options of another method, one that
+            makes tokens for a model that takes none, or no peft.
     """
-    given = [key for key in LORA_SETTINGS if settings.get(key) is not None]
-    if settings.get("lora") is None:
-        if given:
+    given = [key for key in ADAPTER_SETTINGS if settings.get(key) is not None]
+    given = [key for key in given if key not in METHODS or METHODS[key].size or settings[key] is not False]
+    chosen = [key for key in given if key in METHODS]
+    if len(chosen) > 1:
+        raise GroupSearchError(f"Found {' and '.join(chosen)} of {text}, which are one method each. Give one of them.")
+    for key in given:
+        name = key.partition("_")[0]
+        if name not in chosen:
             raise GroupSearchError(
-                f"Found {', '.join(given)} of {text} without lora. Give the rank, as in lora=8, or leave it out."
+                f"Found {key} of {text} without {name}. Give {METHODS[name].example}, or leave it out."
             )
+    if not chosen:
         return {}
-    rank = read_settings(text, {"lora": settings["lora"]}, {"lora": 1})["lora"]
-    defaults = {"lora_alpha": float(rank), "lora_targets": "", "lora_dropout": 0.0, "lora_head": labelled}
-    targets = settings.get("lora_targets")
-    asked = {"lora_targets": ",".join(targets)} if isinstance(targets, (list, tuple)) else {}
-    read = read_settings(text, {key: settings[key] for key in given} | asked, defaults)
-    if not 0 < read["lora_alpha"] < float("inf"):
-        raise GroupSearchError(f"Expected lora_alpha of {text} to be above zero, found {read['lora_alpha']:g}.")
-    if not 0 <= read["lora_dropout"] < 1:
-        raise GroupSearchError(f"Expected lora_dropout of {text} to be from 0 to 1, found {read['lora_dropout']:g}.")
-    _peft(text)
-    return {"lora": rank, **read, "lora_targets": read["lora_targets"] or None}
+    name, method = chosen[0], METHODS[chosen[0]]
+    if not task.text and "targets" not in method.options:
+        raise GroupSearchError(
+            f"Found {name} of {text}, which puts tokens before a text, for {task.summary}. Give "
+            "lora=8, dora=8 or ia3=true."
+        )
+    size = read_settings(text, {name: settings[name]}, {name: 1 if method.size else True})[name]
+    every = {"alpha": float(size), "targets": "", "dropout": 0.0, "head": task.labelled}
+    defaults = {f"{name}_{option}": every[option] for option in method.options}
+    asked = {key: settings[key] for key in defaults if settings.get(key) is not None}
+    asked |= {key: ",".join(value) for key, value in asked.items() if isinstance(value, (list, tuple))}
+    read = read_settings(text, asked, defaults)
+    alpha, dropout = read.get(f"{name}_alpha", 1.0), read.get(f"{name}_dropout", 0.0)
+    if not 0 < alpha < float("inf"):
+        raise GroupSearchError(f"Expected {name}_alpha of {text} to be above zero, found {alpha:g}.")
+    if not 0 <= dropout < 1:
+        raise GroupSearchError(f"Expected {name}_dropout of {text} to be from 0 to 1, found {dropout:g}.")
+    _peft(text, name)
+    return {name: size, **{key: None if value == "" else value for key, value in read.items()}}
 
 
-def add_lora(text: str, model: Any, task: str, settings: Mapping[str, Any], base: str = "") -> nn.Module:
+def add_adapter(text: str, model: Any, task: str, settings: Mapping[str, Any], base: str = "") -> nn.Module:
     """A transformers model with adapters, of which they alone are trained, and the head where it is to be.
 
     Of classifications the head, with a pooler that belongs to it, is saved with the adapters even where it is frozen:
@@ -83,42 +143,50 @@ def add_lora(text: str, model: Any, task: str, settings: Mapping[str, Any], base
         text: the workload, for errors.
         model: is changed.
         task: a key of :data:`groupsearch.workloads.tasks.TASKS`.
-        settings: of :func:`read_lora`.
+        settings: of :func:`read_adapter`.
         base: what the weights are called that lie below the adapters; empty where they are random.
 
     Raises:
-        GroupSearchError: when there are no layers of the names asked for.
+        GroupSearchError: when there are no layers of the names asked for, or peft does not know such a model.
     """
-    peft = _peft(text)
-    head = _head(model)
-    labelled = task.endswith("classification")
-    targets = _targets(text, peft, model, head, settings["lora_targets"])
-    config = peft.LoraConfig(
-        r=settings["lora"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
-        target_modules=targets,
-        modules_to_save=list(head) if labelled or settings["lora_head"] else None,
-        task_type=_TASK_TYPES.get(task),
-    )
+    name = next(name for name in METHODS if name in settings)
+    method, peft, head = METHODS[name], _peft(text, name), _head(model)
+    made = {_FIELDS[option]: settings[f"{name}_{option}"] for option in method.options if option in _FIELDS}
+    if method.size:
+        made[method.size] = settings[name]
+    if "targets" in method.options:
+        made |= _targets(text, name, peft, model, head, settings[f"{name}_targets"])
+    trains_head = settings[f"{name}_head"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D, of tied heads, of what peft asks transformers
-        adapted: Any = peft.get_peft_model(model, config)
+        try:
+            config = getattr(peft, method.config)(
+                **made,
+                **method.fixed,
+                modules_to_save=list(head) if task.endswith("classification") or trains_head else None,
+                task_type=_TASK_TYPES.get(task),
+            )
+            adapted: Any = peft.get_peft_model(model, config)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise GroupSearchError(
+                f"peft could not put {name} on {text} ({type(model).__name__}): {_paragraph(error)}. Choose another of "
+                f"{', '.join(METHODS)}."
+            ) from error
     adapted.active_peft_config.base_model_name_or_path = base
-    if not settings["lora_head"]:
-        for name, parameter in adapted.named_parameters():
-            if ".modules_to_save." in name:
+    if not trains_head:
+        for parameter_name, parameter in adapted.named_parameters():
+            if ".modules_to_save." in parameter_name:
                 parameter.requires_grad_(False)
-    made: nn.Module = adapted
-    return made
+    whole: nn.Module = adapted
+    return whole
 
 
-def _peft(text: str) -> ModuleType:
+def _peft(text: str, method: str) -> ModuleType:
     try:
         import peft
     except ImportError as error:
         raise GroupSearchError(
-            f"{text} with lora needs the peft package, which could not be imported: {error}. "
+            f"{text} with {method} needs the peft package, which could not be imported: {error}. "
             "Install it with `pip install 'groupsearch[peft]'`."
         ) from error
     return peft
@@ -135,30 +203,38 @@ def _head(model: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*own, *poolers)))
 
 
-def _targets(text: str, peft: ModuleType, model: Any, head: Sequence[str], asked: str | None) -> list[str] | str:
-    """The names of the layers to adapt, each of which there is."""
-    layers = _layers(model, head)
+def _targets(
+    text: str, name: str, peft: ModuleType, model: Any, head: Sequence[str], asked: str | None
+) -> dict[str, list[str] | str]:
+    """The names of the layers to adapt, each of which there is, by the fields of peft's configuration."""
+    layers, kind = _layers(model, head), model.config.model_type
+    known = {key: getattr(peft.utils, names).get(kind) for key, names in METHODS[name].known.items()}
+    targets: Sequence[str] | str
     if asked == _ALL_LINEAR:
-        return _ALL_LINEAR
-    if asked:
-        wanted = [name.strip() for name in asked.split(",") if name.strip()]
-        missing = [name for name in wanted if not any(_is_called(layer, name) for layer in layers)]
-        if wanted and not missing:
-            return wanted
-        raise GroupSearchError(
-            f"Expected lora_targets of {text} to name layers below its head, found none called "
-            f"{', '.join(missing) or repr(asked)}. {_remedy(layers)}"
-        )
-    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
-    for names in (known, *_USUAL):
-        if isinstance(names, str):
-            return names  # an expression of peft's own
-        if names and all(any(_is_called(layer, name) for layer in layers) for name in names):
-            return list(names)
-    raise GroupSearchError(
-        f"Expected lora_targets of {text}, for whose type ({model.config.model_type}) no layers are usual, found none. "
-        f"{_remedy(layers)}"
-    )
+        targets = _ALL_LINEAR
+    elif asked:
+        targets = [target.strip() for target in asked.split(",") if target.strip()]
+        missing = [target for target in targets if not any(_is_called(layer, target) for layer in layers)]
+        if missing or not targets:
+            raise GroupSearchError(
+                f"Expected {name}_targets of {text} to name layers below its head, found none called "
+                f"{', '.join(missing) or repr(asked)}. {_remedy(name, layers)}"
+            )
+    else:
+        usual = [names for names in (known["target_modules"], *_USUAL) if names and _are_there(names, layers)]
+        if not usual:
+            raise GroupSearchError(
+                f"Expected {name}_targets of {text}, for whose type ({kind}) no layers are usual, found none. "
+                f"{_remedy(name, layers)}"
+            )
+        targets = usual[0] if isinstance(usual[0], str) else list(usual[0])
+    parts = {key: [each for each in names or () if each in targets] for key, names in known.items()}
+    return {**parts, "target_modules": targets}
+
+
+def _are_there(names: Sequence[str] | str, layers: Sequence[str]) -> bool:
+    # A text is an expression of peft's own.
+    return isinstance(names, str) or all(any(_is_called(layer, name) for layer in layers) for name in names)
 
 
 def _layers(model: nn.Module, head: Sequence[str]) -> list[str]:
@@ -171,13 +247,13 @@ def _is_called(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-def _remedy(layers: Sequence[str]) -> str:
+def _remedy(method: str, layers: Sequence[str]) -> str:
     names = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
     shown = ", ".join(names) or "none"
     example = ",".join(names[:2]) or "query,value"
     return (
-        f"Layers that can be adapted are called {shown}. Give some of them, as in lora_targets={example}, or "
-        f"lora_targets={_ALL_LINEAR}."
+        f"Layers that can be adapted are called {shown}. Give some of them, as in {method}_targets={example}, or "
+        f"{method}_targets={_ALL_LINEAR}."
     )
 
 
@@ -197,11 +273,7 @@ HUB_SETTINGS: Mapping[str, Any] = {
     "processor": None,
     "validation": None,
     "metric": None,
-    "lora": None,
-    "lora_alpha": None,
-    "lora_targets": None,
-    "lora_dropout": None,
-    "lora_head": None,
+    **dict.fromkeys(ADAPTER_SETTINGS),
 }
 _CHOICES = {
     "attn_implementation": ("sdpa", "eager"),
@@ -245,8 +317,8 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
 
     Its weights are those of the folder NAME, where it holds any, or of the setting ``weights``; else they
     are random. With the setting ``data``, a folder, it can be trained; see
-    :func:`groupsearch.workloads.data.hub_data`. With the setting ``lora``, a rank, adapters are trained and the
-    weights are frozen; see :func:`groupsearch.workloads.hub.read_lora`.
+    :func:`groupsearch.workloads.data.hub_data`. With the setting ``lora``, a rank, or another of
+    :data:`METHODS`, adapters are trained and the weights are frozen; see :func:`read_adapter`.
 
     Raises:
         GroupSearchError: when transformers is missing, the name is not known here, a setting is wrong,
@@ -259,8 +331,10 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
     config = _configuration(transformers, text, name)
     task_name = choose_task(text, config, settings["task"])
     task = TASKS[task_name]
-    lora = read_lora(text, settings, labelled=task.labelled)
-    settings = _complete(text, settings, config, task) | {key: lora[key] for key in lora if lora[key] is not None}
+    adapter = read_adapter(text, settings, task)
+    plain = {key: value for key, value in settings.items() if key not in ADAPTER_SETTINGS}
+    tokens = sum(adapter.get(name, 0) for name, method in METHODS.items() if method.size == _TOKENS)
+    settings = _complete(text, plain, config, task, tokens) | {k: v for k, v in adapter.items() if v is not None}
     found = _configure(config, settings, task)
     weights = weights_folder(text, name, settings.get("weights"))
     data = hub_data(text, settings, config, task, str(weights or name)) if "data" in settings else None
@@ -274,7 +348,8 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
         }
         if weights is not None and torch.get_default_device().type != "meta":
             # A head that is neither trained nor saved must not begin at random.
-            how["whole"] = bool(lora) and not task.labelled and not lora["lora_head"]
+            frozen_head = any(key.endswith("_head") and not trained for key, trained in adapter.items())
+            how["whole"] = frozen_head and not task.labelled
             return adapted(load_pretrained(transformers, text, task.auto_class, weights, own_config, **how))
         try:
             model: nn.Module = getattr(transformers, task.auto_class).from_config(own_config, **how)
@@ -285,7 +360,7 @@ def load_hub(text: str, given: Mapping[str, Any]) -> Workload:
         return adapted(model)
 
     def adapted(model: nn.Module) -> nn.Module:
-        return (add_lora(text, model, task_name, lora, str(weights or "")) if lora else model).train()
+        return (add_adapter(text, model, task_name, adapter, str(weights or "")) if adapter else model).train()
 
     workload = Workload(
         name=text,
@@ -313,8 +388,11 @@ def _read(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return settings | folders
 
 
-def _complete(text: str, settings: Mapping[str, Any], config: Any, task: Task) -> dict[str, Any]:
-    """Settings left open are filled from the architecture; those without meaning for the task are refused."""
+def _complete(text: str, settings: Mapping[str, Any], config: Any, task: Task, tokens: int) -> dict[str, Any]:
+    """Settings left open are filled from the architecture; those without meaning for the task are refused.
+
+    Of the positions that a model has, so many ``tokens`` are taken by an adapter.
+    """
     for key, meaningful in (("sequence_length", task.text), ("num_labels", task.labelled)):
         if settings[key] is not None and not meaningful:
             raise GroupSearchError(f"{text} has no setting {key!r}: it means nothing in {task.summary}. Leave it out.")
@@ -322,11 +400,13 @@ def _complete(text: str, settings: Mapping[str, Any], config: Any, task: Task) -
     if task.labelled:
         settings.setdefault("num_labels", config.num_labels)
     if task.text:
-        longest = _longest(config)
-        settings.setdefault("sequence_length", min(_SEQUENCE_LENGTH, longest or _SEQUENCE_LENGTH))
-        if longest is not None and settings["sequence_length"] > longest:
+        positions = _longest(config)
+        longest = None if positions is None else positions - tokens
+        settings.setdefault("sequence_length", _SEQUENCE_LENGTH if longest is None else min(_SEQUENCE_LENGTH, longest))
+        if longest is not None and not 0 < settings["sequence_length"] <= longest:
+            besides = f" less the {tokens} of the adapter" if tokens else ""
             raise GroupSearchError(
-                f"Expected sequence_length of {text} to be at most {longest}, the positions it has, "
+                f"Expected sequence_length of {text} to be at most {longest}, the positions it has{besides}, "
                 f"found {settings['sequence_length']}."
             )
     return settings

@@ -177,14 +177,16 @@ def _save_adapted(model: Any, folder: Path, place: str) -> Saved:
     import peft
 
     _save_pretrained(model, folder, save_embedding_layers=False)
+    config, base = model.peft_config[model.active_adapter], model.get_base_model()
     kept = {t.data_ptr() for t in peft.get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    if config.is_prompt_learning:  # kept is what they make
+        kept |= {p.data_ptr() for p in model.prompt_encoder.parameters()}
     if any(p.requires_grad and p.data_ptr() not in kept for p in model.parameters()):
         return _save_state(model, folder, place)
-    config, base = model.peft_config[model.active_adapter], model.get_base_model()
     name = config.base_model_name_or_path or ""
     if not name:
         # Weights that were drawn at random are nowhere else. Taking adapters off changes a model.
-        _save_pretrained(copy_of(model).unload(), folder / _BASE)  # type: ignore[operator]
+        _save_pretrained(_below_adapters(copy_of(model)), folder / _BASE)
         name = config.base_model_name_or_path = f"{place}/{_BASE}"
         config.save_pretrained(str(folder))
         config.base_model_name_or_path = ""
@@ -194,6 +196,19 @@ def _save_adapted(model: Any, folder: Path, place: str) -> Saved:
         made = _from_pretrained("base", base, name)
     loading = f'{made}\nmodel = PeftModel.from_pretrained(base, "{place}")'
     return Saved("adapters and what else was trained", "peft", f"from peft import PeftModel\n{loading}", base=name)
+
+
+def _below_adapters(model: Any) -> Any:
+    """What a model is without its adapters, which it loses."""
+    import peft
+
+    if not model.active_peft_config.is_prompt_learning:
+        return model.unload()
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            base.set_submodule(name, module.original_module)
+    return base
 
 
 def _save_state(model: nn.Module, folder: Path, place: str) -> Saved:

@@ -75,6 +75,10 @@ def data(tmp_path: Path) -> str:
             {"adapter_config.json", "adapter_model.safetensors"},
         ),
         ("bert", {"lora": 2, "weights": "random"}, {"adapter_config.json", "adapter_model.safetensors", "base"}),
+        ("bert", {"prompt": 2, "weights": "random"}, {"adapter_config.json", "adapter_model.safetensors", "base"}),
+        ("bert", {"ia3": True}, {"adapter_config.json", "adapter_model.safetensors"}),
+        ("gpt2", {"dora": 2}, {"adapter_config.json", "adapter_model.safetensors"}),
+        ("gpt2", {"prefix": 2}, {"adapter_config.json", "adapter_model.safetensors"}),
         ("gpt2", {}, {"config.json", "generation_config.json", "model.safetensors"}),
         ("gpt2", {"lora": 2}, {"adapter_config.json", "adapter_model.safetensors"}),
         ("gpt2", {"lora": 2, "lora_head": "true"}, {"adapter_config.json", "adapter_model.safetensors"}),
@@ -100,9 +104,9 @@ def test_weights_of_transformers_load_and_are_judged_to_the_last_digit(
     written = {path.name for path in place.iterdir()}
     assert written == files | {"README.md", "privacy.json", "tokenizer.json", "tokenizer_config.json"}
     assert judged(loaded(place), load_workload(text, **settings)) == document["metric"]["mean"]
-    if "lora" in settings:
+    if "adapter_config.json" in files:
         with safe_open(place / "adapter_model.safetensors", "pt") as file:
-            assert all("lora_" in name or re.search("classifier|pooler|score|lm_head", name) for name in file.keys())  # noqa: SIM118
+            assert all(re.search("lora_|ia3_|prompt_|classifier|pooler|score|lm_head", name) for name in file.keys())  # noqa: SIM118
     else:
         config = json.loads((place / "config.json").read_text())
         assert max(value for key, value in config.items() if "drop" in key and value) == 0.1, "dropout is as it was"

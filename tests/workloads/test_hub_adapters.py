@@ -1,4 +1,4 @@
-"""LoRA from the command line: what is adapted, what is trained, and in every command."""
+"""Adapters from the command line: what is adapted, what is trained, and in every command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 
 from groupsearch import Grouping, trace_model
 from groupsearch.errors import GroupSearchError
+from groupsearch.workloads.blocks import checkpoint_blocks
 from groupsearch.workloads.workload import Workload
 from tests.cli.running import refused, run
+from tests.support.architecture_table import _compare, per_example
 from tests.workloads.conftest import CONFIGS
 from tests.workloads.test_data import LABELS, TEXTS, saved, write  # noqa: F401 - saved is a fixture
 
@@ -66,6 +68,52 @@ def test_adapters_and_head_are_trained_and_nothing_else(
     assert grouping.groups >= len(adapted)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "trained"),
+    [
+        ("bert", {"dora": 3}, "lora_A lora_B lora_magnitude_vector classifier pooler"),
+        ("gpt2", {"ia3": "true"}, "ia3_l"),
+        ("vit", {"ia3": True, "ia3_targets": "all-linear"}, "ia3_l classifier"),
+        ("t5", {"prompt": 3}, "prompt_encoder"),
+        ("bert", {"prompt": 3, "prompt_head": "false"}, "prompt_encoder"),
+        ("gpt2", {"prefix": 3, "task": "sequence-classification"}, "prompt_encoder score"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_other_methods(kind: str, settings: dict[str, Any], trained: str, tiny: Callable[..., Workload]) -> None:
+    workload = tiny(kind, dtype="float64", **settings)
+    model = workload.build()
+    found = {part for name in trainable(model) for part in trained.split() if part in name}
+    assert found == set(trained.split())
+    assert all(any(part in name for part in found) for name in trainable(model))
+    assert settings.keys() <= workload.settings.keys()
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype), alpha=0.1)
+    assert_exact(model, workload)
+
+
+def assert_exact(model: torch.nn.Module, workload: Workload) -> None:
+    """The clipped sums of a step are those of one example at a time, in one group and in as many as there can be."""
+    batch = workload.make_batch(3)
+    verdict = _compare(model, batch, workload.loss, per_example(model, batch, workload.loss), torch.float64)
+    assert verdict.outcome == "right", verdict
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("llama", {"ia3": True}), ("bert", {"dora": 2, "dora_targets": "query"}), ("t5", {"prefix": 2})],
+)
+def test_with_checkpointed_blocks_above_what_is_frozen(
+    kind: str, settings: dict[str, Any], tiny: Callable[..., Workload]
+) -> None:
+    """What a recomputed block is given asks for no gradients, and may be a cache that it added to."""
+    workload = tiny(kind, dtype="float64", **settings)
+    model = workload.build()
+    checkpoint_blocks(model)
+    assert_exact(model, workload)
+
+
 @pytest.mark.parametrize("kind", ["vit", "bert", "llama"])
 def test_all_linear_layers_below_the_head(kind: str, tiny: Callable[..., Workload]) -> None:
     workload = tiny(kind, lora=2, lora_targets="all-linear")
@@ -102,11 +150,22 @@ def test_the_adapters_are_of_the_seed_and_begin_as_the_model_was(tiny: Callable[
             r"none called qurey\. Layers .* are called .*query, key, value, dense.* as in lora_targets=.*all-linear",
         ),
         ({"lora": 2, "lora_targets": "classifier"}, "below its head, found none called classifier"),
+        ({"lora": 2, "ia3": True}, "Found lora and ia3 of hf:.*one method each"),
+        ({"lora": 2, "ia3_head": True}, r"Found ia3_head of hf:.* without ia3\. Give ia3=true"),
+        ({"prefix": 0}, "Expected prefix of hf:.* to be a positive integer, found 0"),
+        ({"prompt": 3, "sequence_length": 38}, "at most 37, the positions it has less the 3 of the adapter"),
+        ({"ia3": True, "ia3_targets": "qurey"}, r"none called qurey\..*as in ia3_targets="),
+        ({"prompt": 3, "prompt_targets": "query"}, "no setting 'prompt_targets'"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str, tiny: Callable[..., Workload]) -> None:
     with pytest.raises(GroupSearchError, match=message):
         tiny("bert", **settings).build()
+
+
+def test_tokens_before_a_picture_are_refused(tiny: Callable[..., Workload]) -> None:
+    with pytest.raises(GroupSearchError, match=r"Found prefix of hf:.*before a text.*Give lora=8"):
+        tiny("vit", prefix=3)
 
 
 def test_targets_that_match_nothing_are_refused_in_a_paragraph_by_every_command(tmp_path: Path) -> None:
