@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from groupsearch.errors import GroupSearchError
 from groupsearch.workloads.batches import first_examples
 from groupsearch.workloads.settings import require_choice
-from groupsearch.workloads.tasks import Task, image_shape
+from groupsearch.workloads.tasks import IGNORED, Task, decoder_start, image_shape, targets
 from groupsearch.workloads.workload import Batch, Data, TrainingDefaults, Workload
 
 # -- Columns of a data set, as the tensors that a transformers model takes -------------------------
@@ -62,7 +62,8 @@ class Reader(Protocol):
 class TextReader:
     """Columns ``input_ids`` (and ``attention_mask``) or ``text``: (B, T) tokens, then padding, and their mask.
 
-    Longer rows are cut. Masked tokens are left out, so that padding comes last.
+    Longer rows are cut. Masked tokens are left out, so that padding comes last. What a sequence is to become are the
+    columns ``labels`` (tokens, of which -100 are left out) or ``target`` (text), cut and padded alike.
 
     Attributes:
         text: the workload, for errors.
@@ -70,6 +71,7 @@ class TextReader:
         vocabulary: how many tokens the model knows.
         processor: folder of a saved tokenizer.
         padding: token that stands where there is none.
+        start: token that a decoder begins with where sequences become sequences; None where they do not.
     """
 
     text: str
@@ -77,17 +79,37 @@ class TextReader:
     vocabulary: int
     processor: str
     padding: int
+    start: int | None = None
 
     def choose(self, columns: tuple[str, ...], where: str) -> tuple[str, ...]:
-        """``input_ids`` with its mask if there is one, else ``text``."""
+        """``input_ids`` with its mask if there is one, else ``text``; and ``labels``, else ``target``, where asked."""
+        of_target: tuple[str, ...] = ()
+        if self.start is not None:
+            of_target = ("labels",) if "labels" in columns else _only("target", "labels", columns, where)
         if "input_ids" in columns:
-            return tuple(name for name in ("input_ids", "attention_mask") if name in columns)
-        return _only("text", "input_ids", columns, where)
+            return (*(name for name in ("input_ids", "attention_mask") if name in columns), *of_target)
+        return (*_only("text", "input_ids", columns, where), *of_target)
 
     def read(self, rows: Mapping[str, list[Any]], first: int, where: str) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, both (B, T) int64."""
-        tokens = self._tokens(rows, first, where)
-        ids = torch.full((len(tokens), self.length), self.padding, dtype=torch.int64, device="cpu")
+        """``input_ids`` and ``attention_mask``, both (B, T) int64; ``labels`` and ``decoder_input_ids`` alike."""
+        if "text" in rows:
+            tokens = self._of_texts("text", rows["text"], first, where)
+        else:
+            tokens = self._of_tokens("input_ids", rows["input_ids"], where, rows.get("attention_mask"))
+        ids, mask = self._padded(tokens, first, where, self.padding)
+        found = {"input_ids": ids, "attention_mask": mask}
+        if self.start is None:
+            return found
+        if "target" in rows:
+            tokens = self._of_texts("target", rows["target"], first, where)
+        else:
+            tokens = self._of_tokens("labels", rows["labels"], where, ignored=IGNORED)
+        labels, _ = self._padded(tokens, first, where, IGNORED)
+        return {**found, **targets(labels, self.padding, self.start)}
+
+    def _padded(self, tokens: list[list[int]], first: int, where: str, padding: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T), then padding, and their mask."""
+        ids = torch.full((len(tokens), self.length), padding, dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(ids)
         for i, row in enumerate(tokens):
             if not row:
@@ -96,36 +118,44 @@ class TextReader:
                 )
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
             mask[i, : len(row)] = 1
-        if not (int(ids.min()) >= 0 and int(ids.max()) < self.vocabulary):
+        found = ids[mask == 1]
+        if not (int(found.min()) >= 0 and int(found.max()) < self.vocabulary):
             raise GroupSearchError(
                 f"Expected tokens from 0 to {self.vocabulary - 1}, the vocabulary of {self.text}, found "
-                f"{int(ids.min())} to {int(ids.max())} in {where}. Use the tokenizer that belongs to the model."
+                f"{int(found.min())} to {int(found.max())} in {where}. Use the tokenizer that belongs to the model."
             )
-        return {"input_ids": ids, "attention_mask": mask}
+        return ids, mask
 
     @cached_property
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.text, self.processor)
 
-    def _tokens(self, rows: Mapping[str, list[Any]], first: int, where: str) -> list[list[int]]:
-        if "text" in rows:
-            for i, text in enumerate(rows["text"]):
-                if not isinstance(text, str):
-                    raise GroupSearchError(
-                        f"Expected text in row {first + i} of {where}, found {text!r}. Mend the row."
-                    )
-            tokens: list[list[int]] = self._tokenizer(rows["text"], truncation=True, max_length=self.length)[
-                "input_ids"
-            ]
-            return tokens
-        tokens = rows["input_ids"]
-        if "attention_mask" in rows:
-            tokens = [list(compress(row, mask)) for row, mask in zip(tokens, rows["attention_mask"], strict=True)]
+    def _of_texts(self, column: str, texts: list[Any], first: int, where: str) -> list[list[int]]:
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise GroupSearchError(
+                    f"Expected text in row {first + i} of the column {column} of {where}, found {text!r}. Mend it."
+                )
+        # Some tokenizers mark what is to be made otherwise than what it is made of.
+        told = {"text_target" if column == "target" else "text": texts}
+        tokens: list[list[int]] = self._tokenizer(**told, truncation=True, max_length=self.length)["input_ids"]
+        return tokens
+
+    def _of_tokens(
+        self,
+        column: str,
+        tokens: list[Any],
+        where: str,
+        attention_mask: list[Any] | None = None,
+        ignored: int | None = None,
+    ) -> list[list[int]]:
         try:
-            return [[int(token) for token in row[: self.length]] for row in tokens]
+            if attention_mask is not None:
+                tokens = [list(compress(row, mask)) for row, mask in zip(tokens, attention_mask, strict=True)]
+            return [[int(token) for token in row if token != ignored][: self.length] for row in tokens]
         except TypeError as error:
             raise GroupSearchError(
-                f"Expected a list of whole numbers in each row of the column input_ids of {where}, found another "
+                f"Expected a list of whole numbers in each row of the column {column} of {where}, found another "
                 f"thing. Write what the tokenizer returns as input_ids."
             ) from error
 
@@ -435,11 +465,6 @@ def with_data(workload: Workload, data: Data, task: Task) -> Workload:
 def _reader(text: str, settings: Mapping[str, Any], config: Any, task: Task, processor: str) -> Reader:
     if not task.text:
         return ImageReader(text, image_shape(config), settings["dtype"], processor)
-    if task.auto_class == "AutoModelForSeq2SeqLM":
-        raise GroupSearchError(
-            f"Found data={settings['data']} for {text}, which maps sequences to sequences: which columns are which is "
-            "not known. Write a factory that returns a Workload with data, and name it as path/to/file.py:factory."
-        )
     padding = _padding(text, config, processor)
     if padding is None and task.labelled:
         raise GroupSearchError(
@@ -448,8 +473,9 @@ def _reader(text: str, settings: Mapping[str, Any], config: Any, task: Task, pro
         )
     if task.labelled:
         config.pad_token_id = padding
-    # Where tokens are predicted, padding comes after all that counts, and any token will do.
-    return TextReader(text, settings["sequence_length"], config.vocab_size, processor, padding or 0)
+    # Where tokens are predicted, padding comes after all that counts, or is masked, and any token will do.
+    start = decoder_start(config) if task.auto_class == "AutoModelForSeq2SeqLM" else None
+    return TextReader(text, settings["sequence_length"], config.vocab_size, processor, padding or 0, start)
 
 
 def _padding(text: str, config: Any, processor: str) -> int | None:

@@ -3,7 +3,8 @@
 Shapes: B examples, T positions, V vocabulary. ``model`` is a transformers model whose output has
 ``logits``; its own ``loss`` is a mean over the batch and is never asked for.
 
-A text batch may have ``attention_mask`` (B, T), 1 for tokens and 0 for the padding that follows them.
+A text batch may have ``attention_mask`` (B, T), 1 for tokens and 0 for the padding that follows them; targets that do
+not count are -100.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from groupsearch.errors import UnsupportedModelError
 from groupsearch.workloads.settings import require_choice
 from groupsearch.workloads.workload import Batch, PerExample
 
-_IGNORED = -100
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,17 @@ def _causal_accuracy(model: nn.Module, batch: Batch) -> Tensor:
 def _causal_logits(model: nn.Module, batch: Batch) -> Tensor:
     # Positions look back only and padding comes last, so no token sees it: a mask would only cost memory.
     logits: Tensor = model(input_ids=batch["input_ids"]).logits
-    return logits
+    own = batch["input_ids"].shape[1]
+    return logits if logits.shape[1] == own else logits[:, -own:]  # tokens of an adapter come first
 
 
 def _next_tokens(batch: Batch) -> Tensor:
     """The token after each position (B, T), ignored where there is none."""
     ids = batch["input_ids"]
     if "attention_mask" in batch:
-        ids = ids.masked_fill(batch["attention_mask"] == 0, _IGNORED)
+        ids = ids.masked_fill(batch["attention_mask"] == 0, IGNORED)
     # The last position predicts nothing; ignoring it there spares a copy of the logits without it.
-    return F.pad(ids[:, 1:], (0, 1), value=_IGNORED)
+    return F.pad(ids[:, 1:], (0, 1), value=IGNORED)
 
 
 def _predicted(batch: Batch) -> Tensor | int:
@@ -88,25 +90,41 @@ def _predicted(batch: Batch) -> Tensor | int:
 
 def _seq2seq_batch(config: Any, settings: Mapping[str, Any], batch_size: int) -> Batch:
     labels = _ids(config, settings, batch_size, seed=1)
+    inputs = {"input_ids": _ids(config, settings, batch_size, seed=0)}
+    return {**inputs, **targets(labels, config.pad_token_id or 0, decoder_start(config))}
+
+
+def decoder_start(config: Any) -> int:
+    """The token that the decoder of a sequence-to-sequence model begins with."""
     start = config.decoder_start_token_id
-    start = config.pad_token_id if start is None else start
-    return {
-        "input_ids": _ids(config, settings, batch_size, seed=0),
-        "decoder_input_ids": F.pad(labels[:, :-1], (1, 0), value=start),
-        "labels": labels,
-    }
+    return int(config.pad_token_id or 0) if start is None else int(start)
+
+
+def targets(labels_BT: Tensor, padding: int, start: int) -> Batch:
+    """Labels, and what the decoder is given to predict them: each position's label one further on."""
+    ids = F.pad(labels_BT[:, :-1], (1, 0), value=start)
+    return {"decoder_input_ids": ids.masked_fill(ids == IGNORED, padding), "labels": labels_BT}
 
 
 def _seq2seq_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean over the T target positions, (B,)."""
-    output = model(input_ids=batch["input_ids"], decoder_input_ids=batch["decoder_input_ids"])
-    return _token_losses(output.logits, batch["labels"]).mean(1)
+    """Mean over the target positions that count, (B,)."""
+    return _token_losses(_seq2seq_logits(model, batch), batch["labels"]).sum(1) / _counted(batch)
 
 
 def _seq2seq_accuracy(model: nn.Module, batch: Batch) -> Tensor:
-    """Share of the T target positions where the likeliest token is the target, (B,)."""
-    output = model(input_ids=batch["input_ids"], decoder_input_ids=batch["decoder_input_ids"])
-    return (output.logits.argmax(-1) == batch["labels"]).float().mean(1)
+    """Share of those positions where the likeliest token is the target, (B,)."""
+    return (_seq2seq_logits(model, batch).argmax(-1) == batch["labels"]).sum(1) / _counted(batch)
+
+
+def _seq2seq_logits(model: nn.Module, batch: Batch) -> Tensor:
+    # The encoder looks both ways; the decoder back only, and its padding comes last.
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def _counted(batch: Batch) -> Tensor:
+    return (batch["labels"] != IGNORED).sum(1).clamp(min=1)
 
 
 def _sequence_batch(config: Any, settings: Mapping[str, Any], batch_size: int) -> Batch:
@@ -202,7 +220,7 @@ def _default_task(text: str, config: Any) -> str:
 def _token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of every position, (B, T); 0 where the target is ignored."""
     losses = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none", ignore_index=_IGNORED
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none", ignore_index=IGNORED
     )
     return losses.view(targets_BT.shape)
 

@@ -33,6 +33,7 @@ CLASSES = {
     "bert": transformers.BertForSequenceClassification,
     "gpt2": transformers.GPT2LMHeadModel,
     "vit": transformers.ViTForImageClassification,
+    "t5": transformers.T5ForConditionalGeneration,
 }
 Saved = Callable[[str], Path]
 
@@ -173,9 +174,9 @@ def test_tokens_that_are_given_lose_what_is_masked(saved: Saved, tmp_path: Path)
     assert "labels" not in found.train
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_padding_changes_no_loss_and_no_metric(kind: str, saved: Saved, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", text=TEXTS, label=LABELS)
+    data = write(tmp_path / "data", text=TEXTS, **({"target": TEXTS} if kind == "t5" else {"label": LABELS}))
     short, long = (of(saved(kind), data=data, sequence_length=length, metric="accuracy") for length in (8, 16))
     for score in ("loss", "metric"):
         values = [getattr(workload, score)(workload.model, found.train) for workload, found in (short, long)]
@@ -231,6 +232,33 @@ def test_pictures_and_pixels(saved: Saved, tmp_path: Path) -> None:
         of(saved("vit"), data=narrow)
 
 
+def test_sequences_become_sequences(saved: Saved, tmp_path: Path) -> None:
+    backwards = [" ".join(reversed(text.split())) for text in TEXTS]
+    data = write(tmp_path / "data", text=TEXTS, target=backwards)
+    workload, found = of(saved("t5"), data=data, sequence_length=6)
+    assert {name: tensor.shape[1] for name, tensor in found.train.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels", "decoder_input_ids"), 6
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved("t5"))
+    tokens = [[tokenizer(text)["input_ids"] for text in texts] for texts in (TEXTS, backwards)]
+    rows = [(x[:6], y[:6]) for x, y in zip(*tokens, strict=True)]
+    losses = workload.loss(workload.model, found.validation)
+    for i, loss in enumerate(losses):
+        ids, mask, labels = (found.validation[name][i] for name in ("input_ids", "attention_mask", "labels"))
+        ids, labels = ids[mask == 1], labels[labels != -100]
+        assert (ids.tolist(), labels.tolist()) in rows
+        # of this example alone, without padding, and with the decoder's inputs made by the model
+        torch.testing.assert_close(loss, workload.model(input_ids=ids[None], labels=labels[None]).loss)
+    columns = {"input_ids": tokens[0], "labels": [[*row, -100, -100] for row in tokens[1]]}
+    again = of(saved("t5"), data=write(tmp_path / "tokens", **columns), sequence_length=6)[1]
+    assert all(torch.equal(again.train[name], found.train[name]) for name in found.train)
+    wrong = {**columns, "labels": [[97]] * 60}
+    with pytest.raises(GroupSearchError, match=r"tokens from 0 to 96.*found 97 to 97"):
+        of(saved("t5"), data=write(tmp_path / "wrong", **wrong))
+    with pytest.raises(GroupSearchError, match=r"text in row 0 of the column target .* found 3"):
+        of(saved("t5"), data=write(tmp_path / "numbers", text=TEXTS, target=[3] * 60))
+
+
 def test_a_decoder_classifies_when_asked_or_saved_so(saved: Saved, tmp_path: Path) -> None:
     data = write(tmp_path / "data", text=TEXTS, label=LABELS)
     workload, found = of(saved("gpt2"), data=data, task="sequence-classification", sequence_length=8)
@@ -257,7 +285,7 @@ def test_a_decoder_classifies_when_asked_or_saved_so(saved: Saved, tmp_path: Pat
         ({"text": TEXTS, "label": [-1] * 60}, {}, "found -1 to -1"),
         ({"text": [*TEXTS[:59], ""], "label": LABELS}, {}, "no token in row 59 .*filter"),
         ({"text": [*TEXTS[:59], None], "label": LABELS}, {}, "text in row 59 .* found None"),
-        ({"input_ids": [[3, 97]] * 60, "label": LABELS}, {}, "tokens from 0 to 96.*found 0 to 97.*tokenizer"),
+        ({"input_ids": [[3, 97]] * 60, "label": LABELS}, {}, "tokens from 0 to 96.*found 3 to 97.*tokenizer"),
         ({"input_ids": [3] * 60, "label": LABELS}, {}, "list of whole numbers"),
         ({"text": TEXTS[:1], "label": LABELS[:1]}, {}, "at least 2 rows .* found 1"),
         ({"text": TEXTS, "label": LABELS}, {"validation": 1.5}, "share between 0 and 1, found 1.5"),
@@ -285,8 +313,8 @@ def test_folders_that_are_something_else_are_refused(saved: Saved, tmp_path: Pat
         load_workload(model, data=data, processor=tmp_path)
     with pytest.raises(GroupSearchError, match=r"Found metric .* without data"):
         load_workload(model, metric="accuracy")
-    with pytest.raises(GroupSearchError, match="which columns are which"):
-        load_workload("hf:t5-small", data=data)
+    with pytest.raises(GroupSearchError, match=r"column target or labels in .*found text, label.*rename_column"):
+        load_workload(f"hf:{saved('t5')}", data=write(tmp_path / "no-target", text=TEXTS, label=LABELS))
     datasets.DatasetDict({"test": datasets.load_from_disk(data)}).save_to_disk(tmp_path / "test-only")
     with pytest.raises(GroupSearchError, match=r"split named train .* found test"):
         load_workload(model, data=tmp_path / "test-only")
@@ -307,9 +335,10 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     assert "pip install 'groupsearch[datasets]'" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_training_is_private_and_learns(kind: str, saved: Saved, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", text=TEXTS * 4, label=LABELS * 4)
+    columns = {"target": [text.split()[0] for text in TEXTS] * 4} if kind == "t5" else {"label": LABELS * 4}
+    data = write(tmp_path / "data", text=TEXTS * 4, **columns)
     workload, found = of(saved(kind), data=data, sequence_length=8)
     assert workload.metric is not None
     assert workload.training is not None
