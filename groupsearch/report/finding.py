@@ -34,6 +34,7 @@ _OUTSIDE = {
     "optimizer step": "after every group is closed",
 }
 _LOGIT_BYTES = 4  # losses are taken in float32
+_LOGIT_COPIES = 8  # logits, as they came and in float32, their logarithms, gradients of each; with some headroom
 
 
 class Part(NamedTuple):
@@ -191,7 +192,11 @@ def _passing(trace: Trace, peak: PeakEstimate) -> str:
 
 def _head_part(trace: Trace, loss_bytes: int) -> Part:
     head = trace.sites[-1]
-    if loss_bytes >= _LOGIT_BYTES * trace.batch_size * head.positions * head.outputs:
+    logits_bytes = _LOGIT_BYTES * trace.batch_size * head.positions * head.outputs
+    if head.block != head.layer:  # the last that is trained lies in a repeated block, as adapters do
+        name = f"what lies above {head.name}, the last that is trained: frozen layers, their outputs and the loss"
+        return Part(name, loss_bytes, "a loss taken in chunks where these are logits of a vocabulary")
+    if logits_bytes <= loss_bytes <= _LOGIT_COPIES * logits_bytes:
         name = f"logits of {head.name} and what the loss makes of them"
         return Part(name, loss_bytes, "a loss taken in chunks, a smaller head")
     return Part(f"tensors of the forward pass that are gone when backward has left {head.name}", loss_bytes)

@@ -64,6 +64,25 @@ def test_a_peak_at_the_logits_is_told_as_such(gpt) -> None:
     assert part(trace, "logits").size_bytes >= 3 * 4 * 8 * 64 * 8000  # logits, their logarithms, the gradient
 
 
+def test_a_small_head_is_not_said_to_make_logits(tmp_path: Path) -> None:
+    config = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 90, "intermediate_size": 64}))
+    trace = Setup(f"hf:{tmp_path}", {"batch_size": 8, "sequence_length": 64}).trace()
+    assert trace.sites[-1].outputs == 2
+    found = parts(trace, replace(whole(trace), where="forward and loss", site=-1))
+    assert not any("logits" in part.name for part in found)
+
+
+def test_logits_above_adapters_are_told_as_what_lies_above_them(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "config.json").write_text(json.dumps({**GPT, "vocab_size": 8000, "bos_token_id": 1, "eos_token_id": 2}))
+    trace = Setup(f"hf:{tmp_path}", {"batch_size": 8, "sequence_length": 64, "lora": 2}).trace()
+    found = part(trace, "what lies above")
+    assert found.name.startswith(f"what lies above {trace.sites[-1].name}, the last that is trained")
+    assert found.size_bytes >= 3 * 4 * 8 * 64 * 8000  # logits, their logarithms, the gradient
+    assert "logits of a vocabulary" in found.remedy
+
+
 def test_a_smaller_head_saves_what_the_logits_are_said_to_take(gpt) -> None:
     large, small = gpt(), gpt(vocabulary=800)
     saved = whole(large).peak_bytes - whole(small).peak_bytes - large.static.total + small.static.total
