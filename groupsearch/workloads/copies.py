@@ -126,8 +126,9 @@ def check_plain(model: nn.Module) -> None:
 
 
 def _is_packed(tensor: Tensor) -> bool:
+    wrapper: bool = is_traceable_wrapper_subclass(tensor)
     of_torch = type(tensor).__module__.partition(".")[0] == "torch"
-    return tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or not (of_torch or tensor.is_floating_point())
+    return wrapper or tensor.is_quantized or not (of_torch or tensor.is_floating_point())
 
 
 def _refusal(model: nn.Module, error: Exception) -> UnsupportedModelError:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from groupsearch.errors import GroupSearchError
+from groupsearch import trace_model
+from groupsearch.errors import GroupSearchError, UnsupportedModelError
 from groupsearch.workloads import load_workload
 from groupsearch.workloads.workload import Workload
 from tests.cli.running import refused, run
@@ -145,6 +146,21 @@ def test_a_build_that_fails_for_real_is_told_in_a_paragraph(file: Path) -> None:
     with pytest.raises(GroupSearchError, match="no such weights") as caught:
         load_workload(f"{file}:broken").build()
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch is about to drop what packs them
+@pytest.mark.parametrize("kind", ["quantized", "packed"])
+def test_packed_weights_are_refused_by_name(kind: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    if kind == "packed":
+        model = torch.ao.quantization.quantize_dynamic(model, {"0"}, dtype=torch.qint8)
+        named = r"0\._packed_params\._packed_params of LinearPackedParams"
+    else:
+        model[0].register_buffer("codes", torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8))
+        named = r"0\.codes of Linear"
+    batch = {"x": torch.zeros(3, 4)}
+    with pytest.raises(UnsupportedModelError, match=f"{named}.*packed form.*dtype=bfloat16"):
+        trace_model(model, batch, lambda model, batch: model(batch["x"]).sum(1))
 
 
 def test_what_builds_on_the_meta_device_is_never_built_for_real(tiny: Callable[..., Workload]) -> None:
