@@ -265,8 +265,11 @@ def observe_pass(model: nn.Module, batch: Any, loss: Loss, reading: Reading) -> 
     def receive(arrival: Arrival) -> None:
         entry = arrival.make_entry()
         arrivals.append(observed(arrival, entry.parameters, entry.dimensions, sizes))
-        if isinstance(entry, WholeEntry) and not any(isinstance(x, FakeTensor) for x in entry.booked):
-            _check_adds_up(arrival.key, entry)
+        if isinstance(entry, WholeEntry):
+            if any(isinstance(x, FakeTensor) for x in entry.booked):
+                entry.sqnorm()  # whatever cannot run again is found now, and made whole with what is around it
+            else:
+                _check_adds_up(arrival.key, entry)
 
     try:
         with reading.attached(model, receive):
