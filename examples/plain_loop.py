@@ -11,8 +11,10 @@ from torch.nn import functional
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 import groupsearch as gs
+from groupsearch.randomness import Streams
 
-sampling, noise = (torch.Generator().manual_seed(int(sys.argv[1]) + k) if sys.argv[1:] else None for k in range(2))
+streams = ("sampling", "noise")
+sampling, noise = (Streams(int(sys.argv[1])).generator(name) if sys.argv[1:] else None for name in streams)
 
 
 def loss(model, batch):

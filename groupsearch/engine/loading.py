@@ -104,7 +104,7 @@ class PhysicalDraws:
     def __init__(self, sampler: PoissonSampler, limit: int | None) -> None:
         physical_chunks(torch.empty(0), limit)  # refuses a limit below one
         self.sampler = sampler
-        self._limit = limit
+        self.limit = limit
         self._expected = self.state()
         self._left = 0
         self._kept: deque[tuple[Drawn, tuple[Tensor, ...]]] = deque()  # drawn and not finished, the eldest first
@@ -151,7 +151,7 @@ class PhysicalDraws:
 
     def _draw(self) -> None:
         self._check_generator()
-        chunks = physical_chunks(self.sampler.draw().cpu(), self._limit)
+        chunks = physical_chunks(self.sampler.draw().cpu(), self.limit)
         self._left -= 1
         self._expected = self.state()
         drawn = tuple(len(chunk) for chunk in chunks), self._expected
@@ -346,6 +346,11 @@ class PoissonBatches:
     def sampling_rate(self) -> float:
         """Probability with which each example enters a logical batch."""
         return self._draws.sampler.rate
+
+    @property
+    def physical_batch(self) -> int | None:
+        """The most examples in a physical batch; None for no limit."""
+        return self._draws.limit
 
     def __len__(self) -> int:
         return self.steps

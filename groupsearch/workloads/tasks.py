@@ -56,7 +56,7 @@ def _causal_batch(config: Any, settings: Mapping[str, Any], batch_size: int) -> 
 def _causal_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over the positions that predict a token, (B,); 0 for an example of a single token."""
     targets = _next_tokens(batch)
-    return _token_losses(_causal_logits(model, batch), targets).sum(1) / _predicted(batch)
+    return token_losses(_causal_logits(model, batch), targets).sum(1) / _predicted(batch)
 
 
 def _causal_accuracy(model: nn.Module, batch: Batch) -> Tensor:
@@ -108,7 +108,7 @@ def targets(labels_BT: Tensor, padding: int, start: int) -> Batch:
 
 def _seq2seq_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over the target positions that count, (B,)."""
-    return _token_losses(_seq2seq_logits(model, batch), batch["labels"]).sum(1) / _counted(batch)
+    return token_losses(_seq2seq_logits(model, batch), batch["labels"]).sum(1) / _counted(batch)
 
 
 def _seq2seq_accuracy(model: nn.Module, batch: Batch) -> Tensor:
@@ -217,7 +217,7 @@ def _default_task(text: str, config: Any) -> str:
     )
 
 
-def _token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of every position, (B, T); 0 where the target is ignored."""
     losses = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none", ignore_index=IGNORED
