@@ -6,6 +6,7 @@ import doctest
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -37,7 +38,19 @@ def snippets(page: Path) -> Iterator[tuple[str, str | None]]:
         yield "\n" * text[: found.start(1)].count("\n") + found[1], found[2]
 
 
+@pytest.fixture
+def accelerate_forgotten() -> Iterator[None]:
+    """How often a page's accelerator accumulates is nothing to the tests after it in the same process."""
+    yield
+    state: Any = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning's doing
 @pytest.mark.parametrize("page", [page for page in PAGES if list(snippets(page))], ids=relative)
+@pytest.mark.usefixtures("accelerate_forgotten")
 def test_snippets_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}

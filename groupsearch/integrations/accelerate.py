@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.optim import Optimizer
 
@@ -78,6 +78,10 @@ def prepare_private(  # noqa: PLR0913 - what prepare takes, and what is said of 
         {
             "several processes": (accelerator.state.distributed_type != DistributedType.NO, one),
             "mixed_precision='fp16'": (accelerator.mixed_precision == "fp16", "its scaler skips steps; take bf16."),
+            "dynamo_backend": (
+                accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+                "layers of a compiled model cannot be followed; leave it out.",
+            ),
             "a loader of your own": (
                 not isinstance(batches, PoissonBatches),
                 "it shuffles, or draws otherwise than is accounted; give privacy.batches(dataset, ...).",

@@ -78,6 +78,9 @@ class PrivateModule(LightningModule):
         self.engine = self.privacy.attach(self.model, optimizer, self.batches, self.loss, steps=int(steps))
         if self._resumed is not None:
             load_engine_state(self.engine, self._resumed)
+            saving: Any
+            for saving in trainer.checkpoint_callbacks:
+                saving._last_global_step_saved = trainer.global_step  # or they save again after one micro-batch
 
     def training_step(self, pieces: Any, batch_idx: int) -> Tensor:
         """Backward on every physical batch of a micro-batch; the loss for the log, from which nothing is derived."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ from tests.support.loops import (
     trained,
 )
 
-accelerate = pytest.importorskip("accelerate")
-pytest.importorskip("peft")
-
-from groupsearch.integrations.accelerate import prepare_private  # noqa: E402
+pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +43,10 @@ def fresh() -> Iterator[None]:
 
 
 def prepared(drawn: Any = None, accumulation: int = EXPECTED // PHYSICAL, **changes: Any) -> tuple[Any, ...]:
+    import accelerate
+
+    from groupsearch.integrations.accelerate import prepare_private
+
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     for name, value in changes.items():
         setattr(accelerator.state, name, value)

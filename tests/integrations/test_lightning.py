@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,8 @@ from tests.support.loops import (
     trained,
 )
 
-lightning = pytest.importorskip("lightning.pytorch")
-
-from groupsearch.integrations.lightning import PrivateModule  # noqa: E402
-
 pytestmark = [
+    pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),  # Lightning's doing, as those below
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -40,22 +38,25 @@ pytestmark = [
 ]
 
 
-class Module(PrivateModule):
-    def configure_optimizers(self) -> Any:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, STEPS + 2, 0.5)  # after the last step
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+def module() -> Any:
+    from groupsearch.integrations.lightning import PrivateModule  # the library takes seconds to import
 
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.log("judged", self.loss(self.model, batch).mean())
+    class Module(PrivateModule):
+        def configure_optimizers(self) -> Any:
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, STEPS + 2, 0.5)  # after the last step
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("judged", self.loss(self.model, batch).mean())
 
-def module() -> Module:
     return Module(lora().train(), loss, batches(), privacy())
 
 
 def trainer(folder: Path, accumulation: int = EXPECTED // PHYSICAL, **changes: Any) -> Any:
+    import lightning.pytorch as lightning
+
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     saving = lightning.callbacks.ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     given = {"max_steps": STEPS + 2, "callbacks": [saving], **changes}

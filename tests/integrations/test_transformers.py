@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,22 @@ from tests.support.loops import (
     trained,
 )
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("peft")
-
-from groupsearch.integrations.transformers import STATE, PrivateMixin, PrivateTrainer, example_losses  # noqa: E402
+pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
 
 Made = Any
 
 
-def trainer(folder: Path, model: nn.Module | None = None, kind: Made = PrivateTrainer, **changes: Any) -> Made:
+def trainer(folder: Path, model: nn.Module | None = None, own_loss: bool = False, **changes: Any) -> Made:
     """A private Trainer; changes are of its arguments, or of the Trainer's own where it has them."""
+    import transformers  # with its Trainer it takes seconds to import
+
+    from groupsearch.integrations.transformers import PrivateTrainer
+
+    class Own(PrivateTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
+            return model(**inputs).loss
+
+    kind = Own if own_loss else PrivateTrainer
     own = {name: changes.pop(name) for name in (*_OWN,) if name in changes}
     size = {"per_device_train_batch_size": PHYSICAL, "gradient_accumulation_steps": EXPECTED // PHYSICAL}
     how = {"learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "adamw_torch", "max_steps": STEPS + 2}
@@ -109,7 +115,7 @@ def test_a_checkpoint_without_its_privacy_is_not_resumed(
     run: tuple[Made, dict[str, Tensor], Path], tmp_path: Path
 ) -> None:
     shutil.copytree(run[2] / "checkpoint-4", tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-4" / STATE).unlink()
+    (tmp_path / "checkpoint-4" / "privacy.pt").unlink()
     with pytest.raises(GroupSearchError, match=r"what the steps before cost.*without save_only_model"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
@@ -132,11 +138,6 @@ def test_steps_of_another_optimizer_are_refused(tmp_path: Path) -> None:
         made.train()
 
 
-class Own(PrivateMixin, transformers.Trainer):  # type: ignore[misc, name-defined]
-    def compute_loss(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
-        return model(**inputs).loss
-
-
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(rows())
@@ -152,7 +153,7 @@ class Stream(IterableDataset[Any]):
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: batches are Poisson samples"),
         ({"max_grad_norm": 0.5}, r"max_grad_norm: it would clip nothing.*Privacy\(max_grad_norm=\)"),
         ({"compute_loss_func": lambda *_, **__: None}, "compute_loss: it returns one number for a batch"),
-        ({"kind": Own}, "compute_loss: it returns one number for a batch"),
+        ({"own_loss": True}, "compute_loss: it returns one number for a batch"),
     ],
 )
 def test_what_cannot_be_private_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -205,7 +206,8 @@ def cases() -> Mapping[str, tuple[nn.Module, dict[str, Tensor]]]:
     t5 = {"vocab_size": 24, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "num_labels": 4}
     words = torch.tensor([[4, 5, 6, 7, 8, 9], [4, 5, 6, -100, -100, -100], [5, 6, 4, 4, -100, -100]])
     torch.manual_seed(0)
-    kinds = transformers
+    import transformers as kinds
+
     regression = {"num_labels": 1, "problem_type": "regression"}
     several = {"problem_type": "multi_label_classification"}
     made = {
@@ -240,6 +242,8 @@ def _stacked() -> dict[str, Tensor]:
 
 
 def test_an_examples_loss_is_the_models_own_of_it_alone() -> None:
+    from groupsearch.integrations.transformers import example_losses
+
     for name, (model, batch) in cases().items():
         with torch.no_grad():
             losses = example_losses(model, batch)
@@ -249,12 +253,16 @@ def test_an_examples_loss_is_the_models_own_of_it_alone() -> None:
 
 
 def test_the_losses_are_those_of_hub_models() -> None:
+    from groupsearch.integrations.transformers import example_losses
+
     batch = {name: value[:3] for name, value in _stacked().items()}
     with torch.no_grad():
         torch.testing.assert_close(example_losses(lora(), batch), TASKS["causal-lm"].loss(lora(), batch))
 
 
 def test_labels_without_a_usual_loss_are_named() -> None:
+    from groupsearch.integrations.transformers import example_losses
+
     model, batch = cases()["classes"]
     with pytest.raises(UnsupportedModelError, match=r"labels of shape \(3, 2\).*Give loss="):
         example_losses(model, {**batch, "labels": torch.zeros(3, 2, dtype=torch.long)})

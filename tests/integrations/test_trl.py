@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,8 @@ from tests.support.loops import (
     trained,
 )
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-
-from groupsearch.integrations.trl import PrivateSFTTrainer  # noqa: E402
-
 pytestmark = [
+    pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL's doing
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's
 ]
@@ -40,13 +37,18 @@ def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def texts() -> Any:
     """The examples before they are padded."""
+    import datasets
+
     whole = [row["input_ids"][row["attention_mask"] == 1].tolist() for row in rows()]
     return datasets.Dataset.from_dict({"input_ids": whole, "labels": whole})
 
 
 def trainer(folder: Path, **changes: Any) -> Any:
+    import trl  # it takes seconds to import
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+
+    from groupsearch.integrations.trl import PrivateSFTTrainer
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(24)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
