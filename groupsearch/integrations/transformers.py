@@ -97,6 +97,9 @@ class PrivateMixin:
     optimizer: Any
     state: Any
     accelerator: Any
+    add_callback: Any
+    compute_loss_context_manager: Any
+    _prepare_inputs: Any
 
     def __init__(self, *args: Any, privacy: Privacy, loss: Loss | None = None, **kwargs: Any) -> None:
         self.privacy = privacy
@@ -106,7 +109,7 @@ class PrivateMixin:
         super().__init__(*args, **kwargs)
         self.check_private()
         self.args.ignore_data_skip = True  # the batches know themselves where they stood
-        self._trainer().add_callback(_Steps(self))
+        self.add_callback(_Steps(self))
 
     def check_private(self) -> None:
         """Refuse settings that cannot be private; TRL's trainers have more of them.
@@ -217,8 +220,8 @@ class PrivateMixin:
         model.train()
         with self.engine.same_examples():  # row i is example i, however often a loss calls the model
             for batch in inputs:
-                with self._trainer().compute_loss_context_manager():
-                    losses = self.example_losses(model, self._trainer()._prepare_inputs(batch))
+                with self.compute_loss_context_manager():
+                    losses = self.example_losses(model, self._prepare_inputs(batch))
                 self.accelerator.backward(losses.mean())
                 total += losses.detach().sum()
         return mean_loss(total, self.micro_batches.batches)
@@ -270,9 +273,6 @@ class PrivateMixin:
         state = torch.load(path, map_location="cpu", weights_only=True)
         load_engine_state(self.engine, state["engine"])
         self.micro_batches.load_state_dict(state["batches"])
-
-    def _trainer(self) -> Any:
-        return self
 
 
 class _Steps(TrainerCallback):

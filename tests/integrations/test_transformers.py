@@ -130,6 +130,16 @@ def test_a_second_training_is_not_of_the_first_ones_budget(tmp_path: Path) -> No
     assert made.engine.steps == 1
 
 
+def test_an_empty_batch_takes_a_step_of_noise_alone(tmp_path: Path) -> None:
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 6}
+    made = trainer(tmp_path, **one, save_strategy="no", eval_strategy="no")
+    made.train()
+    drawn = privacy().batches(rows(), expected_batch_size=1, steps=6, physical_batch=1)
+    sizes = [len(list(logical)) for logical in drawn]
+    assert made.engine.steps == 6
+    assert 0 in sizes, "or there is nothing to see here"
+
+
 def test_steps_of_another_optimizer_are_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
     made.train()
