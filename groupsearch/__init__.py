@@ -152,7 +152,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _DOORS:
+    if name in _DOORS or name == "distributed":
         return import_module(f"groupsearch.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'groupsearch' has no attribute {name!r}")
