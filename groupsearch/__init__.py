@@ -3,8 +3,9 @@
 The names below are imported when they are first used, so ``import groupsearch`` takes no
 longer than it must and everything that needs no torch works without loading it.
 
-The work of every command is one function: ``profile``, ``fit``, ``search``, ``train``, ``verify`` and ``report``, with
-the command's options as arguments. Four of them are also the package of that name, which can be called.
+The work of every command is one function: ``profile``, ``fit``, ``search``, ``train``, ``verify``, ``study`` and
+``report``, with the command's options as arguments. Four of them are also the package of that name, which can be
+called.
 
 >>> import groupsearch
 >>> groupsearch.Grouping.__module__
@@ -20,13 +21,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from groupsearch.documents import Fit, Profile, Search, Train, Verify
+    from groupsearch.documents import Fit, Profile, Search, Study, Train, Verify
     from groupsearch.engine import PrivateEngine, make_private
     from groupsearch.engine.loading import PoissonBatches
     from groupsearch.errors import BudgetError, DocumentError, GroupSearchError, ToleranceError, UnsupportedModelError
     from groupsearch.jobs.fit import fit
     from groupsearch.jobs.profile import profile
     from groupsearch.jobs.search import search
+    from groupsearch.jobs.study import study
     from groupsearch.jobs.train import train
     from groupsearch.jobs.verify import verify
     from groupsearch.measure import Measurement, measure_peak, simulate_peak
@@ -64,6 +66,7 @@ _HOMES = {
     "Profile": "documents",
     "Search": "documents",
     "Site": "plan.trace",
+    "Study": "documents",
     "ToleranceError": "errors",
     "Trace": "plan.trace",
     "Train": "documents",
@@ -85,6 +88,7 @@ _HOMES = {
     "read_document": "records",
     "replay_memory": "plan.reserved",
     "simulate_peak": "measure",
+    "study": "jobs.study",
     "to_fastdp": "plan.export",
     "to_jax_privacy": "plan.export",
     "trace_methods": "tracer",
@@ -117,6 +121,7 @@ __all__ = [
     "Profile",
     "Search",
     "Site",
+    "Study",
     "ToleranceError",
     "Trace",
     "Train",
@@ -141,6 +146,7 @@ __all__ = [
     "report",
     "search",
     "simulate_peak",
+    "study",
     "to_fastdp",
     "to_jax_privacy",
     "trace_methods",

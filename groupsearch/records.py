@@ -20,8 +20,8 @@ from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.units import slug
 
 SCHEMA_VERSION = 1
-KINDS = ("profile", "search", "verify", "train")
-COMMANDS = {"profile": "profile", "search": "optimize", "verify": "verify", "train": "train"}
+KINDS = ("profile", "search", "verify", "train", "study")
+COMMANDS = {"profile": "profile", "search": "optimize", "verify": "verify", "train": "train", "study": "study clip21"}
 PACKAGES = ("groupsearch", "torch", "numpy", "optuna", "plotly", "transformers", "dp-accounting", "scikit-learn")
 _HEADER = ("model", "environment", "settings")
 _NAMED_SETTINGS = {
@@ -56,7 +56,7 @@ def new_document(
     """A document of this kind: the header that all kinds share, and the ``parts`` of this one.
 
     Raises:
-        GroupSearchError: for a kind that is not profile, search, verify or train, or a part
+        GroupSearchError: for a kind that is not one of :data:`KINDS`, or a part
             named ``schema_version``, which belongs to the header.
     """
     if kind not in KINDS:

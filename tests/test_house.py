@@ -21,6 +21,7 @@ ELSEWHERE = {
     "cli/models": "cli/test_program.py",
     "cli/parameters": "cli/test_program.py",
     "cli/report": "cli/test_documents.py",
+    "cli/study": "jobs/test_study.py",
     "cli/terminal": "cli/test_program.py",
     "cli/verify": "cli/test_documents.py",
     "documents/codec": "documents/test_documents.py",

@@ -25,7 +25,7 @@ from groupsearch import __version__
 from groupsearch.cli.terminal import print_error
 from groupsearch.errors import GroupSearchError, is_out_of_memory
 
-COMMANDS = ("models", "profile", "fit", "optimize", "verify", "train", "compare", "export", "report")
+COMMANDS = ("models", "profile", "fit", "optimize", "verify", "train", "compare", "export", "report", "study")
 INTERRUPTED = 130
 
 

@@ -1,4 +1,4 @@
-"""Document, which has what all kinds share; and the kinds: Profile, Fit, Search, Verify and Train.
+"""Document, which has what all kinds share; and the kinds: Profile, Fit, Search, Verify, Train, Study.
 
 Imported by the package alone, which is where others take them from.
 """
@@ -18,16 +18,19 @@ from groupsearch.documents.commands import STEP, TRAINING, Next, command_line, o
 from groupsearch.documents.rows import (
     Boundaries,
     Candidate,
+    Cell,
     Check,
     Comparison,
     Correlation,
     Cost,
+    Descent,
     Environment,
     Estimate,
     Evidence,
     Failure,
     Fitting,
     FrontRow,
+    Guarantee,
     Held,
     Joint,
     Measurement,
@@ -546,3 +549,39 @@ class Train(Document):
     def finding(self) -> str:
         """What the training cost in privacy."""
         return self.privacy.sentences[0]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Study(Document):
+    """Methods that clip what each worker sends, side by side; an interrupted one has fewer cells.
+
+    Attributes:
+        records: the steps that curves are told at.
+        thresholds: that every method was run with.
+        cells: the methods in every setting.
+        curves: those of the fewest workers.
+        guarantees: what the noise costs a worker.
+        randomness: where noise and batches came from.
+    """
+
+    KIND: ClassVar[str] = "study"
+
+    records: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    cells: tuple[Cell, ...]
+    curves: tuple[Descent, ...]
+    guarantees: tuple[Guarantee, ...]
+    randomness: Randomness
+
+    def rows_of_table(self) -> tuple[Part, ...]:
+        """The cells."""
+        return tuple(Part(extra=cell._asdict()) for cell in self.cells)
+
+    def table(self) -> Table:
+        """Methods against settings."""
+        return tables.methods(self.cells)
+
+    @property
+    def finding(self) -> str:
+        """What error feedback did for clipping, without noise and with it."""
+        return tables.methods_finding(self.cells)

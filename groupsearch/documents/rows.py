@@ -403,3 +403,74 @@ class Randomness(Part):
     secret: bool
     secure: bool
     seed: int | None = None
+
+
+class Cell(NamedTuple):
+    """A method of a study in one setting; written as a list.
+
+    Attributes:
+        problem: model and data.
+        workers: n.
+        method: as the study names it.
+        epsilon: of the weights, at the guarantee's delta; None without noise.
+        steps: where the step size is from, ``tuned`` or ``theory``.
+        squared: squared norm of the gradient of the mean, at the end, for every threshold at the best of the step
+            sizes tried; None where all diverged.
+        inactive_from: likewise the step from which nothing is clipped any more; None where the last one still clips.
+        step_size: at the middle threshold, and what follows is of it.
+        slope: of the squared norm against the step, both logarithmic; None where it is no line.
+        half_width: of its 95 % interval.
+    """
+
+    problem: str
+    workers: int
+    method: str
+    epsilon: float | None
+    steps: str
+    squared: tuple[float | None, ...]
+    inactive_from: tuple[int | None, ...]
+    step_size: float | None
+    slope: float | None
+    half_width: float | None
+
+    @property
+    def best(self) -> float | None:
+        """The least of the squared norms."""
+        return min((value for value in self.squared if value is not None), default=None)
+
+    @property
+    def middle(self) -> float | None:
+        """The one of the middle threshold."""
+        return self.squared[len(self.squared) // 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Part):
+    """How the squared gradient norm fell, at a study's records: middle threshold, best step size."""
+
+    problem: str
+    workers: int
+    method: str
+    epsilon: float | None
+    squared: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee(Part):
+    """What noise costs a worker.
+
+    Attributes:
+        workers: n.
+        epsilon: that was asked for.
+        delta: the other half.
+        noise_multiplier: of every worker, over the bound of its message.
+        of_weights: epsilon for whoever sees the weights alone.
+        of_messages: epsilon for whoever sees the worker's messages.
+    """
+
+    workers: int
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    of_weights: float
+    of_messages: float

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from groupsearch.documents.rows import (
     Candidate,
+    Cell,
     Check,
     Correlation,
     Estimate,
     Fitting,
+    Guarantee,
     Joint,
     Measurement,
     Model,
@@ -20,6 +22,7 @@ from groupsearch.documents.rows import (
     Simulation,
 )
 from groupsearch.units import (
+    format_at_most,
     format_bytes,
     format_count,
     format_interval,
@@ -258,3 +261,108 @@ def _reserved(row: Measurement | None) -> Iterable[str]:
     if row is None or row.reserved_bytes is None:
         return "", ""
     return format_bytes(row.reserved_bytes), format_percent(1 - row.peak_bytes / row.reserved_bytes)
+
+
+def methods(cells: Sequence[Cell]) -> Table:
+    """What every method reaches at its best threshold and step size: a row for each, a column for each setting."""
+    settings = list(dict.fromkeys((cell.problem, cell.workers) for cell in cells))
+    rows: dict[tuple[str, float | None, str], dict[tuple[str, int], Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell.method, cell.epsilon, cell.steps), {})[cell.problem, cell.workers] = cell
+    body = (
+        (method, "none" if epsilon is None else format_number(epsilon), steps, *(_reached(of.get(s)) for s in settings))
+        for (method, epsilon, steps), of in rows.items()
+    )
+    columns = (f"{problem}, {workers}" for problem, workers in settings)
+    title = "Squared gradient norm at the end: at the best threshold / at the middle one"
+    return Table(title, ("method ", "epsilon ", "step size ", *columns), tuple(body))
+
+
+def rates(cells: Sequence[Cell], thresholds: Sequence[float]) -> Table:
+    """Fitted rates at the middle threshold with their intervals; from which step on nothing was clipped, at each."""
+    body = (
+        (
+            cell.problem,
+            format_count(cell.workers),
+            cell.method,
+            "none" if cell.epsilon is None else format_number(cell.epsilon),
+            cell.steps,
+            "" if cell.step_size is None else format_number(cell.step_size),
+            power(cell),
+            *("never" if step is None else format_count(step) for step in cell.inactive_from),
+        )
+        for cell in cells
+    )
+    bounds = (f"unclipped at {format_number(bound)}" for bound in thresholds)
+    columns = ("problem ", "workers", "method ", "epsilon ", "steps ", "step size", "rate", *bounds)
+    return Table("The squared gradient norm falls as the step to the power of the rate", columns, tuple(body))
+
+
+def by_threshold(cells: Sequence[Cell], thresholds: Sequence[float]) -> Table:
+    """The squared gradient norm at the end, threshold by threshold."""
+    body = (
+        (
+            cell.problem,
+            format_count(cell.workers),
+            cell.method,
+            "none" if cell.epsilon is None else format_number(cell.epsilon),
+            cell.steps,
+            *("diverged" if value is None else f"{value:.1e}" for value in cell.squared),
+        )
+        for cell in cells
+    )
+    bounds = (f"threshold {format_number(bound)}" for bound in thresholds)
+    columns = ("problem ", "workers", "method ", "epsilon ", "steps ", *bounds)
+    return Table("Squared gradient norm at the end, threshold by threshold", columns, tuple(body))
+
+
+def guarantees(rows: Sequence[Guarantee]) -> Table:
+    """What noise costs a worker."""
+    body = (
+        (
+            format_count(row.workers),
+            format_number(row.noise_multiplier, 4),
+            format_number(row.delta),
+            format_at_most(row.of_weights, 4),
+            format_at_most(row.of_messages, 4),
+        )
+        for row in rows
+    )
+    columns = ("workers", "noise multiplier", "delta", "epsilon of the weights", "epsilon of a worker's messages")
+    return Table("What the noise costs one worker", columns, tuple(body))
+
+
+def power(cell: Cell) -> str:
+    """The fitted rate with its interval."""
+    if cell.slope is None or cell.half_width is None:
+        return ""
+    return f"{cell.slope:.2f} ± {cell.half_width:.2f}"
+
+
+def _reached(cell: Cell | None) -> str:
+    return "" if cell is None else " / ".join("diverged" if v is None else f"{v:.1e}" for v in (cell.best, cell.middle))
+
+
+def methods_finding(cells: Sequence[Cell]) -> str:
+    """In how many settings error feedback ends lower than clipping alone, threshold by threshold."""
+    pairs = (("clip-gd", "clip21-gd", "without noise"), ("dp-sgd", "dp-clip21-sgd2m", "with noise"))
+    said = [_against(cells, plain, feedback, where) for plain, feedback, where in pairs]
+    return " ".join(each for each in said if each)
+
+
+def _against(cells: Sequence[Cell], plain: str, feedback: str, where: str) -> str:
+    tuned = {(c.problem, c.workers, c.epsilon, c.method): c for c in cells if c.steps == "tuned"}
+    ratios = sorted(
+        a / b
+        for (problem, workers, epsilon, method), cell in tuned.items()
+        if method == plain and (other := tuned.get((problem, workers, epsilon, feedback))) is not None
+        for a, b in zip(cell.squared, other.squared, strict=True)
+        if a is not None and b
+    )
+    if not ratios:
+        return ""
+    return (
+        f"Of {format_count(len(ratios))} settings and thresholds {where}, {feedback} ends with the smaller gradient in "
+        f"{format_count(sum(ratio > 1 for ratio in ratios))}; in the median the squared norm that {plain} ends with is "
+        f"{format_number(ratios[len(ratios) // 2])} times its."
+    )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from groupsearch.documents.rows import Descent
 from groupsearch.report.info import (
     BreakdownRow,
     CurvesInfo,
@@ -396,3 +397,36 @@ def _add_points(figure: go.Figure, points: Sequence[FrontPoint], name: str, *, o
         ],
         hovertemplate="%{customdata}<extra></extra>",
     )
+
+
+METHOD_COLOURS = {"clip": "#d55e00", "dp-sgd": "#d55e00", "clip21": "#009e73", "alpha": "#3a8fd0"}
+
+
+def curve_name(curve: Descent) -> str:
+    """The method of a curve, and its epsilon."""
+    return curve.method if curve.epsilon is None else f"{curve.method}, epsilon {format_number(curve.epsilon)}"
+
+
+def draw_methods(records: Sequence[int], curves: Sequence[Descent]) -> go.Figure:
+    """Squared gradient norms along the steps, both logarithmic; those with noise are dotted."""
+    up = {**plain_axis("squared gradient norm"), "type": "log", "exponentformat": "power"}
+    across = {**plain_axis("step"), "type": "log"}
+    figure = new_figure(up, across, height=460)
+    for place, curve in enumerate(curves):
+        family = curve.method.removeprefix("dp-").partition("-")[0]
+        colour = METHOD_COLOURS.get(curve.method) or METHOD_COLOURS.get(family, NEUTRAL)
+        stochastic = "sgd" in curve.method
+        figure.add_scatter(
+            x=list(records[1:]),
+            y=list(curve.squared[1:]),
+            mode="lines+markers",
+            line={
+                "color": colour,
+                "width": 2,
+                "dash": "dot" if curve.epsilon is not None else "dash" if stochastic else "solid",
+            },
+            marker={"symbol": place, "size": 6},
+            name=escape(curve_name(curve)),
+            hovertemplate="step %{x}: %{y:.2e}<extra>" + escape(curve_name(curve)) + "</extra>",
+        )
+    return figure

@@ -22,11 +22,12 @@ TITLES = {
     "fit": "what fits",
     "verify": "verification",
     "train": "training report",
+    "study": "study of methods",
 }
 
 
 def render_page(document: Mapping[str, object]) -> str:
-    """The page of a profile, search, verify or train document.
+    """The page of a document of any kind.
 
     Everything it needs is inside, plotly once; nothing is loaded from elsewhere. Text from the
     document is escaped. Parts that the document lacks leave their section out. The result
@@ -64,7 +65,7 @@ def _page(subject: Subject, sections: list[Section]) -> str:
         f'<main>\n<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n'
         f"<h1>{unbroken(escape(words.headline(subject)))}</h1>\n"
         + (f'<dl class="keys">{keys}</dl>\n' if keys else "")
-        + f'<p class="lede">{words.EXPLAINER} {words.PURPOSE[subject.topic]}</p>\n'
+        + f'<p class="lede">{words.EXPLAINER if subject.kind != "study" else ""} {words.PURPOSE[subject.topic]}</p>\n'
         f"{_randomness(subject)}{_not_measured(subject)}</header>\n"
         + "".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>\n" for s in sections)
         + f"<footer>Made by groupsearch from a {escape(subject.kind)} document, schema "
@@ -75,7 +76,7 @@ def _page(subject: Subject, sections: list[Section]) -> str:
 
 def _randomness(subject: Subject) -> str:
     """At the top, as it says what every epsilon of the page is worth."""
-    if subject.kind not in ("search", "train"):
+    if subject.kind not in ("search", "train", "study"):
         return ""
     return f'<p class="lede"><strong>{escape(words.randomness(subject.document))}</strong></p>\n'
 

@@ -314,7 +314,53 @@ def _next(subject: Subject) -> Section | None:
     return Section("What to do next", f"{note}{command}{python}") if command or python else None
 
 
+def _methods(subject: Subject) -> Section | None:
+    """Curves of every problem of a study, and its tables."""
+    study = subject.study
+    if study is None:
+        return None
+    middle = format_number(study.thresholds[len(study.thresholds) // 2])
+    parts = []
+    for place, problem in enumerate(dict.fromkeys(curve.problem for curve in study.curves)):
+        curves = [curve for curve in study.curves if curve.problem == problem]
+        ends = "; ".join(
+            f"{figures.curve_name(c)} {format_number(c.squared[-1])}" for c in curves if c.squared[-1] is not None
+        )
+        lede = (
+            f"{problem}, {format_count(curves[0].workers)} workers: squared norm of the gradient, threshold {middle}."
+        )
+        drawn = figures.draw_methods(study.records, curves)
+        parts.append(plot(f"methods-{place}", drawn, lede, f"At the end: {ends}."))
+    parts.append(document_tables.methods(study.cells).html())
+    return Section("How the methods converge", "\n".join(parts))
+
+
+def _rates(subject: Subject) -> Section | None:
+    """Rates, the end of clipping, thresholds one by one, and what the noise costs."""
+    study = subject.study
+    if study is None:
+        return None
+    note = (
+        "The interval is that of a straight line in logarithms through the last nine tenths of the steps, whose "
+        "residuals are not independent: it says how straight the line is. O(1/K) is a rate of -1; a stall is 0."
+    )
+    spent = document_tables.guarantees(study.guarantees)
+    privacy = (
+        "Epsilon is of the weights after every step, whatever the data of one worker are replaced by, if the noise of "
+        "all workers is added and nobody sees a message. Of the messages it is what protects a worker without trusting "
+        "the others. Every worker takes part in every step: nothing is amplified by subsampling. Thresholds and step "
+        "sizes were chosen by a look at the gradients, which epsilon leaves out."
+    )
+    shown = (
+        document_tables.rates(study.cells, study.thresholds),
+        document_tables.by_threshold(study.cells, study.thresholds),
+    )
+    body = _paragraph(note) + "".join(f"\n{table.html()}" for table in shown)
+    return Section("Rates, thresholds and noise", f"{body}\n{_paragraph(privacy)}\n{spent.html()}")
+
+
 SECTIONS = (
+    *(_methods, _rates),
     *(_front, _privacy, _next, differences, fit_section, _timeline, _groups, _strip, _breakdown, joint_section),
     *(_comparison, _curves, evidence, _cost, _numbers, _origin),
 )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple, TypedDict, cast
 
+from groupsearch.documents import Study
 from groupsearch.documents.rows import Fitting, Joint
 from groupsearch.plan.memory import peak_memory
 from groupsearch.plan.trace import Trace
@@ -130,6 +131,7 @@ class Read(Training, total=False):
     curve: list[list[float | None]]
     peak_bytes: int
     step_seconds: float | None
+    cells: list[list[object]]
     metric: MetricOf | None
     metric_name: str
     final_metric: float
@@ -184,7 +186,7 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """``profile``, ``search``, ``verify`` or ``train``."""
+        """``profile``, ``search``, ``verify``, ``train`` or ``study``."""
         return str(self.document["kind"])
 
     @property
@@ -202,6 +204,11 @@ class Subject:
         """What fits, where a profile tells a row of that."""
         found = self.document.get("fit") or {}
         return Fitting.from_json(found, "fit") if found.get("rows") else None
+
+    @cached_property
+    def study(self) -> Study | None:
+        """The study, where it has a cell."""
+        return Study.from_json(self.document) if self.kind == "study" and self.document.get("cells") else None
 
     @cached_property
     def joint(self) -> Joint | None:

@@ -31,6 +31,12 @@ PURPOSE = {
     "fit": "This page shows how much fits into a given memory, for each way to cut this model.",
     "verify": "This page compares the memory that was predicted with the memory that was used.",
     "train": "This page shows a training run with one such cut.",
+    "study": (
+        "Workers that hold different data send bounded messages, and all take the same step. Clipping bounds what one "
+        "worker can do, and turns the mean of the messages away from that of the gradients. Error feedback (Clip21) "
+        "sends the difference to what was sent before, so that in the end nothing is clipped. This page shows what "
+        "that does, and what noise for privacy does to it. Smaller gradients are better."
+    ),
 }
 
 
@@ -50,7 +56,7 @@ def randomness(document: Mapping[str, object]) -> str:
     if found["secret"]:
         source = "a cipher that the operating system seeds" if found.get("secure") else "the operating system's entropy"
         return f"Noise and batches were drawn from {source}: nobody can draw them again."
-    if document["kind"] == "train":
+    if document["kind"] in ("train", "study"):
         return (
             f"Experiment: noise and batches come from seed {found['seed']}, so that they can be had again. Epsilon "
             f"holds for nobody who knows the seed."
@@ -72,13 +78,19 @@ def _finding(subject: Subject) -> str:
     recorded = (subject.fit.summary if subject.fit is not None else None) or subject.document.get("summary")
     if subject.kind == "profile" and isinstance(recorded, str) and recorded.strip():
         return recorded.strip()
-    makers = {"search": _search_line, "profile": _profile_line, "verify": _verify_line, "train": _train_line}
+    makers = {
+        "search": _search_line,
+        "profile": _profile_line,
+        "verify": _verify_line,
+        "train": _train_line,
+        "study": _study_line,
+    }
     return makers[subject.kind](subject)
 
 
 def key_figures(subject: Subject) -> tuple[KeyFigure, ...]:
     """Three to five numbers; those the document does not know are left out."""
-    makers = {"verify": _verify_figures, "fit": _fit_figures}
+    makers = {"verify": _verify_figures, "fit": _fit_figures, "study": _study_figures}
     return tuple(figure for figure in makers.get(subject.topic, _grouping_figures)(subject) if figure is not None)
 
 
@@ -116,6 +128,30 @@ def _profile_line(subject: Subject) -> str:
 def _verify_line(subject: Subject) -> str:
     rows = comparisons(subject)
     return summary_of(rows) if rows else "This document holds no measurements to compare."
+
+
+def _study_line(subject: Subject) -> str:
+    found = "" if subject.study is None else subject.study.finding
+    return found or "This study has no settings to compare yet."
+
+
+def _study_figures(subject: Subject) -> tuple[KeyFigure | None, ...]:
+    found = subject.study
+    if found is None:
+        return ()
+    cells = [c for c in found.cells if c.steps == "tuned" and c.method == "clip21-gd"]
+    middle = len(found.thresholds) // 2
+    calm = [c.inactive_from[middle] for c in cells]
+    known = sorted(step for step in calm if step is not None)
+    note = f"of {format_count(len(calm))} settings, at threshold {format_number(found.thresholds[middle])}"
+    return (
+        KeyFigure("settings", format_count(len({(c.problem, c.workers) for c in found.cells})), "problems and workers"),
+        KeyFigure("runs", format_count(len(found.cells) * len(found.thresholds)), "each at the best step size tried"),
+        KeyFigure("clip21-gd stops clipping", format_count(len(known)), note) if calm else None,
+        KeyFigure("in the median after", f"{format_count(known[len(known) // 2])} steps", "where it does")
+        if known
+        else None,
+    )
 
 
 def _train_line(subject: Subject) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from groupsearch import DocumentError
-from groupsearch.documents import KINDS, Document, Fit, Search, Train, json_schema
+from groupsearch.documents import KINDS, Document, Fit, Search, Study, Train, json_schema
 from groupsearch.documents.codec import Part
 from groupsearch.report import render_page
 from tests.documents.schemas import violations
@@ -83,7 +83,7 @@ def unknown_keys(value: object, raw: object) -> int:
 
 
 def test_every_kind_is_among_them():
-    assert {type(Document.load(path)) for path in FIXTURES} == set(KINDS)
+    assert {type(Document.load(path)) for path in FIXTURES} == set(KINDS) - {Study}  # which no older version wrote
     assert sum(path.stat().st_size for path in FIXTURES) < 60_000
 
 

@@ -7,7 +7,7 @@ import pytest
 from groupsearch.report import render_page
 from tests.report import synthetic
 
-KINDS = ("profile", "search", "verify", "train")
+KINDS = ("profile", "search", "verify", "train", "study")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 from groupsearch.plan.memory import peak_memory
 from groupsearch.plan.trace import Booked, Instant, Site, StaticBytes, Trace
-from groupsearch.records import new_document
+from groupsearch.records import environment, new_document
 
 BATCH, POSITIONS, WIDTH, BLOCKS = 64, 17, 64, 4
 STYLES = {
@@ -292,4 +292,36 @@ def train_document(name: str = "synthetic-vit") -> dict[str, Any]:
         epsilon=8.0,
         delta=1e-5,
         metric={"name": "accuracy", "mean": curve[-1][2]},
+    )
+
+
+def study_document(name: str = "clip21") -> dict[str, Any]:
+    """Two methods that stall and fall, with and without noise; one diverges at the largest threshold."""
+    records, thresholds = [0, 1, 2, 5, 10, 20, 50, 100], [0.01, 0.1, 1.0]
+    falls = {"clip-gd": 0.0, "clip21-gd": -1.0, "dp-sgd": -0.1, "dp-clip21-sgd2m": -0.5}
+    cells, curves = [], []
+    for problem in ("logistic, digits", "network, digits"):
+        for workers in (10, 20):
+            for method, slope in falls.items():
+                epsilon = 8.0 if method.startswith("dp") else None
+                end = 100.0**slope
+                inactive = [None, 40, 0] if method.startswith("clip21") else [None, None, None]
+                squared = [2 * end, end, None if workers == 20 else end / 2]
+                cells.append([problem, workers, method, epsilon, "tuned", squared, inactive, 0.5, slope, 0.01])
+                if workers == 10:
+                    fell = [max(1, k) ** slope for k in records]
+                    curve = {"problem": problem, "workers": workers, "method": method, "epsilon": epsilon}
+                    curves.append({**curve, "squared": fell})
+    guarantee = {"workers": 10, "epsilon": 8.0, "delta": 1e-3, "noise_multiplier": 3.0, "of_weights": 8.0}
+    return new_document(
+        "study",
+        {"name": name, "batch_size": 4, "parameters": 650},
+        environment(),
+        {"quick": False, "steps": 100, "seed": 0, "batch": 4},
+        records=records,
+        thresholds=thresholds,
+        cells=cells,
+        curves=curves,
+        guarantees=[{**guarantee, "of_messages": 40.0}],
+        randomness={"secret": False, "secure": False, "seed": 0},
     )
