@@ -27,7 +27,7 @@ def command(name: str, report: str | None, output: str | None, force: bool, as_j
     """Run a study of methods: clip21.
 
     clip21 compares clipping of what distributed workers send, with error feedback and without, with noise and without,
-    over workers that do not agree. It takes about a quarter of an hour of one core.
+    over workers that do not agree. It takes about ten minutes of one core.
 
     \b
     groupsearch study clip21 --quick

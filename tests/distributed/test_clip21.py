@@ -275,6 +275,8 @@ def test_a_workers_epsilon_is_that_of_composed_gaussian_releases() -> None:
     assert phi(-e / mu + mu / 2) - math.exp(e) * phi(-e / mu - mu / 2) == pytest.approx(delta, rel=0.02)
     assert found.absent_of_weights < found.of_weights < found.absent_of_messages < found.of_messages
     assert "no amplification" in found.sentences[-1]
+    loud = spent(Setup("dp-clip21-gd", 1.0, noise_multiplier=0.5), workers=100, steps=200, delta=delta)
+    assert 200 / (2 * 0.25**2) < loud.of_messages < 3000, "a bound also where it protects nobody"
     assert spent(Setup("clip21-gd", 1.0), workers=2, steps=5, delta=delta).sentences[0].startswith("No privacy")
 
 
