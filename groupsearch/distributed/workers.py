@@ -1,6 +1,7 @@
 """Clip21 and its relatives on real processes: every process is a worker, messages are averaged by all_reduce.
 
-The updates are those of :mod:`groupsearch.distributed.clip21`, which also says what each method promises.
+Apart from the updates, which are those of :mod:`groupsearch.distributed.clip21` and shared with its simulation; it also
+says what each method promises.
 """
 
 from __future__ import annotations

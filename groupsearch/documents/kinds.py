@@ -579,7 +579,8 @@ class Study(Document):
 
     def table(self) -> Table:
         """Methods against settings."""
-        return tables.methods(self.cells)
+        found = tables.methods(self.cells)
+        return found._replace(title=f"{self.model.name}: {found.title}")
 
     @property
     def finding(self) -> str:

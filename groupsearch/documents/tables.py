@@ -274,7 +274,7 @@ def methods(cells: Sequence[Cell]) -> Table:
         for (method, epsilon, steps), of in rows.items()
     )
     columns = (f"{problem}, {workers}" for problem, workers in settings)
-    title = "Squared gradient norm at the end: at the best threshold / at the middle one"
+    title = "squared gradient norm at the end, at the best threshold / at the middle one"
     return Table(title, ("method ", "epsilon ", "step size ", *columns), tuple(body))
 
 
