@@ -134,7 +134,7 @@ p { margin: 0 0 1rem; max-width: 44rem; }
 .keys div { background: var(--panel); padding: 1rem 1.15rem; display: flex; flex-direction: column; }
 .keys dt { color: var(--soft); font-size: .875rem; }
 .keys dd { margin: 0; }
-.keys .value { font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.35;
+.keys .value { font-size: 1.4rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.35;
   font-variant-numeric: tabular-nums; }
 .keys .note { color: var(--soft); font-size: .8125rem; overflow-wrap: anywhere; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem;
