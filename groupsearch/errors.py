@@ -61,5 +61,11 @@ class ToleranceError(GroupSearchError):
     exit_code = 1
 
 
+class LostRankError(GroupSearchError):
+    """Another process of a training on several ended, was killed or hangs."""
+
+    exit_code = 1
+
+
 class TruthError(UnsupportedModelError):
     """The engine's gradients are not those of plain autograd on one example alone."""

@@ -225,6 +225,7 @@ class Ledger:
         sums: clipped sums by parameter name, float32 or float64.
         examples: how many examples the sums are of; one that was not finite counts, too.
         norms: of every closed group, (B,): of the newest forward pass that backward has reached.
+        on_close: told of a group whose clipped sums are formed, and whether no other pass is open.
     """
 
     def __init__(
@@ -246,6 +247,7 @@ class Ledger:
         self._pages: dict[Pass, _Page] = {}
         self._shown: Pass | None = None
         self._overflowed: Tensor | None = None
+        self.on_close: Callable[[int, bool], None] = lambda group, alone: None
 
     @property
     def empty(self) -> bool:
@@ -306,6 +308,7 @@ class Ledger:
     def _close(self, page: _Page, group: int) -> None:
         page.book.close(group, page.scale)
         self._overflowed = either(self._overflowed, page.book.overflowed)
+        self.on_close(group, len(self._pages) == 1)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:

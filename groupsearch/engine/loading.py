@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
+from groupsearch.engine.ranks import Ranks, generator_of
 from groupsearch.errors import GroupSearchError
 from groupsearch.randomness import (
     SecureStream,
@@ -97,6 +98,10 @@ class PhysicalDraws:
         sampler: draws a logical batch's indices.
         limit: the most examples in a chunk; None for no limit.
 
+    Attributes:
+        sampler: as given.
+        mine: which of a logical batch's indices are handed out here.
+
     Raises:
         GroupSearchError: when the limit is less than one.
     """
@@ -105,6 +110,7 @@ class PhysicalDraws:
         physical_chunks(torch.empty(0), limit)  # refuses a limit below one
         self.sampler = sampler
         self.limit = limit
+        self.mine: Callable[[Tensor], Tensor] = lambda indices: indices
         self._expected = self.state()
         self._left = 0
         self._kept: deque[tuple[Drawn, tuple[Tensor, ...]]] = deque()  # drawn and not finished, the eldest first
@@ -151,7 +157,7 @@ class PhysicalDraws:
 
     def _draw(self) -> None:
         self._check_generator()
-        chunks = physical_chunks(self.sampler.draw().cpu(), self.limit)
+        chunks = physical_chunks(self.mine(self.sampler.draw().cpu()), self.limit)
         self._left -= 1
         self._expected = self.state()
         drawn = tuple(len(chunk) for chunk in chunks), self._expected
@@ -278,6 +284,9 @@ class PoissonBatches:
     Where an engine has them (``make_private(..., batches=...)``) every logical batch that was drawn and handed out
     must be stepped on before the next one: which batches are left out could tell of the data, and no noise hides it.
 
+    In a training on several processes each has the whole data set, and is handed out its part of every logical batch,
+    from ``make_private`` on: what is said of a logical batch below is then said of that part.
+
     Args:
         dataset: a mapping of tensors that lead with the examples, or a map-style data set.
         expected_batch_size: sampling rate times number of examples; a logical batch's mean size.
@@ -333,6 +342,8 @@ class PoissonBatches:
         self.taken = 0
         self.on_piece: Callable[[Any], None] = lambda piece: None
         self.private = False
+        self._size = size
+        self._ranks: Ranks | None = None
         rate, source = expected_batch_size / max(size, 1), source_of("cpu", generator, secure)
         self._draws = PhysicalDraws(PoissonSampler(size, rate, steps, source), physical_batch)
         self._views = views
@@ -367,6 +378,40 @@ class PoissonBatches:
             self._check_handed_out(batch)
         next(pieces, None)  # there is none; asking lets the workers end
 
+    def spread(self, ranks: Ranks) -> None:
+        """Hand out one rank's part of every logical batch from now on; to be called on all ranks.
+
+        All draw the same logical batch and take every size-th example of it. From a cipher, which no two processes
+        share, each draws from every size-th example of the data: the parts make up a Poisson sample as well, but
+        differ more in size.
+        """
+        self._ranks = ranks
+        draws, size = self._draws, len(range(ranks.rank, self._size, ranks.size))
+        if not isinstance(draws.sampler.generator, SecureStream):
+            draws.mine = lambda indices: indices[ranks.rank :: ranks.size]
+            self._share()
+        elif draws.sampler.size == self._size:
+            if not size:
+                raise GroupSearchError(f"Expected an example for every rank, found {self._size} for {ranks.size}.")
+            draws.sampler.size = size
+            draws.mine = lambda indices: indices * ranks.size + ranks.rank
+
+    def described(self) -> dict[str, object]:
+        """What must be the same on all ranks."""
+        told = {**self._population(), "steps": self.steps, "views": self._views, "taken": self.taken}
+        source = self._draws.sampler.generator
+        shown = source if self.seeded and isinstance(source, torch.Generator) else None
+        return {
+            "data": told,
+            "batches' generator": generator_of(shown),
+            "secure batches": isinstance(source, SecureStream),
+        }
+
+    def _share(self) -> None:
+        if self._ranks is not None and not isinstance(self._draws.sampler.generator, SecureStream):
+            self._ranks.share(self._draws.sampler.generator)
+            self._next_state = self._draws.restart(self._draws.sampler.generator.get_state())
+
     def first(self, count: int) -> Any:
         """The first examples of the data as a physical batch; nothing is drawn."""
         numbers = [i for i in range(min(count, len(self.dataset))) for _ in range(self._views)]
@@ -396,6 +441,10 @@ class PoissonBatches:
                 "step once after the last."
             )
         current.stage = "stepped"
+
+    def is_whole(self, examples: int) -> bool:
+        """Whether so many examples are all of the logical batch at hand."""
+        return self._current is not None and examples == self._current.examples
 
     def check_handed_out(self, examples: int) -> None:
         """Check that what was backpropagated is of the logical batch at hand, and no example of it twice.
@@ -467,6 +516,7 @@ class PoissonBatches:
             )
         self.taken = int(state["taken"])
         self._next_state = self._draws.restart(state["generator"] if exact else None)
+        self._share()
         self._current = None
 
     def _see(self, piece: Any) -> None:
@@ -478,7 +528,7 @@ class PoissonBatches:
             self._draws.finish()
 
     def _population(self) -> dict[str, Any]:
-        return {"size": self._draws.sampler.size, "expected_batch_size": self.expected_batch_size}
+        return {"size": self._size, "expected_batch_size": self.expected_batch_size}
 
     def _load(self) -> Iterator[Any]:
         # With a generator of its own: a loader draws its workers' seed from torch's global one otherwise, and
@@ -494,7 +544,9 @@ class PoissonBatches:
         source = self._draws.sampler.generator
         if isinstance(source, SecureStream):
             return secret_generator()
-        return seeded_generator((source.initial_seed() % 2**64, self.taken), "workers")  # another one every time
+        place = () if self._ranks is None or not self._ranks.rank else (self._ranks.rank,)
+        seed = source.initial_seed() % 2**64, self.taken, *place
+        return seeded_generator(seed, "workers")  # another one every time
 
     def _check_handed_out(self, batch: LogicalBatch) -> None:
         if batch is not self._current:

@@ -263,6 +263,7 @@ class Mechanism:
         plan: as given.
         in_force: the plan with the thresholds of the present logical batch; ``plan`` where they are fixed.
         noise_multiplier: as given.
+        source: as given.
         gradient_noise_multiplier: of the sums alone: larger where counts are released with them.
 
     Raises:
@@ -279,7 +280,7 @@ class Mechanism:
     ) -> None:
         self.plan = self.in_force = plan
         self.noise_multiplier = self.gradient_noise_multiplier = noise_multiplier
-        self._source = source
+        self.source = source
         self._gaussians = Gaussians(source)
         self._counts: QuantileCounts | None = None
         if plan.adaptive is not None:
@@ -299,6 +300,16 @@ class Mechanism:
     def thresholds(self) -> tuple[float, ...]:
         """R_m of every group in the present logical batch."""
         return self.in_force.thresholds
+
+    @property
+    def counts(self) -> Counts | None:
+        """Of this logical batch, see :class:`QuantileCounts`; None where thresholds are fixed."""
+        return None if self._counts is None else self._counts.counts
+
+    @counts.setter
+    def counts(self, counts: Counts) -> None:
+        assert self._counts is not None
+        self._counts.counts = counts
 
     def clip(self, group: int, norm_B: Tensor) -> Tensor:
         """Clipping factors (B,) of the examples whose gradients have these norms in a group.
@@ -351,12 +362,12 @@ class Mechanism:
         """
         state: dict[str, Any] = {}
         if exact:
-            if isinstance(self._source, SecureStream):
+            if isinstance(self.source, SecureStream):
                 raise GroupSearchError(
                     "Expected a generator to save the state of, found a secure stream, whose numbers cannot be drawn "
                     "again. Save without exact=True, or train without secure=True."
                 )
-            state["generator"] = self._source.get_state()
+            state["generator"] = self.source.get_state()
         if self._counts is not None:
             within, seen = self._counts.counts
             state |= {"thresholds": list(self.thresholds), "within": within, "seen": seen}
@@ -372,25 +383,25 @@ class Mechanism:
         in_force, counts = self._read_thresholds(state)
         if exact:
             self._go_on_with(state.get("generator"))
-        elif not isinstance(self._source, SecureStream):
-            make_secret(self._source)
+        elif not isinstance(self.source, SecureStream):
+            make_secret(self.source)
         self._gaussians.forget()
         self.in_force = in_force
         if self._counts is not None and counts is not None:
             self._counts.counts = counts
 
     def _go_on_with(self, stream: Any) -> None:
-        if stream is None or isinstance(self._source, SecureStream):
+        if stream is None or isinstance(self.source, SecureStream):
             raise GroupSearchError(
                 "Expected a generator in the state and one here to go on with the same noise, found "
                 f"{'a secure stream here' if stream is not None else 'none in the state'}. Save with exact=True and "
                 "resume without secure=True, or load without exact=True: noise is then drawn anew."
             )
         try:
-            self._source.set_state(stream)
+            self.source.set_state(stream)
         except (RuntimeError, TypeError) as error:
             raise GroupSearchError(
-                f"Expected the state of a generator on {self._source.device}, found one that it refuses "
+                f"Expected the state of a generator on {self.source.device}, found one that it refuses "
                 f"({error}). Resume on the kind of device that the state comes from."
             ) from error
 

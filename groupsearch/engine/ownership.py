@@ -138,12 +138,16 @@ def refuse_gradient(layer: Layer, name: str, unless: Callable[[], bool] = lambda
 
 # -- What the engine can make private: a plain model, and an optimizer that holds what the plan covers
 
+_SHARDED = (
+    "no process has whole parameters, and the norm of an example's gradient in what one has is too small. Train data "
+    "parallel: sums are added up over the processes group by group, and activation checkpointing saves the memory "
+    "of activations"
+)
 _WRAPPERS = {
     "DataParallel": "its replicas would each be clipped as a whole. Give the engine the module inside (`model.module`)",
-    "DistributedDataParallel": "its processes would each add noise and never meet. Give the engine the module inside "
-    "(`model.module`) and train in one process",
-    "FullyShardedDataParallel": "no process sees a whole gradient. Give the engine the unwrapped module",
-    "FSDPModule": "no process sees a whole gradient. Give the engine the module before fully_shard",
+    "DistributedDataParallel": "only a model as a whole can be. Wrap the model, or give the engine the module without",
+    "FullyShardedDataParallel": f"{_SHARDED}. Give every process the unwrapped module",
+    "FSDPModule": f"{_SHARDED}. Give every process the module without fully_shard",
     "OptimizedModule": "the engine needs the module itself. Give make_private the module that was compiled "
     "(`model._orig_mod`), and call torch.compile afterwards",
 }

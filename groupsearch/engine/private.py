@@ -6,7 +6,7 @@ Apart from the package, which names its two classes and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from groupsearch.engine.book import Groups, Ledger
@@ -22,6 +23,18 @@ from groupsearch.engine.layout import Layouts
 from groupsearch.engine.loading import PoissonBatches
 from groupsearch.engine.mechanism import Mechanism, added_delta
 from groupsearch.engine.ownership import check_covered, check_optimizer_kind, check_plain
+from groupsearch.engine.ranks import (
+    Ranks,
+    Reduction,
+    digest,
+    fingerprint,
+    generator_of,
+    refuse_other_wrapper,
+    silence,
+    speak,
+    unwrapped,
+    weights_of,
+)
 from groupsearch.engine.step import LossScale, PrivateStep, ZeroGrad, check_surroundings, nothing_yet
 from groupsearch.engine.truth.check import CheckSubject, Reading, check_before
 from groupsearch.engine.truth.comparison import Loss
@@ -34,9 +47,11 @@ from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.trace import Rows, Site, shared_parameters, weights_with_choice
 from groupsearch.privacy import PrivacyStatement
 from groupsearch.privacy.sizes import SizesSeen
-from groupsearch.randomness import source_of
+from groupsearch.randomness import SecureStream, source_of
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from groupsearch.privacy.accounting import Accountant
 
 # -- The engine's state as plain types and tensors, and what must agree for a run to be resumed ----
@@ -62,6 +77,7 @@ def check_state(state: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             f"Expected the state of an engine of version {VERSION}, found one with {sorted(map(str, state))}. Give "
             "what engine.state_dict() returned."
         )
+    state = {"processes": 1, **state}  # one that was saved before there could be more
     for name, here in fixed.items():
         there = state.get(name)
         if there == here:
@@ -146,7 +162,7 @@ class PrivateEngine:
             groups, mechanism.clip, self._scale_of, lambda: self._capture.passes.current, mechanism.abandon
         )
         self._capture = Capture(model, self._ledger.receive, settings.options, layouts)
-        self._capture.passes.on_begin = self._settle
+        self._capture.passes.on_begin = self._begin
         self._loss_scale = LossScale(optimizer, settings.grad_scaler)
         self._step = PrivateStep(
             model, optimizer, mechanism, self._ledger, settings.expected_batch_size, self._loss_scale, self._settle
@@ -155,9 +171,53 @@ class PrivateEngine:
         self._step.on_check = self._check_step
         if settings.batches is not None:
             settings.batches.private = True
-        if accountant is not None:
-            self._step.on_release = accountant.step
+        self._step.on_release = self._released
         self._zero_grads = [ZeroGrad(owner, self._discard) for owner in (optimizer, model)]
+        self._ranks: Ranks | None = None
+        self._reduction: Reduction | None = None
+        self._wrapper: tuple[DistributedDataParallel, tuple[bool, bool]] | None = None
+
+    def _join(self, ranks: Ranks) -> None:
+        """Clip this rank's examples and step on the sums of all ranks from now on; to be called on all of them."""
+        self._ranks = ranks
+        self._reduction = reduction = Reduction(ranks, self.plan, self._step.parameters)
+        ranks.share(self.mechanism.source)
+        if self.settings.batches is not None:
+            self.settings.batches.spread(ranks)
+        self._ledger.on_close = self._reduce
+        self._loss_scale.on_found = ranks.largest_
+        self._step.together = self._meet
+        self._step.take = reduction.finish
+        if isinstance(self.mechanism.source, SecureStream):  # whose numbers one process alone has
+            self._step.add_noise = self._noise_of_rank_0
+
+    def _described(self, generator: torch.Generator | None) -> dict[str, object]:
+        """What must be the same on all ranks, the most telling first."""
+        plan, told, optimizer = self.plan, self.settings, self._step.optimizer
+        layout = [(name, tuple(x.shape), x.dtype) for name, x in self._model.state_dict(keep_vars=True).items()]
+        groups = [{key: value for key, value in each.items() if key != "params"} for each in optimizer.param_groups]
+        batches = {} if told.batches is None else told.batches.described()
+        return {
+            "number of groups": plan.grouping.groups,
+            "grouping": ",".join(map(str, plan.grouping.boundaries)) or "all-layer",
+            "model": f"{type(self._model).__name__} {digest(layout)}",
+            "plan": f"{plan.rule}, {plan.allocation}, {digest(describe_plan(plan))}",
+            "noise_multiplier": self.noise_multiplier,
+            "expected_batch_size": self.expected_batch_size,
+            "sampling": f"{told.sampling} at rate {told.sampling_rate}",
+            "loss_reduction": f"{told.loss_reduction} over {told.loss_divisor or 1}",
+            "grad_scaler": self._loss_scale.enabled,
+            "noise generator": generator_of(generator),
+            "secure": isinstance(self.mechanism.source, SecureStream),
+            **batches,
+            "optimizer": f"{type(optimizer).__name__} {groups}",
+            "weights": weights_of(self._model),
+        }
+
+    def _silence(self, wrapper: DistributedDataParallel) -> None:
+        """Take the part of a DDP around the model."""
+        self._wrapper = wrapper, silence(wrapper)
+        self._zero_grads.append(ZeroGrad(wrapper, self._discard))
 
     def report(self) -> EngineReport:
         """How every site is clipped, what was checked of the model and how, and what the watch has seen."""
@@ -189,8 +249,19 @@ class PrivateEngine:
         return torch.stack([norms[m] for m in sorted(norms)], dim=1)
 
     def clipped_sums(self) -> dict[str, Tensor]:
-        """The clipped sums of the logical batch so far, without noise, by parameter name; not private."""
+        """The clipped sums of the logical batch so far, without noise, by parameter name; not private.
+
+        Those of this rank's examples, where there are several.
+
+        Raises:
+            GroupSearchError: when some of them are on their way to the other ranks.
+        """
         self._settle()
+        if self._reduction is not None and self._reduction.begun:
+            raise GroupSearchError(
+                "The clipped sums of this logical batch are being added up over the ranks and are no longer this "
+                "rank's own. Look at them before its last backward pass, or at .grad after optimizer.step()."
+            )
         return {name: self._ledger.sums.get(name, nothing_yet(p)) for name, p in self._step.parameters.items()}
 
     def same_examples(self) -> AbstractContextManager[None]:
@@ -296,8 +367,13 @@ class PrivateEngine:
                 or in the middle of a logical batch, or holds no generator to go on with.
         """
         self._check_between_steps("loaded")
-        check_state(state, self._fixed())
+        if self._ranks is None:
+            check_state(state, self._fixed())
+        else:
+            self._ranks.alike("the state to go on with", lambda: self._state_facts(state, exact))
         self.mechanism.load_state_dict(state["mechanism"], exact=exact)
+        if self._ranks is not None:
+            self._ranks.share(self.mechanism.source)
         if self.accountant is not None:
             self.accountant.load_state_dict(state["accountant"])
         self._step.count = int(state["steps"])
@@ -325,6 +401,75 @@ class PrivateEngine:
             self.settings.batches.on_piece = lambda piece: None
         self._ledger.abandon()
         self._ledger.norms = {}
+        self._ledger.on_close = lambda group, alone: None
+        if self._wrapper is not None:
+            speak(*self._wrapper)
+
+    def _state_facts(self, state: Mapping[str, Any], exact: bool) -> dict[str, object]:
+        check_state(state, self._fixed())
+        told = {key: value for key, value in state["mechanism"].items() if key != "generator"}
+        facts = {"number of steps": state["steps"], "mechanism": told, "exact": exact}
+        return facts | ({"generator": digest(state["mechanism"].get("generator").tolist())} if exact else {})
+
+    def _reduce(self, group: int, alone: bool) -> None:
+        """A group is closed; if that is the last time in this logical batch its sums can be on their way."""
+        batches = self.settings.batches
+        if self._reduction is not None and alone and batches is not None and batches.is_whole(self._ledger.examples):
+            self._reduction.close(group, self._ledger.sums)
+
+    def _meet(self, check: Callable[[], None]) -> None:
+        """Before a step: all ranks check what is theirs, send what is left to send, and step together or not at all."""
+        assert self._ranks is not None
+        assert self._reduction is not None
+        failure: list[Exception] = []
+        try:
+            check()
+        except Exception as error:
+            failure.append(error)
+        self._reduction.send_rest(self._ledger.sums)
+        within, seen = self.mechanism.counts or ([], [])
+        mine = [len(failure), self.steps, self._fingerprint(), self._ledger.examples, *within, *seen]
+        told = self._ranks.exchange(mine)
+
+        def agree() -> dict[str, object]:
+            if failure:
+                raise failure[0]
+            self._check_sizes(sum(each[3] for each in told))
+            return {"number of steps": mine[1], "weights in the course of training": mine[2]}
+
+        alike = all(each[:3] == [0, *mine[1:3]] for each in told)
+        try:
+            agree() if alike else self._ranks.alike("the step", agree)  # which sizes there are is the same everywhere
+        except BaseException:
+            self._reduction.finish()
+            self._ledger.abandon()
+            raise
+        if within:
+            totals = [sum(column) for column in zip(*(each[4:] for each in told), strict=True)]
+            self.mechanism.counts = totals[: len(within)], totals[len(within) :]
+
+    def _fingerprint(self) -> int:
+        """Of the weights of one parameter, another at every step; a GPU, which must be waited for, is asked seldom."""
+        names = list(self._step.parameters)
+        parameter = self._step.parameters[names[self.steps % len(names)]]
+        return 0 if parameter.is_cuda and self.steps % _ASKED_EVERY else fingerprint(parameter)
+
+    def _noise_of_rank_0(self, sums: Mapping[str, Tensor]) -> None:
+        assert self._ranks is not None
+        if self._ranks.rank == 0:
+            self.mechanism.add_noises_(sums)
+        self._ranks.copy_(list(sums.values()))
+
+    def _released(self) -> None:
+        """A noisy gradient is out: it is accounted for; thresholds that a cipher's noise moved are rank 0's."""
+        if (
+            self._ranks is not None
+            and self.plan.adaptive is not None
+            and isinstance(self.mechanism.source, SecureStream)
+        ):
+            self.mechanism.in_force = self.plan.with_thresholds(self._ranks.tell(self.mechanism.thresholds))
+        if self.accountant is not None:
+            self.accountant.step()
 
     def _new_watch(self, reading: Reading) -> Watch | None:
         batches, loss = self.settings.batches, self.settings.loss
@@ -343,6 +488,7 @@ class PrivateEngine:
             "noise_multiplier": float(self.noise_multiplier),
             "expected_batch_size": float(self.expected_batch_size),
             "sampling_rate": self.settings.sampling_rate,
+            "processes": 1 if self._ranks is None else self._ranks.size,
         }
 
     def _check_between_steps(self, what: str) -> None:
@@ -375,6 +521,10 @@ class PrivateEngine:
         )
         if self.settings.batches is not None:
             self.settings.batches.check_step(examples)
+        if self._ranks is None:
+            self._check_sizes(examples)
+
+    def _check_sizes(self, examples: int) -> None:
         wrong = None if self._sizes is None else self._sizes.add(examples)
         if wrong is not None:
             raise GroupSearchError(
@@ -382,6 +532,11 @@ class PrivateEngine:
                 f"{wrong}: epsilon would be that of another run. Name what the loader does with make_private(..., "
                 "sampling='shuffled') or 'fixed-size', give its rate and expected batch size, or take PoissonBatches."
             )
+
+    def _begin(self) -> None:
+        """A forward pass begins."""
+        refuse_other_wrapper(None if self._wrapper is None else self._wrapper[0])
+        self._settle()
 
     def _settle(self) -> None:
         self._ledger.settle(self._capture.passes.open)
@@ -397,6 +552,7 @@ class PrivateEngine:
 
 REDUCTIONS = ("mean", "sum")
 _SHOWN = 16
+_ASKED_EVERY = 50
 
 
 def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and its checks in order
@@ -419,6 +575,7 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
     watch: float = RATE,
     allow_state: Collection[str] = (),
     secure: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> PrivateEngine:
     """Make the steps of an existing loop differentially private (Book-Keeping with groups).
 
@@ -432,8 +589,14 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
     weights; noise is added before the one rounding to the parameter's dtype. An example whose
     gradient is not finite adds nothing.
 
+    In several processes (``torch.distributed`` initialised, as ``torchrun`` has it done) each gives its own part of a
+    logical batch, steps as often as the others, and has the same weights after every step: those that one process
+    with all examples would have. Sums are added up over the processes group by group, and noise is added once
+    (:mod:`groupsearch.engine.ranks`). What is refused in one process is then refused in all, with one message.
+
     Args:
-        model: the model; every trainable parameter must be covered by the plan's sites.
+        model: the model, or DistributedDataParallel around it; every trainable parameter must be covered by the plan's
+            sites.
         optimizer: holds exactly the model's trainable parameters.
         plan: groups, thresholds and clip rule, made from a trace of this model.
         noise_multiplier: sigma >= 0; the noise of a parameter has sigma times ``plan.noise_scales`` as its
@@ -468,6 +631,8 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
             (:mod:`groupsearch.engine.truth.watch`); 0 for none. A difference refuses the step.
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
         secure: draw the noise from a cipher, see :class:`groupsearch.randomness.SecureStream`.
+        process_group: the processes that train together; those of DistributedDataParallel or of the default group if
+            None. A group of one makes this process train alone.
 
     Returns:
         The engine. ``engine.detach()`` takes it away again; ``engine.report()`` says what was checked.
@@ -479,64 +644,93 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
         GroupSearchError: for a number outside its range, batches together with what they say, or a generator
             where the noise is to be secure.
     """
-    if loss_reduction not in REDUCTIONS:
-        raise GroupSearchError(
-            f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}."
-        )
-    if loss_divisor is not None and not 0 < loss_divisor < math.inf:
-        raise GroupSearchError(f"Expected a finite loss_divisor > 0, found {loss_divisor}.")
-    if batches is not None:
-        if sampling != "poisson":
-            raise GroupSearchError(
-                f"Found batches and also sampling={sampling!r}: PoissonBatches are Poisson samples. Leave one out."
-            )
-        if expected_batch_size is not None or sampling_rate is not None:
-            raise GroupSearchError(
-                "Found batches and also expected_batch_size or sampling_rate, which are the batches' own. Give either."
-            )
-        expected_batch_size, sampling_rate = batches.expected_batch_size, batches.sampling_rate
-    if expected_batch_size is None:
-        raise GroupSearchError("Expected batches or an expected_batch_size, found neither. Give one of the two.")
-    if not (0 <= noise_multiplier < math.inf and 0 < expected_batch_size < math.inf):
-        raise GroupSearchError(
-            f"Expected finite noise_multiplier >= 0 and expected_batch_size > 0, found {noise_multiplier} and "
-            f"{expected_batch_size}."
-        )
-    options = options or EngineOptions()
-    options.check_weights(weights_with_choice(plan.grouping.sites))
-    check_plain(model)
-    check_optimizer_kind(optimizer)
-    check_covered(model, plan, optimizer)
-    if sampling_rate is None and sampling != "poisson":
-        raise GroupSearchError(f"Found sampling={sampling!r} without a sampling_rate to account with. Give both.")
-    accountant = None
-    if sampling_rate is not None:
-        from groupsearch.privacy.accounting import Accountant  # its libraries take as long to load as torch does
+    module, wrapper = unwrapped(model)
 
-        accountant = Accountant(noise_multiplier, sampling_rate, sampling)
-    seeded = generator is not None or (batches is not None and batches.seeded)
-    device = next(p.device for p in model.parameters() if p.requires_grad)
-    mechanism = Mechanism(plan, noise_multiplier, source_of(device, generator, secure), expected_batch_size)
-    checked = None
-    if loss is not None and (sample is not None or batches is not None):
-        sites = plan.grouping.sites
-        if sample is None and batches is not None:
-            with alike():  # what loading draws is no part of the training
-                sample = batches.first(_SHOWN)
-        reading = Reading(options, Layouts.of_sites(sites))
-        checked = check_before(model, loss, sample, reading, shared_parameters(sites), allow_state)
-    settings = LoopSettings(
-        expected_batch_size,
-        loss_reduction,
-        sampling_rate,
-        batches,
-        grad_scaler,
-        options,
-        sampling=sampling,
-        loss_divisor=loss_divisor,
-        seeded=seeded,
-        loss=loss,
-        watch=watch,
-        checked=checked,
-    )
-    return PrivateEngine(model, optimizer, mechanism, settings, accountant)
+    def make() -> PrivateEngine:  # noqa: PLR0915 - all that is refused, in order
+        nonlocal expected_batch_size, sampling_rate, options, sample
+        if loss_reduction not in REDUCTIONS:
+            raise GroupSearchError(
+                f"Expected loss_reduction to be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}."
+            )
+        if loss_divisor is not None and not 0 < loss_divisor < math.inf:
+            raise GroupSearchError(f"Expected a finite loss_divisor > 0, found {loss_divisor}.")
+        if batches is not None:
+            if sampling != "poisson":
+                raise GroupSearchError(
+                    f"Found batches and also sampling={sampling!r}: PoissonBatches are Poisson samples. Leave one out."
+                )
+            if expected_batch_size is not None or sampling_rate is not None:
+                raise GroupSearchError(
+                    "Found batches and also expected_batch_size or sampling_rate, which are the batches' own. Give "
+                    "either."
+                )
+            expected_batch_size, sampling_rate = batches.expected_batch_size, batches.sampling_rate
+        if expected_batch_size is None:
+            raise GroupSearchError("Expected batches or an expected_batch_size, found neither. Give one of the two.")
+        if not (0 <= noise_multiplier < math.inf and 0 < expected_batch_size < math.inf):
+            raise GroupSearchError(
+                f"Expected finite noise_multiplier >= 0 and expected_batch_size > 0, found {noise_multiplier} and "
+                f"{expected_batch_size}."
+            )
+        options = options or EngineOptions()
+        options.check_weights(weights_with_choice(plan.grouping.sites))
+        check_plain(module)
+        check_optimizer_kind(optimizer)
+        check_covered(module, plan, optimizer)
+        if sampling_rate is None and sampling != "poisson":
+            raise GroupSearchError(f"Found sampling={sampling!r} without a sampling_rate to account with. Give both.")
+        accountant = None
+        if sampling_rate is not None:
+            from groupsearch.privacy.accounting import Accountant  # its libraries take as long to load as torch does
+
+            accountant = Accountant(noise_multiplier, sampling_rate, sampling)
+        seeded = generator is not None or (batches is not None and batches.seeded)
+        device = next(p.device for p in module.parameters() if p.requires_grad)
+        mechanism = Mechanism(plan, noise_multiplier, source_of(device, generator, secure), expected_batch_size)
+        checked = None
+        if loss is not None and (sample is not None or batches is not None):
+            sites = plan.grouping.sites
+            if sample is None and batches is not None:
+                with alike():  # what loading draws is no part of the training
+                    sample = batches.first(_SHOWN)
+            reading = Reading(options, Layouts.of_sites(sites))
+            checked = check_before(module, loss, sample, reading, shared_parameters(sites), allow_state)
+        settings = LoopSettings(
+            expected_batch_size,
+            loss_reduction,
+            sampling_rate,
+            batches,
+            grad_scaler,
+            options,
+            sampling=sampling,
+            loss_divisor=loss_divisor,
+            seeded=seeded,
+            loss=loss,
+            watch=watch,
+            checked=checked,
+        )
+        return PrivateEngine(module, optimizer, mechanism, settings, accountant)
+
+    ranks = Ranks.of(process_group if wrapper is None or process_group is not None else wrapper.process_group)
+    engine = make() if ranks is None else _made_on_all(ranks, make, generator)
+    if wrapper is not None:
+        engine._silence(wrapper)
+    return engine
+
+
+def _made_on_all(ranks: Ranks, make: Callable[[], PrivateEngine], generator: torch.Generator | None) -> PrivateEngine:
+    """The engine of this rank, when those of all ranks are there and fit each other."""
+    made: list[PrivateEngine] = []
+
+    def facts() -> dict[str, object]:
+        made.append(make())
+        return made[0]._described(generator)
+
+    try:
+        ranks.alike("make_private", facts)
+        made[0]._join(ranks)
+    except BaseException:
+        for engine in made:
+            engine.detach()
+        raise
+    return made[0]

@@ -41,9 +41,15 @@ class LossScale:
         self._before = vars(optimizer).get(_CONTRACT)
         setattr(optimizer, _CONTRACT, True)
         self._device: torch.device = optimizer.param_groups[0]["params"][0].device
+        self.on_found: Callable[[Tensor], None] = lambda found: None  # may change it, before the scaler knows
         if self._scaler is not None and self._scaler._scale is None:
             # made when the first loss is scaled; but the first batch may be empty
             self._scaler._lazy_init_scale_growth_tracker(self._device)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a scaler that scales."""
+        return self._scaler is not None
 
     def over(self, number: float) -> float | Tensor:
         """A number over what the loss is multiplied by now, which stays on its device: float64, of shape ()."""
@@ -75,6 +81,7 @@ class LossScale:
         found = torch.zeros((), device=self._device)
         if overflowed is not None:
             found.copy_(overflowed, non_blocking=True)
+        self.on_found(found)
         state: Any = self._scaler._per_optimizer_states[id(self._optimizer)]
         state["found_inf_per_device"] = {found.device: found}
         for name in ("grad_scale", "found_inf"):
@@ -110,8 +117,12 @@ class PrivateStep:
 
     Attributes:
         count: noisy gradients handed to the optimizer.
+        optimizer: as given.
         on_check: called before each with the number of examples that were summed; what it raises refuses the step.
         on_release: called after each.
+        together: is given the checks before a step, and runs them.
+        take: gives the clipped sums by parameter name, as far as there are any, and leaves none.
+        add_noise: adds the noise to all of them, in place.
     """
 
     def __init__(  # noqa: PLR0913 - the parts it is put together from
@@ -127,9 +138,12 @@ class PrivateStep:
         self.count = 0
         self.on_check: Callable[[int], None] = lambda examples: None
         self.on_release: Callable[[], None] = lambda: None
+        self.together: Callable[[Callable[[], None]], None] = lambda check: check()
+        self.take: Callable[[], dict[str, Tensor]] = lambda: _taken(ledger.sums)
+        self.add_noise: Callable[[Mapping[str, Tensor]], None] = lambda sums: mechanism.add_noises_(sums)
         self.parameters: Mapping[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._model = model
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._mechanism = mechanism
         self._ledger = ledger
         self._divisor = divisor
@@ -152,7 +166,7 @@ class PrivateStep:
         if self._stepping and self._ledger.empty and all(self._is_given(name) for name in self.parameters):
             return  # a step that calls the step of its parent class: the gradient is there
         try:
-            self._check(args, kwargs)
+            self.together(lambda: self._check(args, kwargs))
         except BaseException:
             self._loss_scale.refused()
             raise
@@ -166,7 +180,7 @@ class PrivateStep:
                 "Call backward before step, and step without a closure."
             )
         check_covered(
-            self._model, self._mechanism.plan, self._optimizer
+            self._model, self._mechanism.plan, self.optimizer
         )  # nothing may have been unfrozen or added since
         self._loss_scale.check()
         for name, parameter in self.parameters.items():
@@ -191,12 +205,13 @@ class PrivateStep:
     def _release(self) -> None:
         """Hand the optimizer the noisy sums; from here on they are out, whatever the optimizer does with them."""
         self._stepping = True
+        found = self.take()
         sums = {}
         for name, parameter in self.parameters.items():
-            total = self._ledger.sums.pop(name, None)
+            total = found.pop(name, None)
             sums[name] = nothing_yet(parameter) if total is None else total
         del total
-        self._mechanism.add_noises_(sums)
+        self.add_noise(sums)
         torch._foreach_div_(list(sums.values()), self._divisor)
         for name, parameter in self.parameters.items():
             parameter.grad = sums.pop(name).to(parameter.dtype)  # rounded once, with its noise
@@ -208,6 +223,12 @@ class PrivateStep:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepping = False
+
+
+def _taken(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = dict(sums)
+    sums.clear()
+    return found
 
 
 def nothing_yet(parameter: Tensor) -> Tensor:

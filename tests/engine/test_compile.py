@@ -120,16 +120,30 @@ def _one_process(tmp_path: object) -> Iterator[None]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed part")
 @pytest.mark.usefixtures("_one_process")
-@pytest.mark.parametrize("kind", ["DistributedDataParallel", "FSDPModule"])
-def test_wrappers_of_many_processes_are_refused_with_the_remedy(kind: str) -> None:
-    model = CASE.model()
-    if kind == "FSDPModule":
-        from torch.distributed.fsdp import fully_shard
+def test_sharded_parameters_are_refused_with_the_remedy() -> None:
+    from torch.distributed.fsdp import fully_shard
 
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        wrapped: nn.Module = fully_shard(model, mesh=mesh)
-    else:
-        wrapped = nn.parallel.DistributedDataParallel(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    wrapped = fully_shard(CASE.model(), mesh=mesh)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    with pytest.raises(UnsupportedModelError, match=kind):
+    with pytest.raises(UnsupportedModelError, match=r"FSDPModule.*Train data parallel"):
         make_private(wrapped, optimizer, plan_of(CASE), noise_multiplier=0.0, expected_batch_size=BATCH_SIZE)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed part")
+@pytest.mark.usefixtures("_one_process")
+def test_ddp_of_one_process_is_taken_and_given_back() -> None:
+    model, plain = CASE.model(), CASE.model()
+    optimizer, batch = torch.optim.SGD(model.parameters(), lr=0.1), CASE.batch()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    engine = make_private(wrapped, optimizer, plan_of(CASE), noise_multiplier=0.0, expected_batch_size=BATCH_SIZE)
+    for _ in range(2):
+        CASE.loss(wrapped, batch).mean().backward()
+        assert engine.clipped_sums()["0.weight"].any()
+        wrapped.zero_grad()
+        assert not engine.clipped_sums()["0.weight"].any()
+    engine.detach()
+    CASE.loss(wrapped, batch).mean().backward()  # of DDP again
+    CASE.loss(plain, batch).mean().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

@@ -55,6 +55,25 @@ def short_of_bias(engine: PrivateEngine) -> None:
     _wrapping(Short)(engine)
 
 
+def norms_of_a_part(rank: int, size: int) -> Damage:
+    """The norm of an example is that of its gradient in every size-th layer, as if the others were elsewhere."""
+
+    def spoil(book: Book, scale: float) -> None:
+        enter, counted = book.enter, [-1]
+
+        class Elsewhere(_Wrapped):
+            def sqnorm(self) -> Tensor:
+                return self.entry.sqnorm() * 0.0
+
+        def entered(group: int, entry: Entry) -> None:
+            counted[0] += 1
+            enter(group, entry if counted[0] % size == rank else Elsewhere(entry, scale))
+
+        book.enter = entered  # type: ignore[method-assign]
+
+    return lambda engine: _in_every_book(engine, spoil)
+
+
 def tied_term_dropped(engine: PrivateEngine) -> None:
     """Uses of one parameter in one group count as if they were different parameters."""
 
@@ -97,8 +116,8 @@ def noise_kept_for_two_steps(engine: PrivateEngine) -> None:
 
 def noise_from_a_known_seed(engine: PrivateEngine) -> None:
     """Noise comes from a seed that everybody tries first."""
-    engine.mechanism._source = torch.Generator().manual_seed(KNOWN_SEED)
-    engine.mechanism._gaussians = Gaussians(engine.mechanism._source)
+    engine.mechanism.source = torch.Generator().manual_seed(KNOWN_SEED)
+    engine.mechanism._gaussians = Gaussians(engine.mechanism.source)
 
 
 def noise_used_twice(engine: PrivateEngine) -> None:
