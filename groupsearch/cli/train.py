@@ -100,6 +100,7 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     groupsearch train digits-vit --grouping reports/digits-vit.json --save weights --checkpoint-every 10
     groupsearch train digits-vit --grouping best:4 --track terminal --track tensorboard:runs
     groupsearch train digits-vit --grouping profiles/digits-vit-b288-cpu-norms-joint.json
+    torchrun --nproc-per-node 2 -m groupsearch train digits-vit --grouping best:4 --epsilon 8
     """
     from groupsearch.jobs.trackers import check_tracks
     from groupsearch.jobs.weights import folder_of
@@ -109,11 +110,14 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     winner_of(given["grouping"], given["pick"])  # refused before torch is loaded, as a folder is
     folder_of(given["save"], given["checkpoint_every"], given["resume"], force)
     from groupsearch.cli.terminal import Watch, say_next, watching
+    from groupsearch.distributed.launch import is_first
     from groupsearch.jobs.train import train
 
     watch = Watch(output, force, as_json)
     with watching(watch):
         found = train(model, notify=watch, force=force, **given)
+    if not is_first():
+        return
     _print_result(found)
     if given["save"] is not None:
         say(f"Saved the weights in {given['save']}; its README.md says how to load them and what they cost.")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from torch import nn
 
+from groupsearch.distributed.launch import is_first, launched
 from groupsearch.documents import Profile, Search, Train
 from groupsearch.documents.commands import Next
+from groupsearch.engine.ranks import Ranks
 from groupsearch.errors import GroupSearchError
 from groupsearch.jobs.events import Advanced, Begun, Interrupted, Said
 from groupsearch.jobs.request import TrainingRequest, allotment, door
-from groupsearch.jobs.stages import describe, joint_choice, names_document, start_document, training_setup
+from groupsearch.jobs.stages import describe, joint_choice, names_document, part_of, start_document, training_setup
 from groupsearch.jobs.trackers import Track, check_tracks, following
 from groupsearch.jobs.weights import checkpoint_path, folder_of, sweep, write_card, write_folder
 from groupsearch.jobs.winners import Winner, winner_of
@@ -93,12 +95,21 @@ class Draft:
 def run(request: TrainRequest) -> Train:
     """Train with privacy and one grouping.
 
+    Processes that ``torchrun`` started train together; all have the document, and rank 0 alone tells and writes.
+
     Raises:
         GroupSearchError: for a model that cannot be trained, a grouping there is not, or options that exclude each
             other.
         DivergedError: when weights are no longer finite.
         Interrupted: with the curve so far, and what it cost.
     """
+    with launched(request.device) as ranks:
+        if ranks is not None and ranks.rank:
+            request = replace(request, notify=lambda event: None, track=())
+        return _run_on(ranks, request)
+
+
+def _run_on(ranks: Ranks | None, request: TrainRequest) -> Train:
     text, boundaries = _asked(request.grouping), None
     found_by = winner_of(request.grouping, request.pick)
     check_tracks(request.track)
@@ -114,7 +125,7 @@ def run(request: TrainRequest) -> Train:
     plan = describe(settings) | _describe_mechanism(settings)
     header = start_document("train", setup, request, device=setup.device, grouping=text, **_known_of(settings), **plan)
     header |= {"randomness": settings.streams().describe(), "not_private": _not_private(request)}
-    request.notify(Begun(header))
+    _begin(ranks, request, header)
     trace = setup.trace()
     if found_by is not None:
         found_by.check(setup.workload, trace)
@@ -125,7 +136,7 @@ def run(request: TrainRequest) -> Train:
     draft = Draft(header | plan | _describe_grouping(trace, text, chosen))
     model = _trained(setup, chosen, settings, draft, request)
     document = draft.document()
-    if folder is not None:
+    if folder is not None and is_first():
         loading = _save(setup, document, folder, found_by, model)
         document = replace(document, next=Next(command=None, python=tuple(loading.splitlines())))
     return document
@@ -133,6 +144,20 @@ def run(request: TrainRequest) -> Train:
 
 def _not_private(request: TrainRequest) -> dict[str, str]:
     return NOT_PRIVATE["train"] | (NOT_PRIVATE["tracked"] if "document" in request.track else {})
+
+
+def _begin(ranks: Ranks | None, request: TrainRequest, header: dict[str, object]) -> None:
+    """Tell of the beginning; of several processes all, or none."""
+    if ranks is None:
+        request.notify(Begun(header))
+        return
+    header["settings"] = {**part_of(header, "settings"), "processes": ranks.size}
+
+    def told() -> dict[str, object]:
+        request.notify(Begun(header))
+        return {"settings": part_of(header, "settings")}
+
+    ranks.alike("the training", told)
 
 
 def _asked(grouping: str | Path | Sequence[int] | Profile | Search) -> str:
@@ -232,7 +257,7 @@ def _run(
         checkpoints = Checkpoints(path, request.checkpoint_every or 0, request.resume)
         if request.resume and not path.is_file():
             notify(Said(f"Found no checkpoint {path}: the training begins at its beginning."))
-        elif not request.resume:
+        elif not request.resume and is_first():
             checkpoints.remove()
 
     def on_step(step: int, point: CurvePoint | None) -> None:

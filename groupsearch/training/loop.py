@@ -26,10 +26,12 @@ from torch.amp.grad_scaler import GradScaler
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.loading import LogicalBatch, PoissonBatches, physical_chunks
 from groupsearch.engine.optimizers import make_optimizer
+from groupsearch.engine.ranks import Ranks
 from groupsearch.engine.truth.watch import EngineReport
 from groupsearch.errors import GroupSearchError
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.trace import Site
+from groupsearch.randomness import Streams
 from groupsearch.tracer.sites import sites_of
 from groupsearch.training.checkpoints import Checkpoints, agreement, frozen_digest, learned, restore
 from groupsearch.training.settings import (
@@ -42,7 +44,7 @@ from groupsearch.training.settings import (
 )
 from groupsearch.workloads.batches import repeat_views
 from groupsearch.workloads.blocks import checkpoint_as
-from groupsearch.workloads.workload import Batch, Data, Workload
+from groupsearch.workloads.workload import Batch, Workload
 
 # -- Whether the model in training is the one that its grouping was made for -----------------------
 
@@ -103,6 +105,9 @@ def train(  # noqa: PLR0913 - what is told while it runs is three functions, eac
     sites must be those of the grouping, and every example's gradient that of plain autograd on it alone
     (:mod:`groupsearch.engine.truth`). A watch looks at some of the batches again.
 
+    Where a process group is initialised all its processes train together, as :func:`groupsearch.engine.make_private`
+    has it; rank 0 alone reads and writes checkpoints. ``physical_batch`` is then that of each.
+
     Args:
         workload: must have data.
         grouping: which sites share a clipping factor; None trains the same way without clipping
@@ -135,8 +140,9 @@ def train(  # noqa: PLR0913 - what is told while it runs is three functions, eac
     statement = None if grouping is None else settings.statement(size)
     tell = on_step or (lambda step, point: None)
     known = agreement(workload, grouping, settings)
-    resumed = None if checkpoints is None else checkpoints.read(known)
-    run = _Run(workload, workload.data, settings, grouping, noise_multiplier, resumed)
+    ranks = _ranks(grouping)
+    resumed = _read(checkpoints, known, ranks)
+    run = _Run(workload, settings, grouping, noise_multiplier, resumed, ranks)
     run.seen = None if track is None else _Seen()
     points, seconds, taken = _so_far(resumed)
     for point in points:
@@ -155,8 +161,7 @@ def train(  # noqa: PLR0913 - what is told while it runs is three functions, eac
                 spent = None if due is None else run.epsilon(settings.delta_for(size))
                 track(run.seen.record(step, seconds[-1], spent, due))
             if checkpoints is not None and checkpoints.every and step % checkpoints.every == 0:
-                rows = [(p.step, p.loss, p.metric, p.thresholds) for p in points]
-                checkpoints.write({"agreed": known, "points": rows, "seconds": seconds, **run.state(step)})
+                run.write(checkpoints, step, {"agreed": known, "points": _rows(points), "seconds": seconds})
     if on_end is not None:
         on_end(run.model)
     return TrainResult(
@@ -173,6 +178,36 @@ def train(  # noqa: PLR0913 - what is told while it runs is three functions, eac
         checked=None if run.report is None else run.report.checked,
         watched=None if run.report is None else run.report.watched,
     )
+
+
+def _ranks(grouping: Grouping | None) -> Ranks | None:
+    ranks = Ranks.of(None)
+    if ranks is not None and grouping is None:
+        raise GroupSearchError(
+            f"Expected a grouping to train with on {ranks.size} processes, found none: training without privacy is for "
+            "reference. Run it in one process."
+        )
+    return ranks
+
+
+def _rows(points: Sequence[CurvePoint]) -> list[tuple[Any, ...]]:
+    return [(p.step, p.loss, p.metric, p.thresholds) for p in points]
+
+
+def _read(checkpoints: Checkpoints | None, known: Mapping[str, str], ranks: Ranks | None) -> dict[str, Any] | None:
+    """The checkpoint to go on with, if there is one; on several processes rank 0 reads it for all."""
+    if checkpoints is None or ranks is None:
+        return None if checkpoints is None else checkpoints.read(known)
+    found: list[dict[str, Any] | None] = [None]
+
+    def read() -> dict[str, object]:
+        if ranks.rank == 0:
+            found[0] = checkpoints.read(known)
+        return {}
+
+    ranks.alike("the checkpoint", read)
+    told: dict[str, Any] | None = ranks.tell(found[0])
+    return told
 
 
 def _so_far(resumed: Mapping[str, Any] | None) -> tuple[list[CurvePoint], list[float], int]:
@@ -220,26 +255,32 @@ class _Run:
     def __init__(
         self,
         workload: Workload,
-        data: Data,
         settings: TrainSettings,
         grouping: Grouping | None,
         noise_multiplier: float,
         resumed: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        assert workload.data is not None  # it was looked for
         self.workload = workload
-        self.data = data
+        self.data = data = workload.data
         self.settings = settings
         self.grouping = grouping
         self.noise_multiplier = noise_multiplier
         self.engine: PrivateEngine | None = None
         self.report: EngineReport | None = None
         self.seen: _Seen | None = None
+        self.ranks = ranks
         self.streams = settings.streams()
+        # Every rank has dropout of its own; a seed of so many bits is no other experiment's.
+        rank = 0 if ranks is None else ranks.rank
+        self._dropout = self.streams if settings.seed is None else Streams(settings.seed + rank * 2**64)
         self.device = torch.device(settings.device)
         self._cuda = [self.device] if self.device.type == "cuda" else []
         self._frozen = ""
         # Weights that are not trained are those of this number again when the run is gone on with.
         self.weights = self.streams.number("weights") if resumed is None else int(resumed["weights"])
+        self.weights = self.weights if ranks is None else ranks.tell(self.weights)
         self.model = workload.build(self.weights).to(self.device)
         checkpoint_as(self.model, settings.checkpoint)
         self.scaler = GradScaler(self.device.type, _LOSS_SCALE, enabled=settings.autocast == "float16")
@@ -257,13 +298,14 @@ class _Run:
         )
 
     def _generator(self, stream: str, device: torch.device) -> torch.Generator | None:
-        return None if self.settings.secure else self.streams.generator(stream, device)
+        """Of an experiment; None where it is to be secret."""
+        return None if self.streams.seed is None else self.streams.generator(stream, device)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The engine on the model, if there is a grouping, and dropout drawing from its own stream."""
         settings = self.settings
-        with self.streams.drawn_globally("dropout", [self.device]) as begin_dropout:
+        with self._dropout.drawn_globally("dropout", [self.device]) as begin_dropout:
             if self.grouping is None:
                 yield
                 return
@@ -298,6 +340,7 @@ class _Run:
         """What the run can be gone on with after so many steps; of an experiment with all that is random."""
         exact = self.settings.seed is not None
         self._frozen = self._frozen or frozen_digest(self.model)
+        dropout = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)] if exact else []
         return {
             "step": step,
             "weights": self.weights,
@@ -306,8 +349,14 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "engine": None if self.engine is None else self.engine.state_dict(exact=exact),
             "batches": self.batches.state_dict(exact=exact),
-            "dropout": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)] if exact else [],
+            "dropout": dropout if self.ranks is None else self.ranks.gather(dropout),
         }
+
+    def write(self, checkpoints: Checkpoints, step: int, known: Mapping[str, Any]) -> None:
+        """A checkpoint after so many steps; of several processes rank 0 writes it."""
+        state = {**known, **self.state(step)}
+        if self.ranks is None or self.ranks.rank == 0:
+            checkpoints.write(state)
 
     def restore(self, state: Mapping[str, Any], path: Path) -> None:
         """Go on where a run stood.
@@ -321,7 +370,8 @@ class _Run:
         if self.engine is not None:
             self.engine.load_state_dict(state["engine"], exact=exact)
         self.batches.load_state_dict(state["batches"], exact=exact)
-        for device, generator in zip((None, *self._cuda), state["dropout"], strict=False):
+        dropout = state["dropout"] if self.ranks is None else state["dropout"][self.ranks.rank]
+        for device, generator in zip((None, *self._cuda), dropout, strict=False):
             torch.set_rng_state(generator) if device is None else torch.cuda.set_rng_state(generator, device)
 
     def _check_sites(self, grouping: Grouping) -> None:
