@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from groupsearch.engine import PrivateEngine
 from groupsearch.errors import GroupSearchError
 from groupsearch.options import EngineOptions
 from groupsearch.plan.cards import card_of
+from groupsearch.plan.communication import Pace
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.trace import Site
 from groupsearch.tracer.allocator import profiled_peak
@@ -111,7 +113,31 @@ def measure_peak(  # noqa: PLR0913 - settings by name, each with a default
         GroupSearchError: when the process failed; the message ends with what it said.
     """
     step = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
-    request = {
+    return Measurement(**_in_fresh_process(_request(workload, grouping, settings, step, device, steps)))
+
+
+def measure_pace(
+    workload: str, sites: Sequence[Site], settings: Mapping[str, Any], step: StepSettings, device: str, steps: int = 7
+) -> Pace:
+    """When each site of a step is closed if it is a group of its own, in a fresh process: medians over the steps.
+
+    Raises:
+        GroupSearchError: when the process failed; the message ends with what it said.
+    """
+    grouping = Grouping(tuple(range(1, len(sites))), tuple(sites))
+    found = _in_fresh_process({**_request(workload, grouping, settings, step, device, steps), "pace": True})
+    return Pace(found["step_seconds"], tuple(found["closes_seconds"]))
+
+
+def _request(
+    workload: str,
+    grouping: Grouping | None,
+    settings: Mapping[str, Any] | None,
+    step: StepSettings,
+    device: str,
+    steps: int,
+) -> dict[str, Any]:
+    return {
         "workload": workload,
         "settings": dict(settings or {}),
         "boundaries": None if grouping is None else list(grouping.boundaries),
@@ -121,6 +147,9 @@ def measure_peak(  # noqa: PLR0913 - settings by name, each with a default
         "steps": steps,
         "threads": torch.get_num_threads(),
     }
+
+
+def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, "KINETO_LOG_LEVEL": "9"}
     finished = subprocess.run(
         [sys.executable, "-m", "groupsearch.measure"],
@@ -131,12 +160,14 @@ def measure_peak(  # noqa: PLR0913 - settings by name, each with a default
         check=False,
     )
     if finished.returncode:
+        groups = "no" if request["boundaries"] is None else len(request["boundaries"]) + 1
         said = finished.stderr.strip().splitlines()[-1:] or [f"exit code {finished.returncode}"]
         raise GroupSearchError(
-            f"Measuring {workload} with {'no' if grouping is None else grouping.groups} groups on {device} failed: "
+            f"Measuring {request['workload']} with {groups} groups on {request['device']} failed: "
             f"{said[0]}. Try a smaller --batch-size, or another --device."
         )
-    return Measurement(**json.loads(finished.stdout.splitlines()[-1]))
+    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
@@ -146,7 +177,7 @@ def main() -> None:
     print(json.dumps(asdict(_measure(request))))
 
 
-def _measure(request: Mapping[str, Any]) -> Measurement:
+def _measure(request: Mapping[str, Any]) -> Measurement | Pace:
     workload = load_workload(request["workload"], **request["settings"])
     settings = StepSettings.from_json(request["step"])
     device = torch.device(request["device"])
@@ -155,7 +186,9 @@ def _measure(request: Mapping[str, Any]) -> Measurement:
     with ExitStack() as stack:
         if request["boundaries"] is not None:
             grouping = Grouping(tuple(request["boundaries"]), tuple(map(Site.from_json, request["sites"])))
-            stack.enter_context(made_private(stage, settings, grouping, workload.batch_size))
+            engine = stack.enter_context(made_private(stage, settings, grouping, workload.batch_size))
+            if request.get("pace"):
+                return pace_of(stage, engine, device, request["steps"])
         return measure_step(stage, device, request["steps"])
 
 
@@ -170,6 +203,40 @@ def measure_step(stage: Stage, device: torch.device, steps: int = 5) -> Measurem
         steps: timed steps; the median is reported.
     """
     return _on_cuda(stage, device, steps) if device.type == "cuda" else _on_cpu(stage, steps)
+
+
+def pace_of(stage: Stage, engine: PrivateEngine, device: torch.device, steps: int) -> Pace:
+    """The pace of a stage whose every site is a group; one that no backward pass closes by itself is closed with it."""
+    sites = engine.plan.grouping.groups
+    on_gpu, taken = device.type == "cuda", []
+    for number in range(steps + 1):
+        marks: dict[int, Any] = {}
+
+        def mark() -> Any:
+            if not on_gpu:
+                return time.perf_counter()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        def closed(group: int, marks: dict[int, Any] = marks) -> None:
+            marks[group] = mark()
+
+        engine.on_close(closed)
+        begin = mark()
+        stage.step()
+        end = mark()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        instants = [_seconds(begin, marks[site]) if site in marks else 0.0 for site in range(sites)]
+        if number:  # libraries load in the first
+            taken.append((_seconds(begin, end), instants))
+    closes = [median(instants[site] for _, instants in taken) for site in range(sites)]
+    return Pace(median(step for step, _ in taken), tuple(each or max(closes) for each in closes))
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 def _on_cpu(stage: Stage, steps: int) -> Measurement:

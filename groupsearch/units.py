@@ -8,6 +8,10 @@ import re
 from groupsearch.errors import GroupSearchError
 
 _FACTORS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_BITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_SECONDS = {"us": 1e6, "ms": 1e3, "s": 1.0}
+_BANDWIDTH = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:bit/s|bit|bps)\s*$", re.IGNORECASE)
+_LATENCY = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s)\s*$")
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)(?:iB|B)?)\s*$", re.IGNORECASE)
 
 
@@ -49,6 +53,36 @@ def slug(text: str) -> str:
     'hf-google-vit-base'
     """
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second of a bandwidth in bits, with decimal prefixes, as networks have them.
+
+    Raises:
+        GroupSearchError: when the text is none.
+
+    >>> parse_bandwidth("10Gbit")
+    1250000000.0
+    """
+    match = _BANDWIDTH.match(text)
+    if match is None or not float(match[1]):
+        raise GroupSearchError(f"Expected a bandwidth such as 10Gbit or 400Mbit (per second), found {text!r}.")
+    return float(match[1]) * _BITS[match[2].upper()] / 8
+
+
+def parse_latency(text: str) -> float:
+    """Seconds of a latency.
+
+    Raises:
+        GroupSearchError: when the text is none.
+
+    >>> parse_latency("50us")
+    5e-05
+    """
+    match = _LATENCY.match(text)
+    if match is None:
+        raise GroupSearchError(f"Expected a latency such as 50us or 1ms, found {text!r}.")
+    return float(match[1]) / _SECONDS[match[2]]
 
 
 def format_bytes(size_bytes: float) -> str:

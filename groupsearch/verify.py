@@ -16,9 +16,10 @@ import torch
 
 from groupsearch.documents.rows import Check, Estimate, FrontRow, GroupingRow, Measurement, Simulation
 from groupsearch.errors import DocumentError, GroupSearchError
-from groupsearch.measure import measure_peak, simulate_peak
+from groupsearch.measure import measure_pace, measure_peak, simulate_peak
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.plan.cards import card_of
+from groupsearch.plan.communication import Pace
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.joint import JOINT, Alternatives
 from groupsearch.plan.memory import peak_memory
@@ -217,6 +218,15 @@ class Setup:
             fragmentation_bytes=measured.fragmentation_bytes,
             requested_bytes=measured.requested_bytes,
         )
+
+    def pace(self, trace: Trace) -> Pace:
+        """When each site of a step on the device is closed, in a fresh process.
+
+        Raises:
+            GroupSearchError: as :meth:`measure`.
+        """
+        self.check_measurable()
+        return measure_pace(self.workload, trace.sites, self.settings, self.step, self.device)
 
 
 def check_measurable(device: str) -> None:

@@ -33,6 +33,13 @@ from groupsearch.cli.parameters import Size, fail_over_option, model_options, ou
     help="Check each estimate: run the engine on fake tensors (simulate), on the device (measure), or both (all).",
 )
 @fail_over_option
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=2),
+    help="Predict the communication of a training on so many processes, from a step measured on the device.",
+)
+@click.option("--bandwidth", help="Between these processes, as in 10Gbit.")
+@click.option("--latency", default="50us", help="Of a message between them, as in 50us.")
 @seed_option
 @output_options
 def command(model: str, output: str | None, force: bool, as_json: bool, fail_over: float | None, **given: Any) -> None:
@@ -44,11 +51,13 @@ def command(model: str, output: str | None, force: bool, as_json: bool, fail_ove
     groupsearch profile digits-vit --verify all
     groupsearch profile hf:gpt2 --batch-size 16 --checkpoint blocks --verify simulate
     groupsearch profile mine.py:factory --grouping best:4 --grouping 3,17,40
+    groupsearch profile digits-vit --world-size 4 --bandwidth 1Gbit
     groupsearch profile hf:gpt2 --batch-size 4 --norm-method joint --budget 2500MiB
     """
-    from groupsearch.cli.terminal import Watch, say_next, show, show_peaks, watching
+    from groupsearch.cli.terminal import Watch, say, say_next, show, show_peaks, watching
     from groupsearch.documents import tables
     from groupsearch.jobs.profile import profile
+    from groupsearch.report.finding import communication_sentence
 
     watch = Watch(output, force, as_json)
     with watching(watch):
@@ -56,5 +65,8 @@ def command(model: str, output: str | None, force: bool, as_json: bool, fail_ove
     if found.joint is not None:
         show(tables.joint(found.joint))
     show_peaks(found)
+    if found.communication is not None:
+        show(tables.communication(found.communication))
+        say(communication_sentence(found.communication))
     say_next(watch.save(found))
     found.check(fail_over)

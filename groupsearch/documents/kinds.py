@@ -20,6 +20,7 @@ from groupsearch.documents.rows import (
     Candidate,
     Cell,
     Check,
+    Communication,
     Comparison,
     Correlation,
     Cost,
@@ -298,11 +299,13 @@ class Profile(Memory):
 
     Attributes:
         joint: a grouping chosen together with norm methods, where that was asked for.
+        communication: what several processes cost, where that was asked for.
     """
 
     KIND: ClassVar[str] = "profile"
 
     joint: Joint | None = None
+    communication: Communication | None = None
 
     def rows_of_table(self) -> tuple[Part, ...]:
         """The estimates."""

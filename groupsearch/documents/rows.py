@@ -142,6 +142,32 @@ class Joint(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reduced(Part):
+    """A step with one grouping on several processes, as :func:`groupsearch.plan.communication.overlap` has it."""
+
+    grouping: str
+    boundaries: Boundaries
+    groups: int
+    starts_seconds: tuple[float, ...]
+    link_seconds: float
+    step_seconds: float
+    hidden: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Communication(Part):
+    """What adding up clipped sums costs by grouping; ``alone_seconds`` is a measured step without it."""
+
+    processes: int
+    bytes_per_second: float
+    latency_seconds: float
+    size_bytes: int
+    sent_bytes: float
+    alone_seconds: float
+    rows: tuple[Reduced, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing(Part):
     """A measured step at one batch."""
 

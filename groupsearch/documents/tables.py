@@ -10,6 +10,7 @@ from groupsearch.documents.rows import (
     Candidate,
     Cell,
     Check,
+    Communication,
     Correlation,
     Estimate,
     Fitting,
@@ -133,6 +134,17 @@ def joint(found: Joint) -> Table:
         rows.append((row.norm_method, *sizes, format_number(row.operations), less))
     columns = ("norm method ", "all-layer peak", "least peak of any grouping", "operations", "of joint")
     return Table("Peaks and operations by norm method", columns, tuple(rows))
+
+
+def communication(found: Communication) -> Table:
+    """Steps on several processes by grouping."""
+    rows = []
+    for row in found.rows:
+        times = map(format_seconds, (row.starts_seconds[-1], row.link_seconds, row.step_seconds))
+        rows.append((row.grouping, format_count(row.groups), *times, format_percent(row.hidden, 0)))
+    columns = ("grouping ", "groups", "first sent after", "on the link", "predicted step", "hidden")
+    title = f"{found.processes} processes, {format_bytes(found.sent_bytes)} sent by each per step"
+    return Table(title, columns, tuple(rows))
 
 
 def fits(model: Model, fit: Fitting) -> Table:

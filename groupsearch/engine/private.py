@@ -264,6 +264,11 @@ class PrivateEngine:
             )
         return {name: self._ledger.sums.get(name, nothing_yet(p)) for name, p in self._step.parameters.items()}
 
+    def on_close(self, called: Callable[[int], None]) -> None:
+        """Have ``called`` told of every group whose clipped sums are formed, in a process that trains alone."""
+        if self._ranks is None:
+            self._ledger.on_close = lambda group, alone: called(group)
+
     def same_examples(self) -> AbstractContextManager[None]:
         """Inside ``with``: several forward passes before one backward, row i of each being the same example.
 
@@ -632,7 +637,7 @@ def make_private(  # noqa: PLR0913, PLR0915 - what a loop may say, by name, and 
         allow_state: names of buffers and attributes that a forward pass may leave data in; they are not private.
         secure: draw the noise from a cipher, see :class:`groupsearch.randomness.SecureStream`.
         process_group: the processes that train together; those of DistributedDataParallel or of the default group if
-            None. A group of one makes this process train alone.
+            None. ``torch.distributed.GroupMember.NON_GROUP_MEMBER`` makes this process train alone.
 
     Returns:
         The engine. ``engine.detach()`` takes it away again; ``engine.report()`` says what was checked.

@@ -28,6 +28,9 @@ from groupsearch.errors import GroupSearchError, LostRankError, UnsupportedModel
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.randomness import SecureStream, Source
 
+ALONE: Any = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER, also of a torch without that part
+"""In place of a process group: this process trains alone, whatever others there are."""
+
 # -- Ranks: the processes, and what they tell each other -------------------------------------------
 
 
@@ -54,10 +57,10 @@ class Ranks:
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks | None:
         """Those of a process group, or of the default one where that is initialised; None for a process alone."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if group == ALONE or not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if group is None else group
-        if group is None or not isinstance(group, dist.ProcessGroup) or dist.get_world_size(group) < 2:
+        if group is None or dist.get_world_size(group) < 2:
             return None
         return cls(group)
 

@@ -12,12 +12,12 @@ from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
-from groupsearch.documents.rows import Bound, Joint
+from groupsearch.documents.rows import Bound, Communication, Joint
 from groupsearch.plan.grouping import Grouping
 from groupsearch.plan.memory import PeakEstimate, lifetimes, peak_memory, timeline
 from groupsearch.plan.partition import floor_bytes, front
 from groupsearch.plan.trace import Trace
-from groupsearch.units import format_bytes, format_percent, format_ratio
+from groupsearch.units import format_bytes, format_percent, format_ratio, format_seconds
 
 NEAR_FLOOR = 1.01
 WORTH_NAMING = 0.1
@@ -87,6 +87,21 @@ def joint_sentence(trace: Trace, joint: Joint) -> str:
         f"of mixed, which needs {format_bytes(mixed.all_layer_bytes)} all-layer and "
         f"{format_bytes(mixed.floor_bytes)} at the least; {_exactness(joint.bound)}."
     )
+
+
+def communication_sentence(found: Communication) -> str:
+    """What the best grouping hides of the communication, against all-layer clipping where that is among them."""
+    best = min(found.rows, key=lambda row: (row.step_seconds, row.groups))
+    said = (
+        f"On {found.processes} processes each sends {format_bytes(found.sent_bytes)} a step, which takes "
+        f"{format_seconds(best.link_seconds)} with {best.grouping}, of which backward hides "
+        f"{format_percent(best.hidden, 0)}: a step of {format_seconds(best.step_seconds)}, "
+        f"{format_seconds(found.alone_seconds)} of it without communication"
+    )
+    whole = next((row for row in found.rows if row.groups == 1), None)
+    if whole is None or whole is best:
+        return f"{said}."
+    return f"{said}; all-layer clipping, which sends all at the end of backward, {format_seconds(whole.step_seconds)}."
 
 
 def _times(operations: float, of_mixed: float) -> str:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from groupsearch.engine import make_private
+from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.optimizers import make_optimizer, warm_state
+from groupsearch.engine.ranks import ALONE
 from groupsearch.errors import GroupSearchError, is_out_of_memory
 from groupsearch.options import EngineOptions, checkpoint_interval
 from groupsearch.plan.cards import Card
@@ -135,8 +136,8 @@ class Stage:
 
 
 @contextmanager
-def made_private(stage: Stage, settings: StepSettings, grouping: Grouping, examples: int) -> Iterator[None]:
-    """Inside, the stage's step is private, and every pass of it is of the same examples.
+def made_private(stage: Stage, settings: StepSettings, grouping: Grouping, examples: int) -> Iterator[PrivateEngine]:
+    """Inside, the stage's step is private, and every pass of it is of the same examples; of this process alone.
 
     Raises:
         GroupSearchError: when the options name a method for a weight that no site chooses one for.
@@ -149,10 +150,11 @@ def made_private(stage: Stage, settings: StepSettings, grouping: Grouping, examp
         noise_multiplier=settings.noise_multiplier,
         expected_batch_size=examples,
         options=settings.options,
+        process_group=ALONE,
     )
     try:
         with engine.same_examples():  # a batch is one set of examples, however often the loss calls the model
-            yield
+            yield engine
     finally:
         engine.detach()
 

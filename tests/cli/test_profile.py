@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from groupsearch.documents import Profile
 from groupsearch.records import read_document, write_document
 from tests.cli.running import ROOT, refused, run, spawn
 
@@ -211,3 +212,28 @@ def test_verify_measures_again(profile, tmp_path, factor, code):
     assert row["tolerance"] == 0.02
     assert row["step_seconds"] > 0
     assert ("all-layer" in result.stderr.split("Error:")[-1]) == (code == 1) or code == 0
+
+
+def test_what_several_processes_cost_is_predicted_from_a_measured_step(factories, tmp_path):
+    place = tmp_path / "profile.json"
+    asked = ("profile", f"{factories}:good", "--world-size", 4, "--bandwidth", "1Mbit", "--latency", "1us", "-o", place)
+    result = run(*asked, "--grouping", "all-layer", "--grouping", "layer-wise")
+    assert result.exit_code == 0, result.output
+    found = Profile.load(place).communication
+    numbers = 4 * 5 + 5 + 5 * 3 + 3
+    assert found.size_bytes == 4 * numbers
+    assert found.sent_bytes == 1.5 * 4 * numbers
+    whole, each = found.rows
+    assert whole.step_seconds == pytest.approx(found.alone_seconds + whole.link_seconds)
+    assert whole.hidden == pytest.approx(0, abs=1e-9)
+    assert found.alone_seconds < each.step_seconds < whole.step_seconds + 6e-6
+    assert 0 < each.starts_seconds[1] <= each.starts_seconds[0] < found.alone_seconds
+    assert "4 processes, 258 B sent by each per step" in result.stderr
+    assert "of which backward hides" in result.stderr
+
+
+def test_communication_without_a_link_or_a_device_is_refused():
+    assert "Give --world-size 4 --bandwidth 10Gbit" in refused("profile", "digits-cnn", "--world-size", 4)
+    told = ("profile", "digits-cnn", "--world-size", 4, "--bandwidth")
+    assert "10Gbit or 400Mbit" in refused(*told, "10GB")
+    assert "cuda:h100" in refused(*told, "10Gbit", "--device", "cuda:h100")

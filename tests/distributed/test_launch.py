@@ -102,6 +102,21 @@ def test_processes_that_torchrun_started_find_each_other() -> None:
     assert in_world(2, in_group, port) == [(2, True, True), (2, False, True)]
 
 
+def page_run() -> list[torch.Tensor]:
+    """The weights after the snippet of the page, on a rank of several."""
+    from tests.test_docs import ROOT, snippets
+
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for code, _ in snippets(ROOT / "docs" / "distributed.md"):
+        exec(code, names)
+    return [p.detach() for p in names["model"].parameters()]
+
+
+def test_the_page_runs_on_two_processes_too() -> None:
+    first, second = in_world(2, page_run)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_torchrun_trains_and_one_process_writes(tmp_path: Path) -> None:
     place = tmp_path / "train.json"
