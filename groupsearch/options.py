@@ -10,6 +10,7 @@ from groupsearch.errors import GroupSearchError
 
 SITE_METHODS = ("ghost", "instantiate", "recompute")
 NORM_METHODS = ("mixed", *SITE_METHODS)
+FORMS = ("book", "replay-forward", "replay")
 _EVERY = re.compile(r"every:([1-9]\d*)")
 
 
@@ -29,12 +30,33 @@ class EngineOptions:
         methods: what takes the place of ``norm_method`` for some weights, by the canonical name of the weight
             (the first of a site's ``parameters``); every use of a weight goes by one method. Only weights that
             are used as a matrix (linear layers, convolutions, attention, recurrent layers) have the choice.
+        replay: whose part of the book is not kept but run again when a group is closed: ``none``, ``all`` repeated
+            blocks, the last N of them (those that keep it longest), or modules by name with the form of each. A
+            module must be a function of its tensor inputs and its parameters. The forms: ``book`` keeps every site's
+            input and output gradient; ``replay-forward`` every site's output gradient, and runs the module forward
+            again for the inputs; ``replay`` the module's own inputs and output gradients alone, and runs it forward
+            and backward. Sites that share a parameter within a group stay in the book, as do per-example gradients
+            that are small (of norms, biases and bare parameters).
     """
 
     norm_method: str = "mixed"
     methods: Mapping[str, str] = field(default_factory=dict, hash=False)
+    replay: str | int | Mapping[str, str] = field(default="none", hash=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.replay, Mapping):
+            wrong = sorted({form for form in self.replay.values() if form not in FORMS})
+            if wrong:
+                raise GroupSearchError(
+                    f"Expected the form of a replayed module to be one of {', '.join(FORMS)}, found {wrong[0]!r}."
+                )
+        elif isinstance(self.replay, bool) or not (
+            self.replay in ("none", "all") or (isinstance(self.replay, int) and self.replay >= 0)
+        ):
+            raise GroupSearchError(
+                "Expected replay to be none, all, a number of blocks, or a form for every module by name, found "
+                f"{self.replay!r}."
+            )
         for name, method in (("norm_method", self.norm_method), *self.methods.items()):
             allowed = NORM_METHODS if name == "norm_method" else SITE_METHODS
             if method not in allowed:

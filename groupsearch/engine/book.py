@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from groupsearch.engine.arithmetic import habits_of
 from groupsearch.engine.entries import Entry, inner, of_examples
-from groupsearch.engine.passes import Arrival, Pass
+from groupsearch.engine.passes import Arrival, Owed, Pass
 from groupsearch.errors import UnsupportedModelError
 from groupsearch.plan.trace import Site
 
@@ -45,18 +46,31 @@ class Groups:
         for index, site in enumerate(sites):
             self._groups_of[site.name.partition("#")[0]].append(group_of(index))
         self._sizes = Counter(group_of(index) for index in range(len(sites)))
+        uses = Counter((group_of(index), name) for index, site in enumerate(sites) for name in site.parameters)
+        self._shares: dict[str, list[bool]] = defaultdict(list)
+        for index, site in enumerate(sites):
+            shares = any(uses[group_of(index), name] > 1 for name in site.parameters)
+            self._shares[site.name.partition("#")[0]].append(shares)
         self.count = groups
 
     def begin(self) -> Progress:
         """A backward pass of which nothing has arrived."""
-        return Progress(self._groups_of, self._sizes)
+        return Progress(self._groups_of, self._sizes, self._shares)
 
 
 class Progress:
-    """Assigns the arrivals of one backward pass to groups and knows when a group has all its sites."""
+    """Assigns the arrivals of one backward pass to groups and knows when a group has all its sites.
 
-    def __init__(self, groups_of: Mapping[str, Sequence[int]], sizes: Mapping[int, int]) -> None:
+    Attributes:
+        shares: whether the last arrival shares a parameter with another site of its group.
+    """
+
+    def __init__(
+        self, groups_of: Mapping[str, Sequence[int]], sizes: Mapping[int, int], shares: Mapping[str, Sequence[bool]]
+    ) -> None:
+        self.shares = False
         self._groups_of = groups_of
+        self._shares = shares
         self._arrived: Counter[str] = Counter()
         self._remaining = dict(sizes)
 
@@ -74,7 +88,7 @@ class Progress:
                 "the model again with the batch, mode and settings it is trained with, and make the plan from that."
             )
         self._arrived[key] += 1
-        group = uses[-1 - seen]
+        group, self.shares = uses[-1 - seen], self._shares[key][-1 - seen]
         self._remaining[group] -= 1
         return group, self._remaining[group] == 0
 
@@ -104,7 +118,8 @@ class Book:
         self.overflowed: Tensor | None = None
         self._clip = clip
         self._observer = observer
-        self._entries: dict[int, list[Entry]] = defaultdict(list)
+        self._entries: dict[int, list[Entry | list[Owed]]] = defaultdict(list)
+        self._owing: dict[int, set[str]] = defaultdict(set)
         self._users: dict[int, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
         self._sqnorms: dict[int, Tensor] = {}
 
@@ -113,15 +128,23 @@ class Book:
         """Groups that keep entries."""
         return tuple(self._entries)
 
-    def enter(self, group: int, entry: Entry) -> None:
-        """Book an entry and add its squared norm to its group's."""
+    def enter(self, group: int, entry: Entry, owed: Owed | None = None) -> None:
+        """Book an entry, or what stands for one that shares no parameter, and add its squared norm to its group's."""
+        if self._owing and not self._owing.get(group, set()).isdisjoint(entry.parameters):
+            raise UnsupportedModelError(
+                f"Parameter {entry.parameters[0]!r} is used by two sites of a group, of which the plan knows one, and "
+                "the first was left to replay. Trace the model again as it is trained, or leave replay off."
+            )
         sqnorm_B = entry.sqnorm()
-        for earlier in self._sharing(group, entry):
+        for earlier in self._sharing(group, entry) if owed is None else ():
             sqnorm_B += 2 * inner(earlier, entry)
         if group in self._sqnorms:
             sqnorm_B = self._sqnorms[group] + sqnorm_B
         self._sqnorms[group] = sqnorm_B
-        self._entries[group].append(entry)
+        if owed is None:
+            self._entries[group].append(entry)
+        else:
+            self._owe(group, entry, owed)
         if self._observer is not None:
             self._observer.entered(entry)
 
@@ -144,22 +167,41 @@ class Book:
         kept_B = _if_not_all(finite_B)
         self.overflowed = either(self.overflowed, finite_B.all().logical_not_())
         self.norms[group] = norm_B
-        del self._users[group]
+        self._users.pop(group, None)
+        self._owing.pop(group, None)
         entries = self._entries.pop(group)
         entries.reverse()
         if self._observer is not None:
             self._observer.closing(group)
         if kept_B is not None:
             factor_B = factor_B[kept_B]
+
+        consume = partial(self._consume, factor_B, kept_B)
         while entries:
             entry = entries.pop()
-            if kept_B is None:
-                self._add(entry.clipped_sums(factor_B))
+            if not isinstance(entry, list):
+                consume(entry)
             elif len(factor_B):
-                self._add(of_examples(entry, kept_B).clipped_sums(factor_B))
-            if self._observer is not None:
-                self._observer.summed(entry)
+                entry[0].call.deliver(entry, consume)
             del entry
+
+    def _consume(self, factor_B: Tensor, kept_B: Tensor | None, entry: Entry) -> None:
+        if kept_B is None:
+            self._add(entry.clipped_sums(factor_B))
+        elif len(factor_B):
+            self._add(of_examples(entry, kept_B).clipped_sums(factor_B))
+        if self._observer is not None:
+            self._observer.summed(entry)
+
+    def _owe(self, group: int, entry: Entry, owed: Owed) -> None:
+        """What one call of a module owes to a group is delivered at once, when the first of it would be consumed."""
+        entries = self._entries[group]
+        last = next((x for x in reversed(entries) if isinstance(x, list)), None)
+        if last is not None and last[0].call is owed.call:
+            last.append(owed)
+        else:
+            entries.append([owed])
+        self._owing[group].update(entry.parameters)
 
     def _sharing(self, group: int, entry: Entry) -> list[Entry]:
         """Entries of the group that use a parameter of this one's; it is listed for the next."""
@@ -262,7 +304,10 @@ class Ledger:
         page = self._pages[source]
         group, last = page.progress.arrive(arrival.key)
         with _without_autocast(next(arrival.layer.module.parameters()).device.type):
-            page.book.enter(group, arrival.make_entry())
+            entry = arrival.make_entry()
+            may_owe = arrival.owe is not None and not (last or page.progress.shares)
+            page.book.enter(group, entry, arrival.owe(entry) if may_owe and arrival.owe is not None else None)
+            del entry
             if last:
                 self._close(page, group)
 

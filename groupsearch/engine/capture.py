@@ -22,10 +22,11 @@ from torch.utils.hooks import RemovableHandle
 
 from groupsearch.engine.bare_parameters import Meeting
 from groupsearch.engine.entries import Dimensions, Entry, InstanceEntry
-from groupsearch.engine.layers import Layer
+from groupsearch.engine.layers import Layer, Rule
 from groupsearch.engine.layout import Expansions, Layouts
 from groupsearch.engine.ownership import may_mix, owned_layers, refuse_gradient, refuse_mixing
-from groupsearch.engine.passes import Arrival, Passes, Receiver, in_backward
+from groupsearch.engine.passes import Arrival, Pass, Passes, Receiver, in_backward
+from groupsearch.engine.replay import FIRST, OwingOptions, Place, Replays, Stage, units_of
 from groupsearch.engine.substitutes import Arrive, Source
 from groupsearch.engine.taps import Hook, Take, with_gradient
 from groupsearch.engine.whole import Left, RandomDraws, WholeCall, check_nothing_left, left_on
@@ -66,11 +67,11 @@ class Capture:
         self.layers = owned_layers(model, layouts)
         self.passes = passes or Passes()
         self._receive = receive
-        self._options = options
+        units = units_of(model, options, self.layers)
+        self._options = OwingOptions.of(options) if units else options
         self._rows = (layouts or Layouts()).rows
-        expansions = Expansions((layouts or Layouts()).expansions)
-        running = lambda: self.passes.running()  # noqa: E731  # another's in turned_to
-        self._meeting = Meeting(running, self._site_arrival, options, expansions)
+        self._expansions = (layouts or Layouts()).expansions
+        self._meeting = self._new_meeting()
         self._mixing = [(name, m) for name, m in model.named_modules() if may_mix(m)]
         self._swapped: list[tuple[nn.Module, list[tuple[dict[str, Any], str, Any]]]] = []
         self._lent = _slots_of_lent(model, self.layers)
@@ -85,8 +86,12 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         _WATCHED.add(model)
         self._model = weakref.ref(model)
+        stage = Stage(self._is_on, lambda: self.passes.running(), self._is_function, self._taken, self._running_again)
+        self._replays = Replays(units, stage)
+        self._handles += self._replays.watch_ends()  # the layers' own hooks run inside of these
         for layer in self.layers:
             self._watch(layer)
+        self._handles += self._replays.watch_beginnings()
         # outside of the layers' own hooks: the model may be a layer itself
         begin, end = Hook(self._begin_pass), Hook(self._end_forward)
         self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
@@ -126,6 +131,16 @@ class Capture:
     def _is_on(self) -> bool:
         return torch.is_grad_enabled() and not self._aside
 
+    def _taken(self, take: Take) -> tuple[Tensor, ...]:
+        return self._meeting.during(take) if self._watch_outputs else take()
+
+    def _is_function(self, x: object) -> bool:
+        return self._meeting.is_tracked(x)
+
+    def _new_meeting(self) -> Meeting:
+        running = lambda: self.passes.running()  # noqa: E731  # another's in turned_to
+        return Meeting(running, self._site_arrival, self._options, Expansions(self._expansions))
+
     # -- passes ------------------------------------------------------------------------------
 
     def _begin_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -160,11 +175,41 @@ class Capture:
         if output is None and not in_backward() and not self._aside:
             self.passes.fail()
 
-    def _arrive(self, arrival: Arrival) -> None:
+    def _arrive(self, arrival: Arrival, place: Place | None = None) -> None:
         self.passes.arrive(arrival.source_pass, self._meeting.forget)
+        if place is not None:
+            arrival = place(arrival)
         if arrival.source_pass.batch_size:  # an empty batch has no gradient
             with torch.no_grad():
                 self._receive(arrival)
+
+    # -- replay ------------------------------------------------------------------------------
+
+    def check_replays(self) -> None:
+        """Hold what was replayed to what norms were taken of, where numbers are not looked at in between.
+
+        Raises:
+            UnsupportedModelError: when it was something else.
+        """
+        self._replays.check()
+
+    @contextmanager
+    def _running_again(self, source: Pass, receive: Receiver, followed: bool) -> Iterator[None]:
+        """For a while a part of the model runs by itself, of the examples of a pass, and its sites are another's.
+
+        Parameters without a rule are followed as they were if asked for.
+        """
+        before = self._receive, self.passes, self._meeting
+        self._receive, self.passes, self._meeting = receive, Passes(), self._new_meeting()
+        self.passes.current = Pass(source.batch_size, source.rows)
+        if followed and self._watch_outputs:
+            self._meeting.enter()
+        try:
+            yield
+        finally:
+            while self._meeting.watching:
+                self._meeting.leave()
+            self._receive, self.passes, self._meeting = before
 
     # -- layers ------------------------------------------------------------------------------
 
@@ -180,7 +225,7 @@ class Capture:
             return
 
         def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._is_on() and not self._is_swapped(layer):
+            if self._is_on() and self._replays.wanted is None and not self._is_swapped(layer):
                 self.passes.running()
                 _check_no_transform(layer)
                 if self._watch_outputs:
@@ -188,6 +233,8 @@ class Capture:
                 (self._before_bare if self._goes_on(layer, args, kwargs) else before)(layer)
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if self._replays.wanted is not None:
+                return self._after_again(layer, args, kwargs, output)
             if not self._restore(layer):
                 return None
             with torch._C.DisableTorchFunction():  # what the engine does itself is not the model's doing
@@ -196,9 +243,8 @@ class Capture:
                 return after(layer, args, kwargs, output)
 
         # before the user's own: those that compute a weight from parameters, keep or replace an output
-        first: dict[str, Any] = {"with_kwargs": True, "prepend": True}
-        self._handles.append(module.register_forward_pre_hook(Hook(pre_hook), **first))
-        self._handles.append(module.register_forward_hook(Hook(hook), always_call=True, **first))
+        self._handles.append(module.register_forward_pre_hook(Hook(pre_hook), **FIRST))
+        self._handles.append(module.register_forward_hook(Hook(hook), always_call=True, **FIRST))
 
     def _goes_on(self, layer: Layer, args: Any, kwargs: Any) -> bool:
         """Whether a layer with a rule is given a function of parameters alone: so is what it returns."""
@@ -268,21 +314,40 @@ class Capture:
     def _after_rule(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if output is None or layer.rule is None:  # the forward raised
             return None
-        source_pass, x = self.passes.running(), args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()))
         saved = layer.rule.saved(layer, x)
         constant = self._meeting.watching and not self._meeting.from_batch(x)
-        layout = layer.layout
-        if constant or source_pass.rows_of(output, layout) is None:
+        if constant or self.passes.running().rows_of(output, layer.layout) is None:
             return self._without_batch(layer, saved, output, constant)
+        return self._rule_site(layer, layer.rule, saved, output)
+
+    def _rule_site(self, layer: Layer, rule: Rule, saved: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        source_pass, layout, place = self.passes.running(), layer.layout, self._replays.place()
+        self._replays.saw(layer.name, saved)
 
         def arrive(g: Tensor, take: Take) -> None:
-            assert layer.rule is not None
-            rule, taken = layer.rule, self._meeting.during(take) if self._watch_outputs else take()
-            seen = tuple(source_pass.by_example(x, layout) for x in taken)
-            make = partial(rule.entry, layer, seen, source_pass.by_example(g, layout), self._options)
-            self._arrive(Arrival(layer.name, layer, rule.kind, make, source_pass))
+            taken, g_B = self._taken(take), source_pass.by_example(g, layout)
+
+            def of_saved(found: tuple[Tensor, ...]) -> Entry:
+                seen = tuple(source_pass.by_example(x, layout) for x in found)
+                return rule.entry(layer, seen, g_B, self._options)
+
+            arrival = Arrival(layer.name, layer, rule.kind, partial(of_saved, taken), source_pass, of_saved=of_saved)
+            self._arrive(arrival, place)
 
         return with_gradient(source_pass, output, arrive, saved)
+
+    def _after_again(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """A layer of a unit that runs again, of which some sites are asked for and nothing else."""
+        if output is None or layer.rule is None or layer.name not in (self._replays.wanted or ()):
+            return None
+        with torch._C.DisableTorchFunction():
+            if self.passes.running().rows_of(output, layer.layout) is None:
+                return None
+            saved = layer.rule.saved(layer, args[0] if args else next(iter(kwargs.values())))
+            if self._replays.saw(layer.name, saved) or not torch.is_grad_enabled():
+                return None
+            return self._rule_site(layer, layer.rule, saved, output)
 
     def _without_batch(self, layer: Layer, saved: tuple[Tensor, ...], output: Tensor, constant: bool) -> Tensor:
         if not constant:
@@ -344,12 +409,13 @@ class Capture:
         return call.await_gradients(output, self._meeting.during, deliver)
 
     def _site_arrival(self) -> Arrive:
-        source_pass = self.passes.running()
+        source_pass, place = self.passes.running(), self._replays.place()
 
         def arrive(key: str, make: Callable[[], Entry]) -> None:
             layer = self._owner(key)
             kind = layer.rule.kind if layer.rule and key == layer.name else "parameter"
-            self._arrive(Arrival(key, layer, kind, make, source_pass, self._meeting.expansions.seen(key)))
+            arrival = Arrival(key, layer, kind, make, source_pass, self._meeting.expansions.seen(key))
+            self._arrive(arrival, place)
 
         return arrive
 

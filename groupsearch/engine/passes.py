@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -165,6 +166,34 @@ def in_backward() -> bool:
 # -- What a backward pass delivers: sites, one after the other -------------------------------------
 
 
+class Unit(Protocol):
+    """One call of a module that is run again at the close of a group, see :mod:`groupsearch.engine.replay`."""
+
+    def deliver(self, owed: list[Owed], consume: Callable[[Entry], None]) -> None:
+        """Run again, and hand over the entries of these sites, in any order; empties the list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Owed:
+    """A site that is not booked, as a call of a module gives it again.
+
+    Attributes:
+        call: of the module.
+        key: of the site's arrival.
+        number: how many arrivals of that key the call had before.
+        ruled: whether it came by the layer's rule.
+        print_B: (B,), what tells whether what comes back is what the norm was taken of.
+        make: the entry, of what the layer saved; None where it comes from another backward pass.
+    """
+
+    call: Unit
+    key: str
+    number: int
+    ruled: bool
+    print_B: Tensor
+    make: Callable[[tuple[Tensor, ...]], Entry] | None = None
+
+
 @dataclass(frozen=True)
 class Arrival:
     """A site whose output gradient is there.
@@ -175,6 +204,8 @@ class Arrival:
         make_entry: forms the book entry (this is where norms by instantiation cost memory).
         source_pass: the forward pass it belongs to.
         expansions: what it was expanded to, if it is a parameter or a layer that saw no batch.
+        of_saved: forms the entry of what the layer saved, where that and the output gradient are all it needs.
+        owe: what stands for an entry that need not be booked; None where it must be, or nothing is replayed.
     """
 
     key: str
@@ -183,6 +214,8 @@ class Arrival:
     make_entry: Callable[[], Entry] = field(repr=False)
     source_pass: Pass = field(repr=False)
     expansions: tuple[tuple[int, int], ...] | None = None
+    of_saved: Callable[[tuple[Tensor, ...]], Entry] | None = field(default=None, repr=False)
+    owe: Callable[[Entry], Owed | None] | None = field(default=None, repr=False)
 
 
 Receiver = Callable[[Arrival], None]

@@ -545,6 +545,7 @@ class PrivateEngine:
 
     def _settle(self) -> None:
         self._ledger.settle(self._capture.passes.open)
+        self._capture.check_replays()
 
     def _discard(self) -> None:
         self._settle()

@@ -68,6 +68,7 @@ class StepSettings:
         return {
             "norm_method": self.options.norm_method,
             **({"methods": dict(self.options.methods)} if self.options.methods else {}),
+            **({} if self.options.replay == "none" else {"replay": self.options.replay}),
             "optimizer": self.optimizer,
             "checkpoint": self.checkpoint,
             "micro_batches": self.micro_batches,
@@ -83,7 +84,7 @@ class StepSettings:
             GroupSearchError: for a value that is no such setting.
         """
         return cls(
-            EngineOptions(data["norm_method"], data.get("methods", {})),
+            EngineOptions(data["norm_method"], data.get("methods", {}), data.get("replay", "none")),
             data["optimizer"],
             data["checkpoint"],
             data.get("micro_batches", 1),

@@ -102,6 +102,10 @@ class CheckpointedForward:
         with self.inside():
             return self._plain_forward(*args, **kwargs)
 
+    def unchecked(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward returns, its activations kept."""
+        return self._forward(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward returns."""
         if not torch.is_grad_enabled():

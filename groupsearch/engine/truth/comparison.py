@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from groupsearch.engine.arithmetic import HALF, widened
 from groupsearch.engine.entries import Entry, inner, of_examples
-from groupsearch.engine.passes import Arrival, Receiver
+from groupsearch.engine.passes import Arrival, Owed, Receiver, Unit
 from groupsearch.workloads.batches import check_loss, count_examples
 
 # -- Signatures of gradients: short vectors that add up as gradients do, so that no gradient needs to be kept
@@ -201,6 +201,7 @@ def booked_pass(  # noqa: PLR0913 - what one pass is made of
     with attached(receiver.receive):
         losses = check_loss(model, batch, loss)
         (losses * factor).sum().backward()
+        receiver.replay()
     found = receiver.gradients
     return BookedPass(losses.detach(), found, receiver.together, receiver.sqnorms(), receiver.places)
 
@@ -215,6 +216,7 @@ class _Receiver:
         self._together = together
         self._sites: list[tuple[frozenset[str], Tensor]] = []
         self._kept: dict[str, list[Entry]] = defaultdict(list)
+        self._owed: dict[Unit, list[Owed]] = defaultdict(list)
 
     def receive(self, arrival: Arrival) -> None:
         """Take what is asked for of a site and let it go."""
@@ -224,14 +226,26 @@ class _Receiver:
         sqnorm_B = self._sqnorm(entry, asked, numbers)
         self._sites.append((frozenset(entry.parameters), sqnorm_B))
         self.places.update(dict.fromkeys(entry.parameters, arrival.key))
-        if self._together:
-            for name, total in asked.clipped_sums(sqnorm_B.new_ones(len(numbers))).items():
-                self.together.add(name, total)
+        owed = arrival.owe(entry) if self._together and arrival.owe is not None else None
+        if owed is not None:
+            self._owed[owed.call].append(owed)
+        elif self._together:
+            self._add(asked)
         for place, i in enumerate(numbers):
             factor_B = sqnorm_B.new_zeros(len(numbers))
             factor_B[place] = 1
             for name, total in asked.clipped_sums(factor_B).items():
                 self.gradients[i].add(name, total)
+
+    def replay(self) -> None:
+        """The sums of what is replayed are taken from there, as they are in training."""
+        while self._owed:
+            call, owed = self._owed.popitem()
+            call.deliver(owed, self._add)
+
+    def _add(self, entry: Entry) -> None:
+        for name, total in entry.clipped_sums(entry.booked[0].new_ones(self._size, dtype=torch.float32)).items():
+            self.together.add(name, total)
 
     def _mask(self, numbers: Sequence[int], entry: Entry) -> Tensor:
         kept_B = torch.zeros(self._size, dtype=torch.bool, device=entry.booked[0].device)
