@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupsearch.errors import UnsupportedModelError, is_out_of_memory
+from groupsearch.errors import GroupSearchError, UnsupportedModelError, is_out_of_memory
 from groupsearch.options import SITE_METHODS, EngineOptions
 from groupsearch.plan.cards import Card, card_of
 from groupsearch.plan.joint import Alternatives
@@ -67,8 +67,14 @@ def trace_model(  # noqa: PLR0913 - settings by name, each with a default
 
     Raises:
         UnsupportedModelError: for a layer, a parameter or a loss that cannot be made private.
+        GroupSearchError: for options that replay, which a trace does not know of.
     """
     settings = StepSettings(options or EngineOptions(), optimizer, checkpoint, micro_batches, autocast)
+    if settings.options.replay != "none":
+        raise GroupSearchError(
+            f"Found replay={settings.options.replay!r} where a trace is asked for: its estimates do not know what is "
+            "replayed. Trace without it; simulate_peak and measure_peak tell the peak of a grouping with it."
+        )
     examined = examine(model, batch, loss, settings.options, allow_state) if is_real(model, batch) else None
     keys = {"device": device or "cpu", "fake": device is None, "torch": torch.__version__}
     card = card_of(device)

@@ -18,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from groupsearch.engine import PrivateEngine, make_private
 from groupsearch.engine.arithmetic import as_on
 from groupsearch.errors import GroupSearchError, UnsupportedModelError
+from groupsearch.measure import measure_peak, simulate_peak
 from groupsearch.options import EngineOptions
 from groupsearch.plan.clipping import ClipPlan
 from groupsearch.plan.grouping import Grouping
+from groupsearch.tracer import trace_model
 from groupsearch.tracer.allocator import profiled_peak
 from groupsearch.tracer.sites import observe_sites
 from groupsearch.workloads import load_workload
@@ -340,6 +342,18 @@ def test_it_keeps_what_a_tenth_of_the_book_does_and_lets_go_of_it() -> None:
         peaks[replay] = profiled_peak(step)
     kept = (peaks["all"] - peaks[None]) / (peaks["none"] - peaks[None])
     assert kept < 0.25, peaks  # 0.17 here; a block of this width keeps more beside
+
+
+def test_the_simulated_peak_is_the_measured_one_and_a_trace_says_what_it_does_not_know() -> None:
+    settings, options = {"width": 16, "blocks": 2, "batch_size": 4, "context": 32}, EngineOptions(replay="all")
+    workload = load_workload("stdlib-gpt", **settings)
+    model, batch = workload.model, workload.make_batch(4)
+    grouping = Grouping((4,), tuple(observe_sites(deepcopy(model), batch, workload.loss)))
+    simulated = simulate_peak(model, batch, workload.loss, grouping, options=options, checkpoint="blocks")
+    measured = measure_peak("stdlib-gpt", grouping, settings=settings, options=options, checkpoint="blocks", steps=1)
+    assert simulated == measured.peak_bytes
+    with pytest.raises(GroupSearchError, match="do not know what is replayed"):
+        trace_model(model, batch, workload.loss, options=options)
 
 
 # -- What cannot be replayed is refused by name ------------------------------------------------------
