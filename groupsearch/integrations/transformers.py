@@ -214,8 +214,11 @@ class PrivateMixin:
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Backward on the physical batches of a micro-batch, if there are any; its share of the loss, for the log."""
-        assert self.engine is not None
-        assert self.micro_batches is not None
+        if self.engine is None or self.micro_batches is None:
+            raise GroupSearchError(
+                "Expected the batches and the optimizer of a private Trainer, found others: get_train_dataloader or "
+                "create_optimizer was overridden. Give train_dataset, data_collator and optimizers=, or call super()."
+            )
         total = torch.zeros((), device=self.args.device)
         model.train()
         with self.engine.same_examples():  # row i is example i, however often a loss calls the model

@@ -148,6 +148,13 @@ def test_steps_of_another_optimizer_are_refused(tmp_path: Path) -> None:
         made.train()
 
 
+def test_batches_of_ones_own_are_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
+    made.get_train_dataloader = lambda: torch.utils.data.DataLoader(rows()[:8], batch_size=4)
+    with pytest.raises(GroupSearchError, match=r"get_train_dataloader.*overridden.*Give train_dataset"):
+        made.train()
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(rows())
