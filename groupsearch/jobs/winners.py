@@ -73,8 +73,8 @@ def names_search(text: str) -> bool:
     Raises:
         DocumentError: when it is the name of a file that holds no document.
     """
-    path = text.partition("#")[0]
-    if "#" in text:
+    path, number = _parted(text)
+    if number is not None:
         return True
     if not (path.endswith(".json") or Path(path).is_file()):
         return False
@@ -93,8 +93,8 @@ def winner(found: str | Search, pick: int | str | None = None) -> Winner:
         BudgetError: when no candidate's peak is within ``pick``.
     """
     if isinstance(found, Search):
-        return Winner("the search given", found, _chosen(found, "the search given", "", pick))
-    path, _, number = found.partition("#")
+        return Winner("the search given", found, _chosen(found, "the search given", None, pick))
+    path, number = _parted(found)
     document = Search.load(path)
     if number and pick is not None:
         raise GroupSearchError(f"Found {found} and --pick {pick}, which name a candidate each. Give either.")
@@ -118,7 +118,13 @@ def winner_of(grouping: object, pick: int | str | None) -> Winner | None:
     return None
 
 
-def _chosen(document: Search, where: str, number: str, pick: int | str | None) -> Candidate:
+def _parted(text: str) -> tuple[str, str | None]:
+    """The file that a text names, and what stands after # there, if anything: a file's own name may have one, too."""
+    path, mark, number = text.rpartition("#")
+    return (text, None) if not mark or Path(text).is_file() else (path, number)
+
+
+def _chosen(document: Search, where: str, number: str | None, pick: int | str | None) -> Candidate:
     candidates = document.candidates
     if number:
         if number.isdecimal() and 1 <= int(number) <= len(candidates):

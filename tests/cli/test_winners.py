@@ -45,6 +45,14 @@ def test_the_recommendation_a_number_or_the_best_within_a_peak() -> None:
         assert best in within
 
 
+def test_the_name_of_a_file_may_have_the_mark_of_a_number(tmp_path: Path) -> None:
+    (tmp_path / "of #2").mkdir()
+    place = changed(tmp_path / "of #2" / "run#7.json")
+    found = Search.load(place)
+    assert winner(str(place)).candidate == found.recommended
+    assert winner(f"{place}#3").candidate == found.candidates[2]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The search, as if it had been of a smaller model, with a candidate that has everything that is searched."""
