@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 
 from groupsearch.documents import tables
 from groupsearch.documents.codec import Part
-from groupsearch.documents.commands import STEP, TRAINING, Next, command_line, only, own_loop
+from groupsearch.documents.commands import STEP, TRAINING, Next, Options, command_line, only, own_loop
 from groupsearch.documents.rows import (
     Boundaries,
     Candidate,
@@ -171,6 +171,13 @@ class Document(Part):
     def _place(self, path: str | Path | None) -> str:
         return str(path or default_path(self.to_json()))
 
+    def _beside(self, path: str | Path | None, word: str) -> Options:
+        """The option that has the next document of this kind written beside this one, which is not overwritten."""
+        if path is None:
+            return {}
+        place = Path(path)
+        return {"output": (str(place.with_name(f"{place.stem}-{word}{place.suffix}")),)}
+
     @property
     def about(self) -> str:
         """Model and batch."""
@@ -192,6 +199,11 @@ class Document(Part):
         shown = table._replace(title=f"{type(self).__name__} of {table.title}", rows=table.rows[:_SHOWN])
         more = f"<p>... {len(table.rows) - _SHOWN} more</p>" if len(table.rows) > _SHOWN else ""
         return f"{shown.html()}{more}<p>{escape(self.finding)}</p>"
+
+
+def _unwritten(path: str | Path | None, place: str) -> str:
+    """What to do before the document is named, where nobody has written it."""
+    return f"Save this document as {place} first." if path is None else ""
 
 
 def _kinds(kind: type[Document]) -> list[type[Document]]:
@@ -272,9 +284,11 @@ class Memory(Document):
     def following(self, path: str | Path | None = None) -> Next | None:
         """Search, where there is data to train on; else check the grouping, unless that is done."""
         row = next((row for row in self.front if row.peak_bytes <= _NEAR_FLOOR * self.floor_bytes), self.front[-1])
-        return self._with_grouping(row.boundaries, {}, self.model.batch_size)
+        return self._with_grouping(row.boundaries, {}, self.model.batch_size, self._beside(path, "checked"))
 
-    def _with_grouping(self, boundaries: Boundaries, changed: Mapping[str, tuple[str, ...]], batch_size: int) -> Next:
+    def _with_grouping(
+        self, boundaries: Boundaries, changed: Options, batch_size: int, output: Options | None = None
+    ) -> Next:
         """How to go on with a grouping and with options that are not those that were asked for."""
         python = own_loop(boundaries, None, batch_size)
         if self.asked is None:
@@ -290,7 +304,7 @@ class Memory(Document):
         step.pop("sampling-rate", None)
         cuts = ",".join(map(str, boundaries)) or "all-layer"
         check = {"grouping": (cuts,), "verify": ("simulate" if card else "measure",)}
-        return Next(command=command_line("profile", self.model.name, step | check), python=python)
+        return Next(command=command_line("profile", self.model.name, step | check | dict(output or {})), python=python)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -323,7 +337,7 @@ class Profile(Memory):
         step = {name: texts for name, texts in only(self.asked, STEP).items() if name != "norm-method"}
         given = {**step, "grouping": (place,), "save": (f"{slug(self.model.name)}-private",)}
         lines = (f"found = groupsearch.train({self.model.name!r}, grouping={place!r})", "print(found)")
-        return Next(command=command_line("train", self.model.name, given), python=lines)
+        return Next(command=command_line("train", self.model.name, given), python=lines, note=_unwritten(path, place))
 
     @property
     def finding(self) -> str:
@@ -437,7 +451,7 @@ class Search(Memory):
         if self.asked is None:
             return Next(command=None, python=python)
         given = {**only(self.asked, TRAINING), "grouping": (place,), "save": (f"{slug(self.model.name)}-private",)}
-        return Next(command=command_line("train", self.model.name, given), python=python)
+        return Next(command=command_line("train", self.model.name, given), python=python, note=_unwritten(path, place))
 
     def _again(self, path: str | Path | None) -> str:
         named = {} if path is None or Path(path) == default_path(self.to_json()) else {"output": (str(path),)}
@@ -544,7 +558,7 @@ class Train(Document):
         """Load the weights, as the job that kept them says; train anew where they were not kept."""
         if self.asked is None or "save" in self.asked:
             return self.next
-        given = {**self.asked, "save": (f"{slug(self.model.name)}-private",)}
+        given = {**self.asked, "save": (f"{slug(self.model.name)}-private",), **self._beside(path, "saved")}
         note = "The weights were not kept: this trains anew, and spends its epsilon a second time."
         return Next(command=command_line("train", self.model.name, given), python=(), note=note)
 

@@ -160,6 +160,9 @@ def test_a_profile_without_data_is_checked_and_then_has_its_lines_alone() -> Non
     assert following.command is not None
     name, given = parsed(following.command)
     assert (name, given["batch_size"], given["verify"]) == ("profile", 16, "measure")
+    beside = found.following("out dir/p.json")
+    assert beside is not None
+    assert str(beside.command).endswith("--output 'out dir/p-checked.json'"), "p.json is not overwritten"
     assert Next(command=None, python=following.python) == replace(found, measurements=(MEASURED,)).following()
 
 
@@ -209,9 +212,9 @@ def test_weights_that_were_not_kept_are_trained_anew_and_loaded(
     assert found.next.command in said
     assert "a second time" in said
     monkeypatch.chdir(folder)
-    result = run(*shlex.split(found.next.command)[1:], "-o", "again.json")
+    result = run(*shlex.split(found.next.command)[1:])
     assert result.exit_code == 0, result.output
-    again = Train.load("again.json")
+    again = Train.load("train-saved.json")
     assert again.next is not None
     assert all(line in result.stderr for line in again.next.python)
     names: dict[str, Any] = {}
