@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,10 +19,11 @@ from groupsearch.cli.parameters import (
     training_options,
 )
 from groupsearch.cli.terminal import say
-from groupsearch.errors import GroupSearchError
+from groupsearch.errors import DocumentError, GroupSearchError
 from groupsearch.jobs.request import allotment
 from groupsearch.plan.clipping import ALLOCATIONS, NOISE_ALLOCATIONS
 from groupsearch.privacy import not_private_sentence
+from groupsearch.records import default_path, read_document
 from groupsearch.units import format_bytes, format_interval, format_seconds
 
 if TYPE_CHECKING:
@@ -113,7 +116,15 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     from groupsearch.distributed.launch import is_first
     from groupsearch.jobs.train import train
 
-    watch = Watch(output, force, as_json)
+    class Resuming(Watch):
+        """Replaces what the interrupted training left that is gone on with, and nothing else."""
+
+        def begin(self, header: Mapping[str, Any]) -> None:
+            there = Path(output) if output is not None else default_path(header)
+            self.asked = output, force or _is_unfinished(there, header["model"]["name"]), as_json
+            super().begin(header)
+
+    watch = (Resuming if given["resume"] else Watch)(output, force, as_json)
     with watching(watch):
         found = train(model, notify=watch, force=force, **given)
     if not is_first():
@@ -122,6 +133,14 @@ def command(model: str, output: str | None, force: bool, as_json: bool, **given:
     if given["save"] is not None:
         say(f"Saved the weights in {given['save']}; its README.md says how to load them and what they cost.")
     say_next(watch.save(found))
+
+
+def _is_unfinished(path: Path, model: str) -> bool:
+    try:
+        found = read_document(path, ("train",))
+    except DocumentError:
+        return False
+    return "metric" not in found and found["model"]["name"] == model
 
 
 def _print_result(found: Train) -> None:

@@ -556,6 +556,10 @@ class Train(Document):
 
     def following(self, path: str | Path | None = None) -> Next | None:
         """Load the weights, as the job that kept them says; train anew where they were not kept."""
+        if self.asked is not None and self.metric is None and "checkpoint-every" in self.asked:
+            named = {} if path is None or Path(path) == default_path(self.to_json()) else {"output": (str(path),)}
+            again = command_line("train", self.model.name, {**self.asked, "resume": (), **named})
+            return Next(command=again, python=(), note="Goes on with the last checkpoint.")
         if self.asked is None or "save" in self.asked:
             return self.next
         given = {**self.asked, "save": (f"{slug(self.model.name)}-private",), **self._beside(path, "saved")}

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import time
@@ -19,7 +20,7 @@ import torch
 
 import groupsearch as gs
 from groupsearch.errors import GroupSearchError
-from groupsearch.jobs.events import Advanced, Event, Said
+from groupsearch.jobs.events import Advanced, Event, Interrupted, Said
 from groupsearch.training.checkpoints import frozen_digest
 from tests.cli.running import refused, run
 
@@ -130,6 +131,28 @@ def _interrupting(at: int) -> Callable[[Event], None]:
             raise KeyboardInterrupt
 
     return notify
+
+
+def test_an_interrupted_document_says_how_to_go_on_and_is_replaced(file: str, tmp_path: Path) -> None:
+    def interrupting(event: Event) -> None:
+        if isinstance(event, Advanced) and event.done == 4:
+            raise KeyboardInterrupt
+
+    place, asked = tmp_path / "it.json", {"save": tmp_path / "weights", "checkpoint_every": 2, "steps": 6}
+    with pytest.raises(Interrupted) as interrupt:
+        gs.train(file, grouping="all-layer", **asked, notify=interrupting)
+    document = interrupt.value.document
+    assert document is not None
+    following = document.following(place)
+    assert following is not None
+    assert following.command is not None
+    document.save(place)
+    words = shlex.split(following.command)[1:]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(place.read_text())["steps"] == 6
+    shutil.rmtree(tmp_path / "weights")
+    assert "exists already" in refused(*words), "a finished one is not"
 
 
 def test_without_a_seed_it_goes_on_with_fresh_noise_and_tells_nothing_of_the_old(file: str, tmp_path: Path) -> None:
