@@ -336,7 +336,14 @@ class Profile(Memory):
         place = self._place(path)
         step = {name: texts for name, texts in only(self.asked, STEP).items() if name != "norm-method"}
         given = {**step, "grouping": (place,), "save": (f"{slug(self.model.name)}-private",)}
-        lines = (f"found = groupsearch.train({self.model.name!r}, grouping={place!r})", "print(found)")
+        settings = dict(text.split("=", 1) for text in step.get("setting", ()))
+        told = {name.replace("-", "_"): texts[0] for name, texts in step.items() if name != "setting"}
+        arguments: dict[str, object] = {**told, **({"setting": settings} if settings else {})}
+        for name in ("batch_size", "micro_batches"):
+            arguments |= {name: int(told[name])} if name in told else {}
+        words = "".join(f", {name}={value!r}" for name, value in arguments.items())
+        train = f"found = groupsearch.train({self.model.name!r}, grouping={place!r}{words})"
+        lines = ("import groupsearch", train, "print(found)")
         return Next(command=command_line("train", self.model.name, given), python=lines, note=_unwritten(path, place))
 
     @property

@@ -171,6 +171,18 @@ MEASURED = gs.documents.rows.Measurement(
 )
 
 
+def test_the_lines_of_a_joint_choice_train_the_model_that_was_profiled(tmp_path: Path) -> None:
+    asked = {"setting": {"width": 8, "blocks": 1}, "batch_size": 16}
+    found = gs.profile("digits-vit", norm_method="joint", budget="1GiB", **asked)
+    place = found.save(tmp_path / "joint.json")
+    following = found.following(place)
+    assert following is not None
+    names: dict[str, Any] = {}
+    exec("\n".join(following.python).replace("grouping=", "steps=1, grouping="), names)
+    assert names["found"].model.parameters == found.model.parameters
+    assert names["found"].model.batch_size == 16
+
+
 def test_a_fit_goes_on_with_what_fits_and_no_more_than_there_is() -> None:
     given = {"setting": {"width": 8, "blocks": 2}, "grouping": ["all-layer", "layer-wise"], "checkpoint": "blocks"}
     found = gs.fit("digits-vit", memory="2MiB", **given)
