@@ -64,6 +64,10 @@ class PrivateModule(LightningModule):
                     self.engine is not None,
                     "the steps before would not be counted; make a new module, and give fit ckpt_path to go on.",
                 ),
+                "a checkpoint without the engine's state": (
+                    trainer.ckpt_path is not None and self._resumed is None,
+                    "what the steps before cost is not known; go on with one that a PrivateModule wrote.",
+                ),
                 "a loader given to fit": (
                     not isinstance(loader, MicroBatches) or loader.batches is not self.batches,
                     "it shuffles, or draws otherwise than is accounted; set batches, and give fit none.",

@@ -63,6 +63,13 @@ def trainer(folder: Path, accumulation: int = EXPECTED // PHYSICAL, **changes: A
     return lightning.Trainer(default_root_dir=folder, accumulate_grad_batches=accumulation, **quiet, **given)
 
 
+def refuse_without_engine_state(path: Path) -> None:
+    kept = torch.load(path, weights_only=False)
+    torch.save({key: value for key, value in kept.items() if key != "groupsearch"}, path.parent / "plain.ckpt")
+    with pytest.raises(GroupSearchError, match=r"a checkpoint without the engine's state: what the steps before cost"):
+        trainer(path.parent).fit(module(), ckpt_path=path.parent / "plain.ckpt")
+
+
 def test_accumulation_and_lora_train_what_the_plain_loop_does_and_resume(tmp_path: Path) -> None:
     judged = DataLoader(rows()[:10], batch_size=10)  # type: ignore[arg-type]
     first, loop = module(), trainer(tmp_path)
@@ -74,6 +81,7 @@ def test_accumulation_and_lora_train_what_the_plain_loop_does_and_resume(tmp_pat
     assert loop.lr_scheduler_configs[0].scheduler.last_epoch == STEPS + 2, "it is stepped once an optimizer step"
     assert {"loss", "judged"} <= loop.callback_metrics.keys()
     again = module()
+    refuse_without_engine_state(tmp_path / "step=4.ckpt")
     trainer(tmp_path).fit(again, ckpt_path=tmp_path / "step=4.ckpt")
     assert_same(trained(again.model), weights)
     assert again.engine is not None
