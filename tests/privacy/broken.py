@@ -16,7 +16,7 @@ from groupsearch.engine import PrivateEngine
 from groupsearch.engine.book import Book
 from groupsearch.engine.entries import Entry, InstanceEntry, MatrixEntry
 from groupsearch.engine.mechanism import Gaussians, Mechanism
-from groupsearch.engine.passes import Pass
+from groupsearch.engine.passes import Owed, Pass
 
 Damage = Callable[[PrivateEngine], None]
 KNOWN_SEED = 0
@@ -65,9 +65,9 @@ def norms_of_a_part(rank: int, size: int) -> Damage:
             def sqnorm(self) -> Tensor:
                 return self.entry.sqnorm() * 0.0
 
-        def entered(group: int, entry: Entry) -> None:
+        def entered(group: int, entry: Entry, owed: Owed | None) -> None:
             counted[0] += 1
-            enter(group, entry if counted[0] % size == rank else Elsewhere(entry, scale))
+            enter(group, entry if counted[0] % size == rank else Elsewhere(entry, scale), owed)
 
         book.enter = entered  # type: ignore[method-assign]
 
@@ -146,7 +146,7 @@ class _Wrapped:
 def _wrapping(wrapper: type[_Wrapped]) -> Damage:
     def spoil(book: Book, scale: float) -> None:
         enter = book.enter
-        book.enter = lambda group, entry: enter(group, wrapper(entry, scale))  # type: ignore[method-assign]
+        book.enter = lambda group, entry, owed: enter(group, wrapper(entry, scale), owed)  # type: ignore[method-assign]
 
     return lambda engine: _in_every_book(engine, spoil)
 
