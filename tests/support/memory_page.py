@@ -181,6 +181,23 @@ def _reserved() -> Iterator[str]:
         yield table_row(*cells)
 
 
+def _replay_peaks() -> Iterator[str]:
+    yield from table_head("model, checkpointed", "batch", "all-layer", "replayed", "best 4 groups", "replayed")
+    rows = document("replay")["peaks"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = {(row["grouping"], row["replay"]): row for row in rows if row["model"] == model}
+        cells = [found[name, replay]["ratio"] for name in ("all-layer", "best:4") for replay in ("none", "all")]
+        batch = str(found["all-layer", "none"]["batch"])
+        yield table_row(model, batch, *map(format_ratio, cells))
+
+
+def _replay_steps() -> Iterator[str]:
+    yield from table_head("model, checkpointed", "step", "processor time", "wall-clock", "peak / no privacy")
+    for row in document("replay")["steps"]:
+        ratios = (row[key] for key in ("processor", "wall", "peak"))
+        yield table_row(f"{row['model']}, batch {row['batch']}", row["step"], *map(format_ratio, ratios))
+
+
 def _card() -> Iterator[str]:
     yield from table_head(
         "model, checkpointed",
@@ -243,6 +260,8 @@ BLOCKS: dict[str, Callable[[], Iterator[str] | Sequence[str]]] = {
     "rows": _rows,
     "rise": _rise,
     "reserved": _reserved,
+    "replay_peaks": _replay_peaks,
+    "replay_steps": _replay_steps,
     "card": _card,
     "foretold": _foretold,
 }
